@@ -1,0 +1,46 @@
+//! The one error type. Every message names the thing that was wrong and the number; `python.rs` maps each variant to
+//! the exception class of the same name.
+
+/// What can go wrong, by what the caller can do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No such file (`ModelNotFoundError`).
+    #[error("{0}")]
+    ModelNotFound(String),
+    /// The file is damaged or contradicts itself (`InvalidModelError`).
+    #[error("{0}")]
+    InvalidModel(String),
+    /// The file is sound, but is not something this build can run (`UnsupportedModelError`).
+    #[error("{0}")]
+    UnsupportedModel(String),
+    /// The prompt does not fit the context (`ContextLengthError`).
+    #[error("the prompt has {prompt_tokens} tokens; n_ctx is {n_ctx}, and at least one must be left to generate")]
+    ContextLength { prompt_tokens: usize, n_ctx: usize },
+    /// All places are taken (`BusyError`).
+    #[error("{0}")]
+    Busy(String),
+    /// The model was closed (`ClosedError`).
+    #[error("the model is closed")]
+    Closed,
+    /// The process forked after the model was loaded (`ForkError`).
+    #[error("this model was loaded in process {loaded_in}, before a fork(): load it in the child, or use spawn or forkserver")]
+    Fork { loaded_in: u32 },
+    /// The caller passed a value out of range (`ValueError`).
+    #[error("{0}")]
+    Value(String),
+    /// A bug of ours, caught (`InternalError`).
+    #[error("internal error: {0}")]
+    Internal(String),
+    /// The work was cancelled. Never reaches Python as an exception.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<candle_core::Error> for Error {
+    /// Shapes and types are checked at load, so an error from Candle afterwards is a bug of ours.
+    fn from(error: candle_core::Error) -> Self {
+        Error::Internal(error.to_string())
+    }
+}

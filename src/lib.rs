@@ -1,0 +1,2 @@
+//! candle-phi: Phi-3-family GGUF models as a stream of text.
+pub mod error;
