@@ -90,6 +90,8 @@ pub struct Generation {
     generated: usize,
     pub prefill_time: Duration,
     pub decode_time: Duration,
+    /// Passes that `decode_time` took; the first id comes from the prefill.
+    pub decode_passes: usize,
 }
 
 impl Generation {
@@ -107,6 +109,7 @@ impl Generation {
             generated: 0,
             prefill_time: Duration::ZERO,
             decode_time: Duration::ZERO,
+            decode_passes: 0,
             request,
         }
     }
@@ -151,6 +154,7 @@ impl Generation {
         };
         let logits = sequence.forward(ids, Want::Last, cancel)?;
         *time += start.elapsed();
+        self.decode_passes += usize::from(self.last.is_some());
         Ok(logits)
     }
 

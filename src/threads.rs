@@ -30,7 +30,10 @@ pub fn count(n_threads: Option<usize>) -> Result<usize> {
 }
 
 /// A process id, to notice that the process was forked: threads and locks do not survive that.
-#[derive(Debug)]
+///
+/// A forked child finds locks as they happened to be, perhaps held by threads that it does not have. So whatever takes
+/// one asks here first, `drop` included.
+#[derive(Copy, Clone, Debug)]
 pub struct ForkGuard {
     loaded_in: u32,
 }
@@ -42,6 +45,10 @@ impl ForkGuard {
 
     pub fn check(&self) -> Result<()> {
         if std::process::id() == self.loaded_in { Ok(()) } else { Err(Error::Fork { loaded_in: self.loaded_in }) }
+    }
+
+    pub fn is_forked(&self) -> bool {
+        self.check().is_err()
     }
 }
 
@@ -70,6 +77,7 @@ pub struct Pool {
     n_threads: usize,
     /// One `run` at a time.
     turn: Mutex<()>,
+    fork_guard: ForkGuard,
 }
 
 struct Shared {
@@ -113,7 +121,7 @@ impl Pool {
                 break;
             }
         }
-        Pool { shared, n_threads, turn: Mutex::new(()) }
+        Pool { shared, n_threads, turn: Mutex::new(()), fork_guard: ForkGuard::here() }
     }
 
     pub fn n_threads(&self) -> usize {
@@ -193,6 +201,9 @@ impl Shared {
 impl Drop for Pool {
     /// The workers leave by themselves; nobody waits for them.
     fn drop(&mut self) {
+        if self.fork_guard.is_forked() {
+            return;
+        }
         lock(&self.shared.state).stop = true;
         self.shared.start.notify_all();
     }
