@@ -64,9 +64,11 @@ impl Sampler {
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         let mut candidates = std::mem::take(&mut self.candidates);
         candidates.clear();
-        candidates.extend((0..).zip(logits).map(|(id, &logit)| {
-            Candidate { id, weight: if logit.is_nan() { f32::NEG_INFINITY } else { logit } }
-        }));
+        candidates.extend(
+            (0..)
+                .zip(logits)
+                .map(|(id, &logit)| Candidate { id, weight: if logit.is_nan() { f32::NEG_INFINITY } else { logit } }),
+        );
         self.penalize(&mut candidates);
         let greatest = candidates.iter().copied().min_by(descending).filter(|c| c.weight > f32::NEG_INFINITY);
         let greatest = greatest.ok_or_else(|| {
@@ -253,7 +255,10 @@ mod tests {
     #[track_caller]
     fn assert_shares(sampling: &Sampling, probabilities: &[f64], expected: &[f64]) {
         let shares = shares(sampling, &logits(probabilities));
-        assert!(shares.iter().zip(expected).all(|(s, e)| (s - e).abs() < 0.015 && (*e > 0.0 || *s == 0.0)), "{shares:?}");
+        assert!(
+            shares.iter().zip(expected).all(|(s, e)| (s - e).abs() < 0.015 && (*e > 0.0 || *s == 0.0)),
+            "{shares:?}"
+        );
     }
 
     #[test]
@@ -270,7 +275,11 @@ mod tests {
 
     #[test]
     fn top_k_keeps_the_k_greatest_and_the_lower_id_among_equals() {
-        assert_shares(&Sampling { top_k: 2, ..PLAIN }, &[0.1, 0.5, 0.1, 0.1, 0.2], &[0.0, 5.0 / 7.0, 0.0, 0.0, 2.0 / 7.0]);
+        assert_shares(
+            &Sampling { top_k: 2, ..PLAIN },
+            &[0.1, 0.5, 0.1, 0.1, 0.2],
+            &[0.0, 5.0 / 7.0, 0.0, 0.0, 2.0 / 7.0],
+        );
         assert_shares(&Sampling { top_k: 1, ..PLAIN }, &[0.2, 0.4, 0.4], &[0.0, 1.0, 0.0]);
     }
 

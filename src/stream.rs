@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::generate::{FinishReason, Generation, Piece, Step};
-use crate::schedule::{Job, Scheduler, Waker};
+use crate::schedule::{Job, Scheduler};
 use crate::threads::{Cancel, lock};
 
 /// Pieces that are computed ahead of the reader.
@@ -59,6 +59,13 @@ impl State {
     /// The end, once the reader has come to it.
     fn finish_read(&self) -> Option<FinishReason> {
         self.finish.filter(|_| self.pieces.is_empty() && self.error.is_none())
+    }
+
+    /// Nothing follows an end.
+    fn deliver(&mut self, piece: Option<Piece>) {
+        if self.finish.is_none() {
+            self.pieces.extend(piece);
+        }
     }
 
     /// The first end counts.
@@ -201,12 +208,12 @@ impl Job for StreamJob {
         let more = match step {
             Ok(Step::Token { id, piece }) => {
                 state.ids.push(id);
-                state.pieces.extend(piece.filter(|_| state.finish.is_none()));
+                state.deliver(piece);
                 state.finish.is_none()
             }
             Ok(Step::End { id, piece, reason }) => {
                 state.ids.extend(id);
-                state.pieces.extend(piece.filter(|_| state.finish.is_none()));
+                state.deliver(piece);
                 state.end(reason, None);
                 false
             }

@@ -4,11 +4,13 @@
 //! hands each of them one call. `portable` is the specification.
 
 pub mod blocks;
+mod cpu;
 mod portable;
 
 use std::ops::Range;
 
 pub use blocks::Format;
+pub use cpu::features;
 pub use portable::{Portable, dequantize};
 
 /// One way of computing. Chosen once per model.

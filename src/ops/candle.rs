@@ -47,15 +47,14 @@ pub fn attention(q: &Tensor, layer: &KvLayer, shape: AttentionShape) -> Result<T
     let q = q.reshape((tokens, n_head, head_dim))?.transpose(0, 1)?.contiguous()?;
     let q = q.reshape((n_head_kv, group * tokens, head_dim))?;
     let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (head_dim as f64).sqrt())?;
-    let mask: Vec<f32> =
-        (0..group * tokens)
-            .flat_map(|row| {
-                let position = layer.len() - tokens + row % tokens;
-                let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
-                (layer.start()..layer.len())
-                    .map(move |key| if (first..=position).contains(&key) { 0.0 } else { f32::NEG_INFINITY })
-            })
-            .collect();
+    let mask: Vec<f32> = (0..group * tokens)
+        .flat_map(|row| {
+            let position = layer.len() - tokens + row % tokens;
+            let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
+            (layer.start()..layer.len())
+                .map(move |key| if (first..=position).contains(&key) { 0.0 } else { f32::NEG_INFINITY })
+        })
+        .collect();
     let mask = Tensor::from_vec(mask, (1, group * tokens, layer.len() - layer.start()), q.device())?;
     let weights = candle_nn::ops::softmax_last_dim(&scores.broadcast_add(&mask)?)?;
     let out = weights.matmul(&v)?.reshape((n_head, tokens, head_dim))?;
