@@ -351,10 +351,9 @@ def llama_logits(path, prompts, out):
     np.savez(out, **results)
 
 
-def in_llama(python, call, *arguments):
-    subprocess.run(
-        [python, __file__, "--llama-call", json.dumps([call, *map(str, arguments[:2]), *arguments[2:]])], check=True
-    )
+def in_llama(python, call, source, out, value):
+    arguments = json.dumps([call, str(source), str(out), value])
+    subprocess.run([python, __file__, "--llama-call", arguments], check=True)
 
 
 # ---- the reference ----
