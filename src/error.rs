@@ -13,6 +13,9 @@ pub enum Error {
     /// The file is sound, but is not something this build can run (`UnsupportedModelError`).
     #[error("{0}")]
     UnsupportedModel(String),
+    /// Planned, and not built yet (`NotInThisVersionError`).
+    #[error("{0}")]
+    NotInThisVersion(String),
     /// The prompt does not fit the context (`ContextLengthError`).
     #[error("the prompt has {prompt_tokens} tokens; n_ctx is {n_ctx}, and at least one must be left to generate")]
     ContextLength { prompt_tokens: usize, n_ctx: usize },
@@ -23,7 +26,9 @@ pub enum Error {
     #[error("the model is closed")]
     Closed,
     /// The process forked after the model was loaded (`ForkError`).
-    #[error("this model was loaded in process {loaded_in}, before a fork(): load it in the child, or use spawn or forkserver")]
+    #[error(
+        "this model was loaded in process {loaded_in}, before a fork(): load it in the child, or use spawn or forkserver"
+    )]
     Fork { loaded_in: u32 },
     /// The caller passed a value out of range (`ValueError`).
     #[error("{0}")]

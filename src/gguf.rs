@@ -1,0 +1,188 @@
+//! GGUF, the file format of llama.cpp: a header of typed keys, a table of tensors, and their bytes, left where they are.
+//!
+//! ```text
+//! "GGUF" · version u32 · number of tensors u64 · number of keys u64
+//! per key:    name str · type u32 · value                    str: length u64, bytes
+//! per tensor: name str · number of dims u32 · dims u64.. · type u32 · offset u64
+//! padding to `general.alignment` (32) · the tensors' bytes, each at its offset, little-endian
+//! ```
+//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.) A file is somebody else's input: every count, length,
+//! type and offset is checked once, against the bytes that are there, before anything is allocated for it, so that what
+//! [`Gguf::open`] returns can be used without further checks. Nothing of the tensors is copied.
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+mod file;
+mod header;
+mod metadata;
+mod tensor;
+
+pub use metadata::{Array, ElementType, Metadata, Strings, Value};
+pub use tensor::{Bytes, GgmlType, Tensor};
+
+/// One model: a file, or all parts of a split one. Its bytes stay mapped while this or any [`Bytes`] of it lives.
+#[derive(Debug)]
+pub struct Gguf {
+    parts: Vec<Part>,
+    metadata: Metadata,
+    tensors: Vec<Tensor>,
+    index: HashMap<String, usize>,
+}
+
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    map: Arc<Mmap>,
+}
+
+impl Gguf {
+    /// Opens and checks `path`; of a split model (`name-00001-of-00003.gguf`) the first part, which brings the others.
+    ///
+    /// `mmap = false` reads the file into private memory: for network mounts, and for files that may be rewritten while
+    /// the model is in use. Errors: `ModelNotFound` (no such file, a missing part, a directory), `InvalidModel` (damaged,
+    /// cut, or not a GGUF file at all), `UnsupportedModel` (big-endian, or a version that is not 2 or 3).
+    pub fn open(path: &Path, mmap: bool) -> Result<Gguf> {
+        let (first, metadata, mut tensors) = Part::open(path, mmap)?;
+        let mut parts = vec![first];
+        match SplitName::of(path) {
+            Some(split) if split.number != 1 => {
+                return Err(Error::InvalidModel(format!(
+                    "{}: this is part {} of {}; open the first part, {}",
+                    path.display(),
+                    split.number,
+                    split.count,
+                    split.path(1).display()
+                )));
+            }
+            Some(split) => {
+                check_part(path, &metadata, 0, split.count)?;
+                for number in 2..=split.count {
+                    let path = split.path(number);
+                    if !path.exists() {
+                        let count = split.count;
+                        return Err(Error::ModelNotFound(format!(
+                            "{}: no such file; it is part {number} of {count} of this model",
+                            path.display()
+                        )));
+                    }
+                    let (part, metadata, more) = Part::open(&path, mmap)?;
+                    check_part(&path, &metadata, number - 1, split.count)?;
+                    parts.push(part);
+                    tensors.extend(more);
+                }
+            }
+            None => {
+                let (count, number) = (metadata.u32("split.count")?, metadata.u32("split.no")?);
+                if let Some(count) = count.filter(|&count| count > 1) {
+                    return Err(Error::InvalidModel(format!(
+                        "{}: this is part {} of {count}, but its name does not end in -00001-of-{count:05}.gguf, so the \
+                         other parts cannot be found; give the parts their names back",
+                        path.display(),
+                        number.unwrap_or(0).saturating_add(1)
+                    )));
+                }
+            }
+        }
+        if let Some(promised) = metadata.u32("split.tensors.count")?
+            && promised as usize != tensors.len()
+        {
+            return Err(Error::InvalidModel(format!(
+                "{}: key `split.tensors.count` is {promised}, but the {} parts hold {} tensors",
+                path.display(),
+                parts.len(),
+                tensors.len()
+            )));
+        }
+        let mut index = HashMap::with_capacity(tensors.len());
+        for (i, tensor) in tensors.iter().enumerate() {
+            if index.insert(tensor.name.clone(), i).is_some() {
+                return Err(Error::InvalidModel(format!(
+                    "{}: tensor `{}` is in two parts",
+                    path.display(),
+                    tensor.name.escape_debug()
+                )));
+            }
+        }
+        Ok(Gguf { parts, metadata, tensors, index })
+    }
+
+    /// The file that was opened; of a split model its first part.
+    pub fn path(&self) -> &Path {
+        self.metadata.path()
+    }
+
+    /// The keys, in file order; of a split model those of the first part.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// All tensors, in file order.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = &Tensor> {
+        self.tensors.iter()
+    }
+
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.index.get(name).map(|&i| &self.tensors[i])
+    }
+
+    /// Path and whole content of every part.
+    pub fn parts(&self) -> impl ExactSizeIterator<Item = (&Path, &[u8])> {
+        self.parts.iter().map(|part| (part.path.as_path(), &part.map[..]))
+    }
+}
+
+impl Part {
+    fn open(path: &Path, mmap: bool) -> Result<(Part, Metadata, Vec<Tensor>)> {
+        let map = Arc::new(file::load(path, mmap)?);
+        let (metadata, tensors) = header::read(path, &map)?;
+        Ok((Part { path: path.to_owned(), map }, metadata, tensors))
+    }
+}
+
+/// `name-00001-of-00003.gguf`: which part of how many. A model in one part is not split.
+struct SplitName<'a> {
+    folder: &'a Path,
+    stem: &'a str,
+    number: u32, // from 1
+    count: u32,
+}
+
+impl<'a> SplitName<'a> {
+    fn of(path: &'a Path) -> Option<Self> {
+        let five_digits = |text: &str| {
+            let digits = text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+            digits.then(|| text.parse::<u32>().ok()).flatten()
+        };
+        let rest = path.file_name()?.to_str()?.strip_suffix(".gguf")?;
+        let (rest, count) = rest.rsplit_once("-of-")?;
+        let (stem, number) = rest.rsplit_once('-')?;
+        let (number, count) = (five_digits(number)?, five_digits(count)?);
+        let folder = path.parent().unwrap_or(Path::new(""));
+        (count > 1 && (1..=count).contains(&number)).then_some(SplitName { folder, stem, number, count })
+    }
+
+    fn path(&self, number: u32) -> PathBuf {
+        self.folder.join(format!("{}-{number:05}-of-{:05}.gguf", self.stem, self.count))
+    }
+}
+
+/// Whether a part's own keys, where it has them, say the same as its name.
+fn check_part(path: &Path, metadata: &Metadata, number: u32, count: u32) -> Result<()> {
+    for (key, expected) in [("split.no", number), ("split.count", count)] {
+        if let Some(found) = metadata.u32(key)?
+            && found != expected
+        {
+            return Err(Error::InvalidModel(format!(
+                "{}: key `{key}` is {found}, but by its name the file is part {} of {count}, so it should be {expected}",
+                path.display(),
+                number + 1
+            )));
+        }
+    }
+    Ok(())
+}

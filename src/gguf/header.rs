@@ -1,0 +1,361 @@
+//! Reads and checks everything that stands before the tensors' bytes.
+use std::collections::HashSet;
+use std::fmt::Display;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use super::file::human_size;
+use super::metadata::{Array, ElementType, Metadata, STRING_PREFIX, Value};
+use super::tensor::{Bytes, GgmlType, Tensor};
+use crate::error::{Error, Result};
+
+// Far above any real file, and low enough that no header can make the reader use more than a few times its own size.
+const MAX_HEADER: usize = 256 << 20;
+const MAX_STRING: usize = 16 << 20;
+const MAX_ARRAY: usize = 64 << 20;
+const MAX_KEYS: usize = 1 << 16;
+const MAX_TENSORS: usize = 1 << 16;
+const MAX_KEY: usize = (1 << 16) - 1; // the specification's limit
+const MAX_NAME: usize = 64; // the specification's limit
+
+const MIN_KEY_BYTES: usize = 8 + 1 + 4 + 1; // length, one letter, type, one byte of value
+const MIN_TENSOR_BYTES: usize = 8 + 1 + 4 + 8 + 4 + 8; // length, one letter, number of dims, one dim, type, offset
+
+const ARRAY: u32 = 9;
+
+/// `map` holds a whole file that starts with "GGUF".
+pub(super) fn read(path: &Path, map: &Arc<Mmap>) -> Result<(Metadata, Vec<Tensor>)> {
+    let mut cursor = Cursor { path, map, at: 4 };
+    check_version(path, cursor.u32(&"the version")?)?;
+    let n_tensors = cursor.count("tensors", MAX_TENSORS)?;
+    let n_keys = cursor.count("keys", MAX_KEYS)?;
+    cursor.check_room(n_keys, MIN_KEY_BYTES, &"keys")?;
+
+    let mut metadata = Metadata::new(path);
+    for i in 0..n_keys {
+        let at = cursor.at;
+        let key = cursor.name(MAX_KEY, &format_args!("the name of key {i}"))?;
+        let value = cursor.value(&key)?;
+        if !metadata.insert(key.clone(), value) {
+            return Err(cursor.error(format!("key `{}` stands there twice, again at {at}", key.escape_debug())));
+        }
+    }
+    let tensors = read_tensors(&mut cursor, n_tensors, &metadata)?;
+    Ok((metadata, tensors))
+}
+
+fn check_version(path: &Path, version: u32) -> Result<()> {
+    let path = path.display();
+    match version {
+        2 | 3 => Ok(()),
+        0 => Err(Error::InvalidModel(format!("{path}: GGUF version 0 at 4; there is no such version"))),
+        _ if version.swap_bytes() < 1 << 16 => Err(Error::UnsupportedModel(format!(
+            "{path}: a big-endian GGUF file (version {} at 4); only little-endian files are read",
+            version.swap_bytes()
+        ))),
+        _ => Err(Error::UnsupportedModel(format!(
+            "{path}: GGUF version {version} at 4; versions 2 and 3 are read, so convert the model again"
+        ))),
+    }
+}
+
+/// One row of the tensor table.
+struct Entry {
+    name: String,
+    dtype: GgmlType,
+    shape: Vec<usize>,
+    /// None when the size of the type is not known.
+    size: Option<u64>,
+    /// From the start of the tensors' bytes.
+    offset: u64,
+}
+
+fn read_tensors(cursor: &mut Cursor<'_>, n_tensors: usize, metadata: &Metadata) -> Result<Vec<Tensor>> {
+    cursor.check_room(n_tensors, MIN_TENSOR_BYTES, &"tensors")?;
+    let mut names = HashSet::with_capacity(n_tensors);
+    let mut entries = Vec::with_capacity(n_tensors);
+    for i in 0..n_tensors {
+        let at = cursor.at;
+        let entry = cursor.entry(i)?;
+        if !names.insert(entry.name.clone()) {
+            return Err(cursor.error(format!("{} stands there twice, again at {at}", entry.label())));
+        }
+        entries.push(entry);
+    }
+
+    let alignment = match metadata.u32("general.alignment")?.unwrap_or(32) as usize {
+        alignment if alignment.is_power_of_two() && (8..=64 << 10).contains(&alignment) => alignment,
+        other => {
+            return Err(
+                cursor.error(format!("key `general.alignment` is {other}; it must be a power of two from 8 to 65536"))
+            );
+        }
+    };
+    let start = cursor.at.next_multiple_of(alignment) as u64;
+    check_layout(cursor, &entries, start, alignment as u64)?;
+
+    Ok(entries
+        .into_iter()
+        .map(|Entry { name, dtype, shape, size, offset }| {
+            let at = (start + offset) as usize;
+            let data = Bytes::new(cursor.map, at..at + size.unwrap_or(0) as usize);
+            Tensor { name, dtype, shape, data }
+        })
+        .collect())
+}
+
+/// Every tensor at an aligned offset, inside the file, and on no other's bytes.
+fn check_layout(cursor: &Cursor<'_>, entries: &[Entry], start: u64, alignment: u64) -> Result<()> {
+    let length = cursor.map.len() as u64;
+    let mut ranges = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let (label, offset) = (entry.label(), entry.offset);
+        if !offset.is_multiple_of(alignment) {
+            return Err(
+                cursor.error(format!("{label} has offset {offset}, which is no multiple of the alignment {alignment}"))
+            );
+        }
+        // An unknown type takes a byte at least.
+        let end = start.checked_add(offset).and_then(|at| at.checked_add(entry.size.unwrap_or(1)));
+        match end {
+            Some(end) => ranges.push((start + offset..end, entry)),
+            None => return Err(cursor.error(format!("{label} has offset {offset}, which is no place in a file"))),
+        }
+    }
+    let needed = ranges.iter().map(|(range, _)| range.end).max().unwrap_or(0);
+    if let Some((range, entry)) = ranges.iter().find(|(range, _)| range.end > length) {
+        return Err(cursor.error(format!(
+            "{} needs {} bytes at {}; the file ends at {length} ({} short: was the download cut?)",
+            entry.label(),
+            range.end - range.start,
+            range.start,
+            human_size(needed - length)
+        )));
+    }
+    ranges.sort_by_key(|(range, _)| range.start);
+    for pair in ranges.windows(2) {
+        let [(one, first), (two, second)] = pair else { continue };
+        if one.end > two.start {
+            return Err(cursor.error(format!(
+                "{} at {} lies on {}, which ends at {}",
+                second.label(),
+                two.start,
+                first.label(),
+                one.end
+            )));
+        }
+    }
+    Ok(())
+}
+
+impl Entry {
+    fn label(&self) -> String {
+        format!("tensor `{}`", self.name.escape_debug())
+    }
+}
+
+/// A place in the header. Nothing is read past the end of the file, nor past `MAX_HEADER`.
+struct Cursor<'a> {
+    path: &'a Path,
+    map: &'a Arc<Mmap>,
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn error(&self, what: impl Display) -> Error {
+        Error::InvalidModel(format!("{}: {what}", self.path.display()))
+    }
+
+    fn remaining(&self) -> usize {
+        self.map.len() - self.at
+    }
+
+    fn take(&mut self, n: usize, what: &dyn Display) -> Result<&'a [u8]> {
+        if n > self.remaining() {
+            return Err(self.error(format!(
+                "{what} needs {n} bytes at {}; the file ends at {} (was the download cut?)",
+                self.at,
+                self.map.len()
+            )));
+        }
+        if self.at + n > MAX_HEADER {
+            return Err(self.error(format!("{what} at {} makes the header larger than 256 MiB", self.at)));
+        }
+        let bytes = &self.map[self.at..self.at + n];
+        self.at += n;
+        Ok(bytes)
+    }
+
+    fn array<const N: usize>(&mut self, what: &dyn Display) -> Result<[u8; N]> {
+        let mut word = [0; N];
+        word.copy_from_slice(self.take(N, what)?);
+        Ok(word)
+    }
+
+    fn u32(&mut self, what: &dyn Display) -> Result<u32> {
+        self.array(what).map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self, what: &dyn Display) -> Result<u64> {
+        self.array(what).map(u64::from_le_bytes)
+    }
+
+    /// How many keys or tensors the file says it has.
+    fn count(&mut self, what: &str, limit: usize) -> Result<usize> {
+        let at = self.at;
+        let count = self.u64(&format_args!("the number of {what}"))?;
+        if count > limit as u64 {
+            return Err(self.error(format!("{count} {what} promised at {at}; the limit is {limit}")));
+        }
+        Ok(count as usize)
+    }
+
+    /// Whether `count` things of at least `size` bytes can follow: asked before anything is allocated for them.
+    fn check_room(&self, count: usize, size: usize, what: &dyn Display) -> Result<()> {
+        match count.checked_mul(size) {
+            Some(bytes) if bytes <= self.remaining() => Ok(()),
+            _ => Err(self.error(format!(
+                "{count} {what} promised, at least {size} bytes each, but only {} bytes follow at {} (was the download \
+                 cut?)",
+                self.remaining(),
+                self.at
+            ))),
+        }
+    }
+
+    fn string(&mut self, limit: usize, what: &dyn Display) -> Result<&'a [u8]> {
+        let at = self.at;
+        let length = self.u64(&format_args!("the length of {what}"))?;
+        if length > limit as u64 {
+            return Err(self.error(format!("{what} at {at} is {length} bytes long; the limit is {limit}")));
+        }
+        self.take(length as usize, what)
+    }
+
+    /// The name of a key or a tensor.
+    fn name(&mut self, limit: usize, what: &dyn Display) -> Result<String> {
+        let at = self.at;
+        let bytes = self.string(limit, what)?;
+        match str::from_utf8(bytes) {
+            Ok("") => Err(self.error(format!("{what} at {at} is empty"))),
+            Ok(name) => Ok(name.to_owned()),
+            Err(_) => Err(self.error(format!("{what} at {at} is not UTF-8"))),
+        }
+    }
+
+    fn value(&mut self, key: &str) -> Result<Value> {
+        let what = format!("key `{}`", key.escape_debug());
+        let at = self.at;
+        let id = self.u32(&format_args!("the type of {what}"))?;
+        if id == ARRAY {
+            return self.array_value(&what).map(Value::Array);
+        }
+        let Some(element) = ElementType::from_id(id) else {
+            return Err(self.error(format!("{what} has value type {id} at {at}; types go from 0 to 12")));
+        };
+        let at = self.at;
+        let bytes = match element.size() {
+            Some(size) => self.take(size, &what)?,
+            None => self.string(MAX_STRING, &what)?,
+        };
+        element
+            .decode(bytes)
+            .ok_or_else(|| self.error(format!("{what} is a bool of byte {bytes:?} at {at}; it must be 0 or 1")))
+    }
+
+    fn array_value(&mut self, what: &str) -> Result<Array> {
+        let at = self.at;
+        let id = self.u32(&format_args!("the element type of {what}"))?;
+        if id == ARRAY {
+            return Err(Error::UnsupportedModel(format!(
+                "{}: {what} is an array of arrays at {at}; no model this library runs has one",
+                self.path.display()
+            )));
+        }
+        let Some(element) = ElementType::from_id(id) else {
+            return Err(self.error(format!("{what} has elements of type {id} at {at}; types go from 0 to 12")));
+        };
+        let at = self.at;
+        let len = self.u64(&format_args!("the number of elements of {what}"))?;
+        if len > MAX_ARRAY as u64 {
+            return Err(self.error(format!("{what} has {len} elements, says {at}; the limit is {MAX_ARRAY}")));
+        }
+        let len = len as usize;
+        self.check_room(len, element.size().unwrap_or(STRING_PREFIX), &format_args!("elements of {what}"))?;
+        let start = self.at;
+        let mut starts = Vec::new();
+        match element.size() {
+            Some(size) => {
+                let bytes = self.take(len * size, &what)?;
+                if element == ElementType::Bool
+                    && let Some(i) = bytes.iter().position(|&b| b > 1)
+                {
+                    return Err(
+                        self.error(format!("element {i} of {what} is a bool of byte {}; it must be 0 or 1", bytes[i]))
+                    );
+                }
+            }
+            None => {
+                starts.reserve_exact(len + 1);
+                for i in 0..len {
+                    starts.push((self.at - start + STRING_PREFIX) as u32); // a header is 256 MiB at most
+                    self.string(MAX_STRING, &format_args!("element {i} of {what}"))?;
+                }
+                starts.push((self.at - start + STRING_PREFIX) as u32);
+            }
+        }
+        Ok(Array { element, len, data: Bytes::new(self.map, start..self.at), starts })
+    }
+
+    /// Row `i` of the tensor table.
+    fn entry(&mut self, i: usize) -> Result<Entry> {
+        let name = self.name(MAX_NAME, &format_args!("the name of tensor {i}"))?;
+        let what = format!("tensor `{}`", name.escape_debug());
+        let at = self.at;
+        let n_dims = self.u32(&format_args!("the number of dimensions of {what}"))?;
+        if !(1..=4).contains(&n_dims) {
+            return Err(self.error(format!("{what} has {n_dims} dimensions, says {at}; 1 to 4 are possible")));
+        }
+        let mut dims = Vec::with_capacity(4);
+        for _ in 0..n_dims {
+            dims.push(self.u64(&format_args!("the dimensions of {what}"))?);
+        }
+        let id = self.u32(&format_args!("the type of {what}"))?;
+        let offset = self.u64(&format_args!("the offset of {what}"))?;
+        let dtype = GgmlType::from_id(id);
+
+        let elements = dims.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
+        let elements = match elements.filter(|&n| n <= isize::MAX as u64) {
+            Some(0) => return Err(self.error(format!("{what} has a dimension of 0: {dims:?}, at {at}"))),
+            Some(n) => n,
+            None => {
+                return Err(
+                    self.error(format!("{what} has dimensions {dims:?} at {at}, more elements than can be counted"))
+                );
+            }
+        };
+        let size = match dtype.block() {
+            None => None,
+            Some((block, bytes)) => {
+                if !dims[0].is_multiple_of(block as u64) {
+                    return Err(self.error(format!(
+                        "{what} has rows of {} elements, which is no multiple of {block}, the block of its type {}",
+                        dims[0],
+                        dtype.name()
+                    )));
+                }
+                match (elements / block as u64).checked_mul(bytes as u64) {
+                    Some(size) => Some(size),
+                    None => {
+                        return Err(self
+                            .error(format!("{what} has dimensions {dims:?} at {at}, more bytes than can be counted")));
+                    }
+                }
+            }
+        };
+        let shape = dims.iter().rev().map(|&dim| dim as usize).collect();
+        Ok(Entry { name, dtype, shape, size, offset })
+    }
+}

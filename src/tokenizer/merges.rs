@@ -1,0 +1,71 @@
+//! The merges of a BPE: which two neighbours become one token, the first ones first.
+use std::collections::HashMap;
+
+use tokenizers::models::bpe::{BPE, Vocab};
+
+use crate::error::{Error, Result};
+
+pub(super) type Merge = (String, String);
+
+/// The merges of a SentencePiece vocabulary, which has only a score for each piece: a piece can be made of any two
+/// others, those with a higher score first; of the same piece, those parts that come first in the vocabulary.
+///
+/// `pieces`: (id, text, score) of the ordinary pieces, ascending by id; `ids`: all that a merge may consist of. The
+/// order is that of the `tokenizer.json` which Hugging Face publishes for Phi-3.
+pub(super) fn by_score<'a>(pieces: impl Iterator<Item = (&'a str, f32)>, ids: &HashMap<&str, u32>) -> Vec<Merge> {
+    let mut merges = Vec::new(); // (score, left, right)
+    let mut splits = Vec::new(); // of one piece: (id of the left part, id of the right part, length of the left)
+    for (piece, score) in pieces {
+        splits.clear();
+        splits.extend(piece.char_indices().skip(1).filter_map(|(at, _)| {
+            let (left, right) = piece.split_at(at);
+            Some((ids.get(left)?, ids.get(right)?, at))
+        }));
+        splits.sort_unstable();
+        merges.extend(splits.iter().map(|&(_, _, at)| (score, piece.split_at(at))));
+    }
+    merges.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    merges.into_iter().map(|(_, (left, right))| (left.to_owned(), right.to_owned())).collect()
+}
+
+/// A byte-pair encoding, as `tokenizers` builds it.
+#[derive(Default)]
+pub(super) struct Encoding {
+    pub vocab: Vocab,
+    pub merges: Vec<Merge>,
+    pub unk: Option<String>,
+    pub fuse_unk: bool,
+    pub byte_fallback: bool,
+    pub ignore_merges: bool,
+}
+
+impl Encoding {
+    /// `name`: whose merges they are, for messages.
+    pub fn build(self, name: &str) -> Result<BPE> {
+        let mut merged = String::new();
+        for (i, (left, right)) in self.merges.iter().enumerate() {
+            merged.clear();
+            merged.push_str(left);
+            merged.push_str(right);
+            // `BpeBuilder` would index past its buffer for a merge that is longer than every token.
+            for token in [left, right, &merged] {
+                if !self.vocab.contains_key(token) {
+                    return Err(Error::InvalidModel(format!(
+                        "{name}: merge {i}, {left:?} + {right:?}, needs {token:?}, which is not in the vocabulary"
+                    )));
+                }
+            }
+        }
+        // No cache: there would be one for every thread that ever encodes, and it would outlive the tokenizer.
+        let mut builder = BPE::builder()
+            .cache_capacity(0)
+            .vocab_and_merges(self.vocab, self.merges)
+            .fuse_unk(self.fuse_unk)
+            .byte_fallback(self.byte_fallback)
+            .ignore_merges(self.ignore_merges);
+        if let Some(unk) = self.unk {
+            builder = builder.unk_token(unk);
+        }
+        builder.build().map_err(|e| Error::InvalidModel(format!("{name}: {e}")))
+    }
+}
