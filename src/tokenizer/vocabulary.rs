@@ -25,6 +25,9 @@ const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
 
+/// Bytes of one token. Real ones have at most some 256; finding merges takes time that grows with the square.
+const MAX_TOKEN: usize = 1024;
+
 // Values of `tokenizer.ggml.token_type`; 2 is unknown, 5 unused, 6 a byte.
 const NORMAL: i32 = 1;
 const CONTROL: i32 = 3;
@@ -126,6 +129,12 @@ impl<'a> Vocabulary<'a> {
         let strings = keys.strings(TOKENS)?.ok_or_else(|| missing(gguf, TOKENS))?;
         let mut tokens = Vec::with_capacity(strings.len());
         for (id, bytes) in strings.iter().enumerate() {
+            if bytes.len() > MAX_TOKEN {
+                let len = bytes.len();
+                return Err(invalid(format!(
+                    "key `{TOKENS}`: token {id} has {len} bytes; at most {MAX_TOKEN} are allowed"
+                )));
+            }
             tokens.push(str::from_utf8(bytes).map_err(|_| invalid(format!("key `{TOKENS}`: token {id} is no UTF-8")))?);
         }
         let n_vocab = size(gguf)?;
