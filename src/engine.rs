@@ -89,7 +89,8 @@ impl Engine {
             Some(json) => Tokenizer::from_json(json, &gguf)?,
             None => Tokenizer::from_gguf(&gguf)?,
         };
-        let template = Template::new(options.chat_template.as_deref(), &gguf, &tokenizer)?;
+        let tokenizer = Arc::new(tokenizer);
+        let template = Template::new(options.chat_template.as_deref(), &gguf, tokenizer.clone())?;
         let model = load_model(&gguf, options)?;
         if tokenizer.n_vocab() > model.n_vocab() {
             return Err(Error::InvalidModel(format!(
@@ -119,7 +120,7 @@ impl Engine {
             n_threads: model.n_threads(),
             system_fingerprint: fingerprint(&gguf, model.as_ref(), &options.kv_cache),
         };
-        let parts = Parts { gguf, tokenizer: Arc::new(tokenizer), template, model };
+        let parts = Parts { gguf, tokenizer, template, model };
         Ok(Engine { info, scheduler: Scheduler::default(), parts: Mutex::new(Some(Arc::new(parts))) })
     }
 

@@ -49,7 +49,7 @@ impl FinishReason {
     }
 }
 
-/// New text, never empty, and the ids it took.
+/// New text and the ids it took. Only the last piece of a generation may lack text: it has the ids that made none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Piece {
     pub text: String,
@@ -70,9 +70,9 @@ pub struct TokenLogprob {
 #[derive(Debug, PartialEq)]
 pub enum Step {
     /// An id, and the text that it completed, if it did.
-    Token { id: u32, piece: Option<Piece> },
-    /// The end, the last id (none for a stop id), and the text that was still held back.
-    End { id: Option<u32>, piece: Option<Piece>, reason: FinishReason },
+    Token(Option<Piece>),
+    /// The end, and what was still held back.
+    End(Option<Piece>, FinishReason),
 }
 
 /// A generation under way.
@@ -119,7 +119,7 @@ impl Generation {
         let logits = self.logits(cancel)?;
         let id = self.sampler.sample(&logits)?;
         if !self.request.ignore_eos && self.tokenizer.stop_ids().contains(&id) {
-            return Ok(self.end(None, FinishReason::Stop));
+            return Ok(self.end(FinishReason::Stop));
         }
         self.last = Some(id);
         self.generated += 1;
@@ -133,13 +133,14 @@ impl Generation {
             let (text, stopped) = self.stops.push(&text);
             self.pending.text.push_str(&text);
             if stopped {
-                return Ok(Step::End { id: Some(id), piece: self.take_piece(), reason: FinishReason::Stop });
+                return Ok(Step::End(self.rest(), FinishReason::Stop));
             }
         }
         if self.generated == self.request.max_tokens {
-            return Ok(self.end(Some(id), FinishReason::Length));
+            return Ok(self.end(FinishReason::Length));
         }
-        Ok(Step::Token { id, piece: self.take_piece() })
+        let has_text = !self.pending.text.is_empty();
+        Ok(Step::Token(if has_text { self.rest() } else { None }))
     }
 
     fn logits(&mut self, cancel: &Cancel) -> Result<Vec<f32>> {
@@ -158,14 +159,15 @@ impl Generation {
         Ok(logits)
     }
 
-    fn end(&mut self, id: Option<u32>, reason: FinishReason) -> Step {
+    fn end(&mut self, reason: FinishReason) -> Step {
         let held = self.stops.finish();
         self.pending.text.push_str(&held);
-        Step::End { id, piece: self.take_piece(), reason }
+        Step::End(self.rest(), reason)
     }
 
-    /// The text that is ready, with all ids up to here.
-    fn take_piece(&mut self) -> Option<Piece> {
-        if self.pending.text.is_empty() { None } else { Some(std::mem::take(&mut self.pending)) }
+    /// Everything up to here that was not handed out yet.
+    fn rest(&mut self) -> Option<Piece> {
+        let piece = std::mem::take(&mut self.pending);
+        Some(piece).filter(|piece| !piece.ids.is_empty() || !piece.text.is_empty())
     }
 }

@@ -33,9 +33,8 @@ struct Outbox {
 #[derive(Default)]
 struct State {
     pieces: VecDeque<Piece>,
-    /// All that were sampled; the reader has seen `ids_read` of them.
+    /// Of the pieces that were read.
     ids: Vec<u32>,
-    ids_read: usize,
     finish: Option<FinishReason>,
     /// Delivered once, after the pieces.
     error: Option<Error>,
@@ -93,7 +92,7 @@ impl TextStream {
         loop {
             let cancelled = state.finish == Some(FinishReason::Cancelled);
             if let Some(piece) = state.pieces.pop_front().filter(|_| !cancelled) {
-                state.ids_read += piece.ids.len();
+                state.ids.extend(&piece.ids);
                 drop(state);
                 self.scheduler.waker().wake();
                 return Ok(ControlFlow::Continue(Some(piece)));
@@ -156,14 +155,10 @@ impl TextStream {
         Ok(lock(&self.outbox.state).finish_read())
     }
 
-    /// The ids of the text that was read; at the end of a complete text, all of them.
+    /// The ids of the pieces that were read.
     pub fn ids(&self) -> Result<Vec<u32>> {
         self.scheduler.fork_guard().check()?;
-        let state = lock(&self.outbox.state);
-        Ok(match state.finish_read() {
-            Some(FinishReason::Stop | FinishReason::Length) => state.ids.clone(),
-            _ => state.ids[..state.ids_read].to_vec(),
-        })
+        Ok(lock(&self.outbox.state).ids.clone())
     }
 
     pub fn timings(&self) -> Result<Timings> {
@@ -206,13 +201,11 @@ impl Job for StreamJob {
             decode_passes: self.generation.decode_passes,
         };
         let more = match step {
-            Ok(Step::Token { id, piece }) => {
-                state.ids.push(id);
+            Ok(Step::Token(piece)) => {
                 state.deliver(piece);
                 state.finish.is_none()
             }
-            Ok(Step::End { id, piece, reason }) => {
-                state.ids.extend(id);
+            Ok(Step::End(piece, reason)) => {
                 state.deliver(piece);
                 state.end(reason, None);
                 false

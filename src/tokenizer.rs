@@ -6,6 +6,7 @@
 //! ```
 //! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours ([`added`]), because only we
 //! know which part of a prompt is the user's: there, nothing is ever a control token.
+use std::fmt;
 use std::path::Path;
 
 use tokenizers::models::bpe::BPE;
@@ -49,7 +50,6 @@ pub enum Special<'a> {
 }
 
 /// One tokenizer, from a GGUF file or a `tokenizer.json`.
-#[derive(Debug)]
 pub struct Tokenizer {
     family: Family,
     n_vocab: usize,
@@ -64,6 +64,14 @@ pub struct Tokenizer {
     prefixes_segments: bool,
     bos_id: Option<u32>,
     stop_ids: Vec<u32>,
+}
+
+/// Without the tables, which would fill pages.
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { family, n_vocab, .. } = self;
+        f.debug_struct("Tokenizer").field("family", family).field("n_vocab", n_vocab).finish_non_exhaustive()
+    }
 }
 
 /// What a file says of its tokenizer, before the parts are put together.
@@ -102,7 +110,8 @@ impl Tokenizer {
             Ok(tokenizer)
         };
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(build)).unwrap_or_else(|_| {
-            Err(Error::InvalidModel(format!("{}: this tokenizer contradicts itself", path.display())))
+            let path = path.display();
+            Err(Error::InvalidModel(format!("{path}: not a tokenizer that works: it fails on a short text")))
         })
     }
 

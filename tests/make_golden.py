@@ -24,9 +24,11 @@ GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 # between the two best logits of every greedy step, so that the rounding of an f16 KV cache cannot change an id
 MIN_GAP = 0.2
 
-SPECIALS = [f"<|{name}|>" for name in "endoftext assistant placeholder1 placeholder2 placeholder3 placeholder4".split()]
-SPECIALS += [f"<|{name}|>" for name in "system end placeholder5 placeholder6 user".split()]
-PIECES = "▁t he ▁the in er ▁a ▁ t h e i n r a o s l d".split()
+SPECIALS = [
+    f"<|{name}|>" for name in ["endoftext", "assistant", "placeholder1", "placeholder2", "placeholder3", "placeholder4"]
+]
+SPECIALS += [f"<|{name}|>" for name in ["system", "end", "placeholder5", "placeholder6", "user"]]
+PIECES = ["▁t", "he", "▁the", "in", "er", "▁a", "▁", "t", "h", "e", "i", "n", "r", "a", "o", "s", "l", "d"]
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *PIECES, *SPECIALS]
 TYPES = [2, 3, 3] + [6] * 256 + [1] * len(PIECES) + [3] * len(SPECIALS)  # unknown, control, byte, normal
 SCORES = [0.0] * 259 + [-float(i) for i in range(len(PIECES))] + [-1000.0] * len(SPECIALS)
@@ -476,9 +478,10 @@ def main():
         llama_quantize(source, out, value) if call == "quantize" else llama_logits(source, value, out)
         return
 
-    import gguf  # noqa: F401  # fail before anything is written
     import torch
     import transformers
+
+    import gguf  # noqa: F401  # fail before anything is written
 
     unknown = set(args.cases) - {case.name for case in CASES}
     if unknown:

@@ -11,7 +11,6 @@ import pathlib
 
 import numpy as np
 import pytest
-
 from candle_phi import Phi
 from candle_phi.errors import PhiError, UnsupportedModelError
 
@@ -90,13 +89,13 @@ def test_cases_cover_every_weight_type():
 
 @pytest.mark.parametrize("kv_cache", ["f32", "f16"])
 @pytest.mark.parametrize(("case", "prompt"), PROMPTS)
-def test_logits_of_every_position(model, record_property, case, prompt, kv_cache):
+def test_logits_of_every_position(model, case, prompt, kv_cache):
     phi, want = model(case, kv_cache=kv_cache), golden(case, prompt)
     got = logits_of(phi, want["ids"], every_position=True)
     assert got.dtype == np.float32
     assert got.shape == (len(want["ids"]), phi.n_vocab)
     error = np.abs(got[want["first"] :] - want["logits"]).max()
-    record_property("max_error", float(error))
+    print(f"largest error {error:.1e}")
     assert error <= BOUND[kv_cache]
 
 
@@ -110,7 +109,7 @@ def test_logits_of_the_last_position(model, case, prompt):
 
 @pytest.mark.parametrize("kv_cache", ["f32", "f16"])
 @pytest.mark.parametrize(("case", "prompt"), PROMPTS)
-def test_greedy_ids_and_their_logprobs(model, record_property, case, prompt, kv_cache):
+def test_greedy_ids_and_their_logprobs(model, case, prompt, kv_cache):
     """Through the cache: past the window, and across the LongRoPE boundary, where everything is computed again."""
     phi, want = model(case, kv_cache=kv_cache), golden(case, prompt)
     result = greedy(phi, want["ids"], len(want["greedy"]), logprobs=True, top_logprobs=5)
@@ -124,7 +123,7 @@ def test_greedy_ids_and_their_logprobs(model, record_property, case, prompt, kv_
             *((top.token_id, top.logprob) for top in position.top),
         ]
     )
-    record_property("max_error", float(error))
+    print(f"largest error {error:.1e}")
     assert error <= 2 * BOUND[kv_cache]  # a logit and the normalizer, each within the bound
 
 
@@ -178,7 +177,7 @@ def test_the_bare_file_lacks_the_optional_keys(model):
 @pytest.mark.parametrize("kv_cache", ["f32", "f16"])
 @pytest.mark.parametrize("kernel", [None, "portable"])
 @pytest.mark.parametrize("case", K_QUANT)
-def test_k_quants_lose_no_more_than_llama_cpp(model, record_property, case, kernel, kv_cache):
+def test_k_quants_lose_no_more_than_llama_cpp(model, case, kernel, kv_cache):
     """The RMSE to Hugging Face on the dequantized weights, averaged over the prompts, beside llama.cpp's on the same
     file and KV type."""
     phi = model(case, kernel=kernel, kv_cache=kv_cache)
@@ -189,7 +188,7 @@ def test_k_quants_lose_no_more_than_llama_cpp(model, record_property, case, kern
         got = logits_of(phi, want["ids"], every_position=True).astype(np.float64)
         ours[prompt] = np.sqrt(np.mean((got - want["logits"]) ** 2))
     mean, limit = np.mean(list(ours.values())), 1.05 * np.mean(list(theirs.values()))
-    record_property("mean_rmse", float(mean))
+    print(f"mean RMSE {mean:.2e}, llama.cpp {limit / 1.05:.2e}")
     assert len(ours) >= 6
     assert mean <= limit, f"{phi.kernel}: {mean:.4f}, llama.cpp {limit / 1.05:.4f}"
 
@@ -210,8 +209,8 @@ def test_stock_engine_agrees_where_it_is_right(model, case, prompt):
     [
         ("longrope", "(?i)longrope|rope_factors"),
         ("rope_base", "250000"),
-        ("f16", "rotary|rope.dimension_count"),
-        ("k_low", "tied|output.weight"),
+        ("f16", "12 of 16"),
+        ("k_low", "(?i)tied|head"),
     ],
 )
 def test_stock_engine_refuses_what_it_computes_wrongly(case, reason):

@@ -25,7 +25,6 @@ pub(super) struct AddedToken {
     pub normalized: bool,
 }
 
-#[derive(Debug)]
 pub(super) struct AddedTokens {
     /// Ascending by id.
     tokens: Vec<AddedToken>,
@@ -39,7 +38,6 @@ pub(super) struct AddedTokens {
 }
 
 /// An automaton over the texts of some of the tokens; `None` if there are none.
-#[derive(Debug)]
 struct Matcher(Option<(AhoCorasick, Vec<usize>)>);
 
 /// A piece of the text, and the token if it is one.

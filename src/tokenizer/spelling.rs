@@ -42,7 +42,6 @@ impl Decoder {
 }
 
 /// The bytes of every token, one after the other.
-#[derive(Debug)]
 pub(super) struct Spelling {
     bytes: Vec<u8>,
     /// Where the bytes of each id end, (n_vocab); they start where those of the id before end.
