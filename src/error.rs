@@ -13,6 +13,9 @@ pub enum Error {
     /// The file is sound, but is not something this build can run (`UnsupportedModelError`).
     #[error("{0}")]
     UnsupportedModel(String),
+    /// Planned, and not built yet (`NotInThisVersionError`).
+    #[error("{0}")]
+    NotInThisVersion(String),
     /// The prompt does not fit the context (`ContextLengthError`).
     #[error("the prompt has {prompt_tokens} tokens; n_ctx is {n_ctx}, and at least one must be left to generate")]
     ContextLength { prompt_tokens: usize, n_ctx: usize },

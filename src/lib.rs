@@ -1,6 +1,46 @@
 //! candle-phi: Phi-3-family GGUF models as a stream of text.
+//!
+//! The engine behind the Python package of the same name. It knows nothing of Python: `python.rs` is the one file that
+//! does, and is compiled with the feature `python` only. The data's way through one call:
+//!
+//! ```text
+//! Engine::load            engine      file, tokenizer, template, weights, compute thread
+//!   Gguf::open            gguf        the file, mapped and checked; its bytes are the weights
+//! Engine::stream          engine      prompt ids checked; nothing is computed yet
+//!   Template::render      chat        messages -> prompt text, user text marked as text
+//!   Tokenizer::encode     tokenizer   text -> ids
+//! TextStream::next        stream      the reader waits; the compute thread takes a step
+//!   Scheduler             schedule    whose turn it is
+//!   Generation::step      generate    the prompt in one pass, then an id at a time
+//!     Sequence::forward   phi3        the model, over ops, rope and cache (or stock: Candle's own)
+//!       Ops::linear       ops         a Candle custom op: tasks for the thread pool
+//!         Kernel::matmul  kernels     plain slices, chosen for this CPU
+//!     Sampler::sample     sampling    logits -> id
+//!     Detokenizer::push   detokenizer ids -> text, once its bytes are whole
+//!     StopStrings::push   stop        what may become a stop string waits
+//! ```
+//!
+//! Imports go down this list, never up.
+
+pub mod cache;
 pub mod chat;
 pub mod detokenizer;
+pub mod engine;
 pub mod error;
+pub mod generate;
 pub mod gguf;
+pub mod hub;
+pub mod kernels;
+pub mod model;
+pub mod ops;
+pub mod phi3;
+#[cfg(feature = "python")]
+mod python;
+pub mod rope;
+pub mod sampling;
+pub mod schedule;
+pub mod stock;
+pub mod stop;
+pub mod stream;
+pub mod threads;
 pub mod tokenizer;

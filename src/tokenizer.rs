@@ -110,7 +110,8 @@ impl Tokenizer {
             Ok(tokenizer)
         };
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(build)).unwrap_or_else(|_| {
-            Err(Error::InvalidModel(format!("{}: this tokenizer contradicts itself", path.display())))
+            let path = path.display();
+            Err(Error::InvalidModel(format!("{path}: not a tokenizer that works: it fails on a short text")))
         })
     }
 

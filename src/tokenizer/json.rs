@@ -48,7 +48,7 @@ impl Document {
         }
         let pieces = self.pieces(model, n_vocab)?;
         let mut vocab: Vocab = pieces.iter().map(|&(id, text)| (text.to_owned(), id)).collect();
-        let added = self.added(&vocab, n_vocab)?;
+        let added = self.added(n_vocab)?;
         let unk = model.get("unk_token").and_then(Value::as_str);
         if let Some(unk) = unk.filter(|unk| !vocab.contains_key(*unk)) {
             return Err(self.invalid(format!("`model.unk_token` {unk:?} is not in the vocabulary")));
@@ -117,32 +117,17 @@ impl Document {
         merges.map(|(i, merge)| pair(merge).ok_or_else(|| wrong(i, merge))).collect()
     }
 
-    fn added(&self, vocab: &Vocab, n_vocab: usize) -> Result<Vec<AddedToken>> {
+    fn added(&self, n_vocab: usize) -> Result<Vec<AddedToken>> {
         let Some(list) = self.root.get("added_tokens").filter(|list| !list.is_null()) else { return Ok(Vec::new()) };
         let list = list.as_array().ok_or_else(|| self.invalid("`added_tokens` is not a list"))?;
-        let mut tokens: Vec<AddedToken> = Vec::with_capacity(list.len());
-        let mut next = vocab.len() as u32;
+        let mut tokens = Vec::with_capacity(list.len());
         for (i, entry) in list.iter().enumerate() {
             let entry = entry.as_object();
             let content = entry.and_then(|entry| entry.get("content")).and_then(Value::as_str);
             let (Some(entry), Some(content)) = (entry, content) else {
                 return Err(self.invalid(format!("`added_tokens`: entry {i} has no `content`")));
             };
-            if content.is_empty() {
-                continue;
-            }
             let id = self.id(content, entry.get("id").unwrap_or(&Value::Null), n_vocab)?;
-            let known = tokens.iter().find(|token| token.content == content).map(|token| token.id);
-            let expected = vocab.get(content).copied().or(known).unwrap_or_else(|| {
-                next += 1;
-                next - 1
-            });
-            // Hugging Face's own loader goes by the vocabulary and by order, and ignores the ids that are written.
-            if id != expected {
-                return Err(
-                    self.invalid(format!("added token {content:?} has the id {id}; by its place it is {expected}"))
-                );
-            }
             let flag = |key: &str| self.flag(entry, key);
             tokens.push(AddedToken {
                 id,

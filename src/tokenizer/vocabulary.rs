@@ -2,8 +2,7 @@
 //!
 //! What the file does not say is filled in as in Hugging Face's tokenizers of the family: the normalizer, the splits
 //! before byte-level BPE, and which added tokens take the whitespace around them.
-use std::collections::HashMap;
-
+use tokenizers::models::bpe::Vocab;
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -25,6 +24,9 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
+
+/// Bytes of one token. Real ones have at most some 256; finding merges takes time that grows with the square.
+const MAX_TOKEN: usize = 1024;
 
 // Values of `tokenizer.ggml.token_type`; 2 is unknown, 5 unused, 6 a byte.
 const NORMAL: i32 = 1;
@@ -51,6 +53,7 @@ struct Vocabulary<'a> {
     n_vocab: usize,
     tokens: Vec<&'a str>,
     types: Vec<i32>,
+    /// SPM's `<unk>`. Byte-level BPE has no use for one; Phi-4 files name an ordinary token, 5809, "\u{fffd}".
     unknown: Option<u32>,
 }
 
@@ -69,7 +72,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Parts<'_>> {
         },
         other => return Err(unsupported(MODEL, other, "\"llama\" (Phi-3) and \"gpt2\" (Phi-4)")),
     };
-    let vocabulary = Vocabulary::read(gguf)?;
+    let vocabulary = Vocabulary::read(gguf, family)?;
     match family {
         Family::Spm => vocabulary.spm(),
         Family::Phi4 => vocabulary.byte_level(family, CL100K),
@@ -120,12 +123,18 @@ fn is_padding(text: &str) -> bool {
 }
 
 impl<'a> Vocabulary<'a> {
-    fn read(gguf: &'a Gguf) -> Result<Self> {
+    fn read(gguf: &'a Gguf, family: Family) -> Result<Self> {
         let keys = gguf.metadata();
         let invalid = |what: String| Error::InvalidModel(format!("{}: {what}", gguf.path().display()));
         let strings = keys.strings(TOKENS)?.ok_or_else(|| missing(gguf, TOKENS))?;
         let mut tokens = Vec::with_capacity(strings.len());
         for (id, bytes) in strings.iter().enumerate() {
+            if bytes.len() > MAX_TOKEN {
+                let len = bytes.len();
+                return Err(invalid(format!(
+                    "key `{TOKENS}`: token {id} has {len} bytes; at most {MAX_TOKEN} are allowed"
+                )));
+            }
             tokens.push(str::from_utf8(bytes).map_err(|_| invalid(format!("key `{TOKENS}`: token {id} is no UTF-8")))?);
         }
         let n_vocab = size(gguf)?;
@@ -135,7 +144,7 @@ impl<'a> Vocabulary<'a> {
         }
         let types = keys.i32s(TYPES)?.ok_or_else(|| missing(gguf, TYPES))?;
         check_length(gguf, TYPES, types.len(), tokens.len())?;
-        let unknown = id(gguf, UNKNOWN, tokens.len())?;
+        let unknown = id(gguf, UNKNOWN, tokens.len())?.filter(|_| family == Family::Spm);
         Ok(Self { gguf, n_vocab, tokens, types, unknown })
     }
 
@@ -174,10 +183,10 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// A text may contain every byte.
-    fn check_bytes(&self, ids: &HashMap<&str, u32>, token_of: impl Fn(u8) -> String) -> Result<()> {
+    fn check_bytes(&self, vocab: &Vocab, token_of: impl Fn(u8) -> String) -> Result<()> {
         for byte in 0..=255 {
             let token = token_of(byte);
-            if !ids.contains_key(token.as_str()) {
+            if !vocab.contains_key(&token) {
                 let path = self.gguf.path().display();
                 return Err(Error::InvalidModel(format!(
                     "{path}: key `{TOKENS}`: byte {byte:#04x}, {token:?}, is missing"
@@ -198,11 +207,11 @@ impl<'a> Vocabulary<'a> {
             )));
         }
         let pieces = self.pieces();
-        let ids = first_ids(&pieces);
-        self.check_bytes(&ids, fallback_token)?;
+        let mut vocab = vocab_of(&pieces);
+        self.check_bytes(&vocab, fallback_token)?;
+        let ids = pieces.iter().rev().map(|&(id, text)| (text, id)).collect();
         let normal = pieces.iter().filter(|&&(id, _)| self.types[id as usize] == NORMAL);
         let merges = merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids);
-        let mut vocab: tokenizers::models::bpe::Vocab = ids.iter().map(|(text, &id)| (text.to_string(), id)).collect();
         let unk = self.unknown.map(|id| self.tokens[id as usize].to_owned());
         vocab.extend(unk.clone().zip(self.unknown));
         let name = format!("{}: key `{TOKENS}`", self.gguf.path().display());
@@ -238,9 +247,8 @@ impl<'a> Vocabulary<'a> {
             merges.push((left.to_owned(), right.to_owned()));
         }
         let pieces = self.pieces();
-        let ids = first_ids(&pieces);
-        self.check_bytes(&ids, |byte| char_of(byte).to_string())?;
-        let vocab = ids.iter().map(|(text, &id)| (text.to_string(), id)).collect();
+        let vocab = vocab_of(&pieces);
+        self.check_bytes(&vocab, |byte| char_of(byte).to_string())?;
         let model = Encoding { vocab, merges, ..Encoding::default() }.build(&name)?;
 
         let internal = |e: tokenizers::Error| Error::Internal(format!("a pre-tokenizer: {e}"));
@@ -261,6 +269,51 @@ impl<'a> Vocabulary<'a> {
 }
 
 /// Text to id; of two tokens with the same text the first.
-fn first_ids<'a>(pieces: &[(u32, &'a str)]) -> HashMap<&'a str, u32> {
-    pieces.iter().rev().map(|&(id, text)| (text, id)).collect()
+fn vocab_of(pieces: &[(u32, &str)]) -> Vocab {
+    pieces.iter().rev().map(|&(id, text)| (text.to_owned(), id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The merges of a model, first ones first.
+    fn merges(model: &tokenizers::models::bpe::BPE) -> serde_json::Value {
+        serde_json::to_value(model).expect("serializes")["merges"].take()
+    }
+
+    #[test]
+    fn generated_merges_are_hugging_faces_in_order() {
+        let shared = std::env::var_os("CANDLE_PHI_SHARED").map(std::path::PathBuf::from);
+        let shared = shared.unwrap_or_else(|| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"));
+        let folder = shared.join("data/phi3");
+        if !folder.exists() {
+            println!("skipped: {} is not there", folder.display());
+            return;
+        }
+        let json = std::fs::read(folder.join("tokenizer.json")).expect("readable");
+        let published: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
+        let split = |merge: &serde_json::Value| match merge.as_str().and_then(|line| line.split_once(' ')) {
+            Some((left, right)) => serde_json::json!([left, right]),
+            None => merge.clone(),
+        };
+        let published: Vec<_> = published["model"]["merges"].as_array().expect("merges").iter().map(split).collect();
+        assert_eq!(published.len(), 61_249);
+        let gguf = Gguf::open(&folder.join("ggml-vocab-phi-3.gguf"), true).expect("opens");
+        let generated = merges(&read(&gguf).expect("a vocabulary").model);
+        for (i, (ours, theirs)) in generated.as_array().expect("merges").iter().zip(&published).enumerate() {
+            assert_eq!(ours, theirs, "merge {i}");
+        }
+        assert_eq!(generated.as_array().map(Vec::len), Some(61_249));
+    }
+
+    #[test]
+    fn equal_scores_merge_in_the_order_of_the_vocabulary() {
+        let pieces = [("abc", -1.0), ("bc", -1.0), ("ab", -1.0), ("abcd", -0.5), ("é中", -2.0)];
+        let ids = ["ab", "a", "bc", "c", "b", "abc", "d", "é", "中"];
+        let ids = ids.into_iter().enumerate().map(|(id, text)| (text, id as u32)).collect();
+        let merges = merges::by_score(pieces.into_iter(), &ids);
+        let merges: Vec<String> = merges.into_iter().map(|(left, right)| format!("{left} {right}")).collect();
+        assert_eq!(merges, ["abc d", "ab c", "a bc", "b c", "a b", "é 中"]);
+    }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use candle_phi::gguf::Gguf;
 use candle_phi::tokenizer::{Family, Special, Tokenizer};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tiktoken_rs::CoreBPE;
 
@@ -175,4 +176,46 @@ fn phi4_mini() {
     let special: Vec<u32> = (0..200_064).filter(|&id| ours.is_special(id)).collect();
     assert_eq!(special, [199_999, 200_018, 200_019, 200_020, 200_021, 200_022, 200_028]);
     assert!((200_023..=200_027).all(|id| ours.is_added(id)));
+}
+
+/// A vocabulary in which control tokens are ordinary entries too, as converters write it: whole words are looked up in
+/// it, and merges lead there.
+#[test]
+fn a_json_does_not_lead_from_text_to_control_tokens() {
+    let mut vocab: serde_json::Map<String, Value> = (0..=255).map(|b| (char_of(b).to_string(), json!(b))).collect();
+    let pieces = ["<|", "|>", "en", "end", "<|end", "<|end|>", "<|im_start|>", "Ġa", "ab"];
+    vocab.extend(pieces.into_iter().zip(256..).map(|(piece, id)| (piece.to_owned(), json!(id))));
+    let token = |content: &str| {
+        json!({"id": vocab[content], "content": content, "special": true, "normalized": false,
+                                       "single_word": false, "lstrip": false, "rstrip": true})
+    };
+    let merges = ["< |", "| >", "e n", "en d", "<| end", "<|end |>", "Ġ a", "a b"];
+    let json = json!({
+        "version": "1.0", "normalizer": null, "post_processor": null, "padding": null, "truncation": null,
+        "added_tokens": [token("<|end|>"), token("<|im_start|>")],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "fuse_unk": false,
+                  "end_of_word_suffix": "", "byte_fallback": false, "ignore_merges": true, "vocab": vocab, "merges": merges},
+    });
+    let mut gguf = small();
+    gguf.ids = vec![("eos", 262)];
+    let ours = from_json(&json, &gguf).unwrap();
+    let reference = Reference::new(&json);
+    for text in texts(22, 2000, &["<|end", "end", "ab", " a"], &["<|end|>", "<|im_start|>"]) {
+        let ids = ours.encode(&text, Special::All).unwrap();
+        assert_eq!(ids, reference.encode(&text), "{text:?}");
+        assert_eq!(ours.decode(&ids, true).unwrap(), reference.decode(&ids, true));
+        let spelled = ours.encode(&text, Special::None).unwrap();
+        assert!(spelled.iter().all(|&id| !ours.is_added(id)), "{text:?}");
+        assert_eq!(ours.decode(&spelled, true).unwrap(), text);
+    }
+    assert_eq!(ours.encode("<|end|>", Special::Except(&[0])).unwrap(), [260, 257]);
+    assert_eq!((ours.family(), ours.stop_ids()), (Family::Phi4, &[261, 262][..]));
+
+    let mut truncating = json.clone();
+    truncating["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    truncating["model"]["dropout"] = json!(1.0);
+    let whole = from_json(&truncating, &gguf).unwrap().encode("abababab", Special::All).unwrap();
+    assert_eq!(whole, [264; 4], "truncation and dropout are for training");
 }

@@ -248,3 +248,12 @@ fn added_tokens_of_a_json_follow_all_their_flags() {
         }
     }
 }
+
+#[test]
+fn one_tokenizer_serves_any_number_of_threads() {
+    let ours = Arc::new(small().load().unwrap());
+    let ids = ours.encode("<|user|>\nhello the world 中文😀", Special::All).unwrap();
+    let encode = |ours: Arc<Tokenizer>| move || ours.encode("<|user|>\nhello the world 中文😀", Special::All).unwrap();
+    let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(encode(ours.clone()))).collect();
+    assert!(threads.into_iter().all(|thread| thread.join().unwrap() == ids));
+}

@@ -1,0 +1,68 @@
+# Every command of the project. Each makes what it needs: a virtual environment in .venv with the newest Python that it
+# finds (PYTHON=... picks another), the tools from the registries, and the build.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help demo build test lint bench require engine
+
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
+unexport CONDA_PREFIX
+RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: build ## build, and stream a haiku from the bundled model
+	$(BIN)/candle-phi "Write a haiku about ice hockey" --model demo
+
+build: require .venv/build ## the optimized build, installed in .venv
+	$(BIN)/maturin develop --release
+
+# The tests of the engine and the module for Python share a profile, so that the dependencies are compiled once.
+engine: require .venv/test
+	$(BIN)/maturin develop
+
+test: engine ## the tests of the engine (cargo) and of the package (pytest), with both totals at the end
+	@set -o pipefail; \
+	cargo test --no-default-features 2>&1 | tee .venv/cargo.log && cargo=0 || cargo=1; \
+	$(BIN)/python -m pytest 2>&1 | tee .venv/pytest.log && pytest=0 || pytest=1; \
+	awk '/^test result:/ { passed += $$4; failed += $$6 } END { printf "\ncargo:  %d passed, %d failed\n", passed, failed }' \
+		.venv/cargo.log; \
+	echo "pytest: $$(tail -n 1 .venv/pytest.log | tr -d '=' | xargs)"; \
+	test $$cargo$$pytest = 00
+
+lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against the compiled module
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest candle_phi._engine
+
+bench: ## the benchmarks, which the next version has
+	@if [ -f benches/tokens_per_second.py ]; then $(MAKE) build && $(BIN)/python benches/tokens_per_second.py; \
+	else echo "there are no benchmarks in this version"; fi
+
+# What is missing or too old, in one line.
+require:
+	@command -v cargo > /dev/null && command -v rustc > /dev/null || \
+		{ echo "make: Rust is missing: install $(RUST_VERSION) or later, see https://rustup.rs" >&2; exit 1; }
+	@found=$$(rustc --version | awk '{ print $$2 }'); \
+	printf '%s\n' $(RUST_VERSION) "$${found%%-*}" | sort -V -C || \
+		{ echo "make: Rust $$found is too old: $(RUST_VERSION) or later is needed (rustup update)" >&2; exit 1; }
+
+# A Python counts when it is 3.11 or later and can make virtual environments (Debian packs that apart).
+.venv/made:
+	@for python in $(or $(PYTHON),python3.15 python3.14 python3.13 python3.12 python3.11 python3 python); do \
+		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+			"$$python" -m venv .venv && $(BIN)/python -m pip install --quiet --upgrade pip && touch $@ && exit 0; \
+		fi; \
+	done; \
+	echo "make: Python 3.11 or later is missing, or its venv module is (python3-venv on Debian)" >&2; exit 1
+
+# The dependency groups of pyproject.toml.
+.venv/build .venv/test .venv/lint: .venv/%: .venv/made pyproject.toml
+	$(BIN)/python -m pip install --quiet --group $*
+	@touch $@

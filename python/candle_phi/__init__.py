@@ -1,0 +1,50 @@
+"""Phi-3-family GGUF models as a stream of text.
+
+from candle_phi import Phi
+
+with Phi.demo() as phi:
+    for chunk in phi.stream("Write a haiku about ice hockey"):
+        print(chunk, end="", flush=True)
+"""
+
+from ._engine import __version__
+from .errors import (
+    BusyError,
+    ClosedError,
+    ContextLengthError,
+    DownloadError,
+    ForkError,
+    InternalError,
+    InvalidModelError,
+    ModelNotFoundError,
+    NotInThisVersionError,
+    OfflineError,
+    PhiError,
+    UnsupportedModelError,
+)
+from .model import Phi
+from .results import Chunk, Result, Timings, TokenLogprob, Usage
+from .stream import Stream
+
+__all__ = [
+    "BusyError",
+    "Chunk",
+    "ClosedError",
+    "ContextLengthError",
+    "DownloadError",
+    "ForkError",
+    "InternalError",
+    "InvalidModelError",
+    "ModelNotFoundError",
+    "NotInThisVersionError",
+    "OfflineError",
+    "Phi",
+    "PhiError",
+    "Result",
+    "Stream",
+    "Timings",
+    "TokenLogprob",
+    "UnsupportedModelError",
+    "Usage",
+    "__version__",
+]

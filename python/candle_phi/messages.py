@@ -1,0 +1,113 @@
+"""What a prompt may be: text, messages or token ids; and what is wrong with one that is none of these."""
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import SupportsIndex, TypeAlias
+
+from .errors import NotInThisVersionError
+from .options import did_you_mean, encodable
+
+Message: TypeAlias = Mapping[str, object]
+Prompt: TypeAlias = str | Iterable[Message] | Iterable[SupportsIndex]
+"""One user turn, messages, or token ids."""
+Turn: TypeAlias = tuple[str, str]
+"""A checked message: `(role, content)`, the role one of system, user, assistant."""
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_LATER = ("tool", "function")
+_KEYS = ("role", "content")
+
+
+def items(prompt: object) -> list[object]:
+    """The messages or token ids of a prompt that is no str, at least one. Raises TypeError or ValueError."""
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise TypeError(f"the prompt is {type(prompt).__name__}: decode it to str")
+    if isinstance(prompt, Mapping):
+        raise TypeError("the prompt is one message: put it in a list")
+    if not isinstance(prompt, Iterable):
+        raise TypeError(f"the prompt must be a str, messages or token ids, not {type(prompt).__name__}")
+    found = list(prompt)
+    if not found:
+        raise ValueError("the prompt is empty: it has no messages[0] and no token id")
+    return found
+
+
+def are_ids(found: list[object]) -> bool:
+    """Whether items begin as token ids do; anything else is read as messages."""
+    return hasattr(found[0], "__index__")
+
+
+def turns(messages: object) -> list[Turn]:
+    """The turns of messages; a str is one user turn.
+
+    Raises:
+        TypeError, ValueError, NotInThisVersionError: naming the message by its index.
+    """
+    if isinstance(messages, str):
+        return [("user", encodable("the prompt", messages))]
+    return [_turn(i, message) for i, message in enumerate(items(messages))]
+
+
+def token_ids(values: object, n_vocab: int) -> list[int]:
+    """Token ids, each checked against the vocabulary. Raises TypeError or ValueError with the index."""
+    if isinstance(values, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"token ids must be a sequence of int, not {type(values).__name__}")
+    checked = []
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"token ids must be int; number {i} is {type(value).__name__}")
+        token = operator.index(value)
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"token id {token}, number {i}, is outside the vocabulary of {n_vocab}")
+        checked.append(token)
+    return checked
+
+
+def _turn(index: int, message: object) -> Turn:
+    at = f"messages[{index}]"
+    if isinstance(message, str):
+        raise TypeError(f"{at} is a str, and a list of prompts is a batch, which this version does not take")
+    if not isinstance(message, Mapping):
+        hint = " (.model_dump() makes one)" if hasattr(message, "model_dump") else ""
+        raise TypeError(f"{at} is {type(message).__name__}: a message is a dict with role and content{hint}")
+    for key, value in message.items():
+        if key not in _KEYS and value is not None:
+            raise TypeError(f"{at} has an unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
+    role = _role(at, message.get("role"))
+    return role, _content(f"{at}: content", message.get("content"))
+
+
+def _role(at: str, role: object) -> str:
+    if role is None:
+        raise TypeError(f"{at} has no role")
+    if not isinstance(role, str):
+        raise TypeError(f"{at}: role must be a str, not {type(role).__name__}")
+    if role in _LATER:
+        raise NotInThisVersionError(f"{at}: the role {role!r} is not in this version")
+    if role not in _ROLES:
+        raise ValueError(f"{at}: unknown role {role!r}{did_you_mean(role, _ROLES)}")
+    return _ROLES[role]
+
+
+def _content(at: str, content: object) -> str:
+    if content is None:
+        raise TypeError(f"{at} is None")
+    if isinstance(content, str):
+        return encodable(at, content)
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(f"{at} must be a str or a list of text parts, not {type(content).__name__}")
+    return "".join(_part(f"{at}[{i}]", part) for i, part in enumerate(content))
+
+
+def _part(at: str, part: object) -> str:
+    if not isinstance(part, Mapping):
+        raise TypeError(f'{at} must be {{"type": "text", "text": ...}}, not {type(part).__name__}')
+    if part.get("type") != "text":
+        raise ValueError(f"{at} is of type {part.get('type')!r}: these models read text only")
+    for key, value in part.items():
+        if key not in ("type", "text") and value is not None:
+            raise TypeError(f"{at} has an unknown key {key!r}{did_you_mean(str(key), ('type', 'text'))}")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise TypeError(f"{at}: text must be a str, not {type(text).__name__}")
+    return encodable(at, text)

@@ -1,0 +1,412 @@
+"""`Phi`: an open model."""
+
+import functools
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
+
+from . import _engine, options
+from .errors import ModelNotFoundError, NotInThisVersionError
+from .messages import Message, Prompt, are_ids, items, token_ids, turns
+from .results import Result
+from .stream import Stream
+
+Device = Literal["auto", "cpu", "cuda", "metal"]
+Engine = Literal["native", "candle"]
+KvCache = Literal["f16", "f32", "q8_0"]
+
+DEFAULT_REPO = "microsoft/Phi-3-mini-4k-instruct-gguf"
+DEFAULT_FILE = "Phi-3-mini-4k-instruct-q4.gguf"
+
+_logger = logging.getLogger("candle_phi")
+_Parameters = ParamSpec("_Parameters")
+_Returned = TypeVar("_Returned")
+
+
+class ModelOptions(TypedDict, total=False):
+    """The options of `Phi`, which `Phi.demo` and `Phi.from_pretrained` pass on to it."""
+
+    n_ctx: int | None
+    n_threads: int | None
+    device: Device
+    engine: Engine
+    kernel: str | None
+    kv_cache: KvCache
+    mmap: bool
+    tokenizer: str | os.PathLike[str] | None
+    chat_template: str | None
+    max_concurrent: int | None
+    on_progress: Callable[..., object] | None
+
+
+def _parameters_of(
+    method: Callable[_Parameters, object],
+) -> Callable[[Callable[..., _Returned]], Callable[_Parameters, _Returned]]:
+    """Gives a method the parameters of another, so that thirty names and defaults are written down once."""
+
+    def decorate(function: Callable[..., _Returned]) -> Callable[_Parameters, _Returned]:
+        returned = inspect.signature(function).return_annotation
+        signature = inspect.signature(method).replace(return_annotation=returned)
+        function.__signature__ = signature  # type: ignore[attr-defined]  # what inspect and help() read
+        return function
+
+    return decorate
+
+
+class Phi:
+    """An open Phi-3-family model. Any number of threads and streams may share one.
+
+    Args:
+        model_path: a GGUF file, or the first part of a split one.
+        n_ctx: how many tokens the context holds; None: the file's. The cache grows with use.
+        n_threads: None: `CANDLE_PHI_NUM_THREADS`, else what affinity and the cgroup's quota allow.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"metal"`; the last two where the build has that cargo feature.
+        engine: `"native"`, or `"candle"`: Candle's own loop, for comparison.
+        kernel: None: `CANDLE_PHI_KERNEL`, else the best that runs here; a name from `candle-phi doctor`.
+        kv_cache: what keys and values are stored as: `"f16"`, `"f32"` or `"q8_0"`.
+        mmap: False reads the file into private memory, for files that may change or lie on a network mount.
+        tokenizer: the path of a `tokenizer.json`; None: the GGUF's own.
+        chat_template: a Jinja source; None: the file's, else the family's.
+        max_concurrent: not in this version.
+        on_progress: not in this version.
+
+    Raises:
+        ModelNotFoundError: there is no such file. The message names the call that works.
+        InvalidModelError: the file is damaged or contradicts itself.
+        UnsupportedModelError: the file is sound, but not one that this build can run.
+        TypeError, ValueError: an option that is unknown, of the wrong type or out of range.
+        NotInThisVersionError: an option that a later version has.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        device: Device = "auto",
+        engine: Engine = "native",
+        kernel: str | None = None,
+        kv_cache: KvCache = "f16",
+        mmap: bool = True,
+        tokenizer: str | os.PathLike[str] | None = None,
+        chat_template: str | None = None,
+        max_concurrent: int | None = None,
+        on_progress: Callable[..., object] | None = None,
+        **unknown: Never,
+    ) -> None:
+        given = _arguments(locals(), "model_path")
+        path = options.path("model_path", model_path)
+        checked = options.checked(options.MODEL, given)
+        del checked["max_concurrent"], checked["on_progress"]
+        _check_file(path)
+        if checked["tokenizer"] and _is_repository(checked["tokenizer"]):
+            raise NotInThisVersionError(
+                f"tokenizer={checked['tokenizer']!r}: taking it from a Hub repository is not in this version; "
+                "give the path of its tokenizer.json"
+            )
+        self._model = _engine.Model(path, **checked)
+        self._recipe: Callable[[], Phi] = functools.partial(type(self), os.path.abspath(path), **checked)
+
+    @classmethod
+    def demo(cls, **options: Unpack[ModelOptions]) -> Self:
+        """Opens the model that comes with this package: small, real, and good for haiku about ice hockey only."""
+        from importlib.resources import files
+
+        bundled = [file for file in files(__package__).joinpath("demo").iterdir() if file.name.endswith(".gguf")]
+        if len(bundled) != 1:
+            raise ModelNotFoundError(f"this installation has {len(bundled)} bundled models where 1 belongs")
+        phi = cls(str(bundled[0]), **options)
+        phi._recipe = functools.partial(cls.demo, **options)  # another installation keeps the file elsewhere
+        return phi
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | os.PathLike[str],
+        filename: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        progress: bool | None = None,
+        **options: Unpack[ModelOptions],
+    ) -> Self:
+        """Opens a model of the Hugging Face Hub.
+
+        This version does not download. It opens an existing local path, and Microsoft's
+        `Phi-3-mini-4k-instruct-q4.gguf` where it is in the Hub's cache already.
+
+        Raises:
+            NotInThisVersionError: the file would have to be downloaded.
+        """
+        if not _is_repository(repo_id):
+            if revision or cache_dir:
+                raise ValueError(f"revision and cache_dir are for the Hub's repositories, and {repo_id!r} is a path")
+            return cls(repo_id if filename is None else os.path.join(repo_id, filename), **options)
+        usual = not (revision or cache_dir) and filename in (None, DEFAULT_FILE)
+        cached = _engine.default_model() if repo_id == DEFAULT_REPO and usual else None
+        if cached is None:
+            raise NotInThisVersionError(
+                f"downloading {repo_id!r} is not in this version: get the .gguf file and open it with Phi(path)"
+            )
+        return cls(cached, **options)
+
+    @property
+    def path(self) -> str:
+        """The file, as it was given."""
+        return self._model.path
+
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens the context holds."""
+        return self._model.n_ctx
+
+    @property
+    def n_vocab(self) -> int:
+        """How many tokens the vocabulary has."""
+        return self._model.n_vocab
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The file's keys and values."""
+        return self._model.metadata
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source in use."""
+        return self._model.chat_template
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the token that begins a text, which `add_bos=True` prepends."""
+        return self._model.bos_token_id
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end an answer."""
+        return self._model.eos_token_ids
+
+    @property
+    def device(self) -> str:
+        """Where it computes: `"cpu"`, `"cuda"` or `"metal"`."""
+        return self._model.device
+
+    @property
+    def engine(self) -> str:
+        """`"native"` or `"candle"`."""
+        return self._model.engine
+
+    @property
+    def kernel(self) -> str:
+        """The kernel in use."""
+        return self._model.kernel
+
+    @property
+    def n_threads(self) -> int:
+        """How many threads compute."""
+        return self._model.n_threads
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._model.closed
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int = 64,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | Mapping[str, float] | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] | None = None,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        timeout: float | None = None,
+        on_progress: Callable[..., object] | None = None,
+        raw: bool = False,
+        parse_special: bool | None = None,
+        add_bos: bool = False,
+        **unknown: Never,
+    ) -> Stream:
+        """Generates text piece by piece. Whatever is wrong with the call is raised here; work starts at the first read.
+
+        Args:
+            prompt: a str (one user turn), messages (`{"role": ..., "content": ...}`), or token ids. A last message of
+                the assistant is continued.
+            max_tokens: how many tokens at most; None: until a stop or the end of the context.
+            temperature: 0 always takes the most likely token.
+            top_k: keep this many of the most likely tokens; None or 0: all.
+            top_p: keep the smallest set of tokens with this probability together; None or 1: all.
+            min_p: keep tokens at least this probable relative to the most likely one; None or 0: all.
+            repeat_penalty: lowers tokens among the last generated; None: 1.2, or 1 (off) when temperature is 0.
+            repeat_last_n: how many generated tokens repeat_penalty looks back at; 0: none, -1: all.
+            presence_penalty: subtracted from the logit of every token generated so far, -2 to 2.
+            frequency_penalty: the same, times how often it was generated.
+            logit_bias: token id to what is added to its logit, -100 to 100.
+            seed: the same seed gives the same text; None draws one, which the stream and the result report.
+            stop: a str or several that end the text, and are no part of it.
+            ignore_eos: generate through the model's own stop ids, for benchmarks.
+            logprobs: report the log probability of every token.
+            top_logprobs: and of this many of the most likely at its place, at most 20.
+            timeout: not in this version.
+            on_progress: not in this version.
+            raw: take a str as it stands instead of as a user turn.
+            parse_special: whether special tokens in a raw prompt count as such; None: they do.
+            add_bos: put the beginning-of-text token before a raw prompt.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room to generate.
+            ClosedError: the model is closed.
+            TypeError, ValueError: an option or a message that is unknown, of the wrong type or out of range.
+            NotInThisVersionError: an option or a role that a later version has.
+        """
+        given = _arguments(locals(), "prompt")
+        read = options.checked(options.PROMPT, {name: given.pop(name) for name in options.PROMPT})
+        options.checked(options.UNBUILT, {name: given.pop(name) for name in options.UNBUILT})
+        chosen = options.sampling(given)
+        for token in chosen["logit_bias"]:
+            if token >= self.n_vocab:
+                raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {self.n_vocab}")
+        ids = self._read(prompt, **read)
+        return Stream(self._model, self._model.stream(ids, **chosen), logprobs=chosen["logprobs"])
+
+    @_parameters_of(stream)
+    def generate(self, *args: Any, **kwargs: Any) -> Result:
+        """Generates the whole text: the options and errors of `stream`, and the same text."""
+        with self.stream(*args, **kwargs) as stream:
+            for _ in stream:
+                pass
+            return stream._result()
+
+    @_parameters_of(stream)
+    def astream(self, *args: Any, **kwargs: Any) -> Never:
+        """Not in this version."""
+        raise NotInThisVersionError("astream() is not in this version: use stream() in a thread")
+
+    @_parameters_of(stream)
+    def agenerate(self, *args: Any, **kwargs: Any) -> Never:
+        """Not in this version."""
+        raise NotInThisVersionError("agenerate() is not in this version: use asyncio.to_thread(phi.generate, ...)")
+
+    def render(self, messages: str | Iterable[Message]) -> str:
+        """The exact text that messages become; a str is one user turn."""
+        return self._model.render(turns(messages))
+
+    def tokenize(
+        self, prompt: str | Iterable[Message], *, parse_special: bool = False, add_bos: bool = False
+    ) -> list[int]:
+        """The token ids of a text as it stands; or of messages, exactly as `stream` would read them.
+
+        Args:
+            prompt: a str or messages.
+            parse_special: whether special tokens in a str count as such.
+            add_bos: put the beginning-of-text token before a str.
+        """
+        options.checked(options.PROMPT, {"parse_special": parse_special, "add_bos": add_bos})
+        if isinstance(prompt, str):
+            return self._model.tokenize_text(options.encodable("the text", prompt), bool(parse_special), add_bos)
+        if parse_special or add_bos:
+            raise ValueError("parse_special and add_bos are for a str: messages have their template's special tokens")
+        return self._model.tokenize_messages(turns(prompt))
+
+    def detokenize(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
+        """The text of token ids, with special tokens left out or spelled out."""
+        options.checked({"skip_special": options.PROMPT["raw"]}, {"skip_special": skip_special})
+        return self._model.detokenize(token_ids(ids, self.n_vocab), skip_special)
+
+    def logits(
+        self,
+        ids: Iterable[SupportsIndex],
+        *,
+        every_position: bool = False,
+        on_progress: Callable[..., object] | None = None,
+    ) -> "memoryview[float]":
+        """The logits after the last id, float32 of shape (n_vocab,); or after each, (len(ids), n_vocab).
+
+        `numpy.asarray` takes the buffer without a copy.
+        """
+        options.checked({"every_position": options.PROMPT["raw"]}, {"every_position": every_position})
+        options.checked(options.UNBUILT, {"on_progress": on_progress})
+        checked = token_ids(ids, self.n_vocab)
+        if not checked:
+            raise ValueError("logits() of no ids: give at least 1")
+        shape = [len(checked), self.n_vocab] if every_position else [self.n_vocab]
+        return memoryview(self._model.logits(checked, every_position)).cast("f", shape)
+
+    def close(self) -> None:
+        """Ends every stream, whose readers get `ClosedError`, and lets go of the file. Any thread may, and again."""
+        self._model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"kernel={self.kernel!r}, n_threads={self.n_threads}"
+        return f"{type(self).__name__}({self.path!r}, n_ctx={self.n_ctx}, device={self.device!r}, {state})"
+
+    def __reduce__(self) -> tuple[Callable[[], "Phi"], tuple[()]]:
+        return self._recipe, ()
+
+    def _read(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
+        """The ids of what a generation was given."""
+        if raw:
+            if not isinstance(prompt, str):
+                raise TypeError(f"raw=True takes a str as it stands, not {type(prompt).__name__}")
+            ids = self._model.tokenize_text(
+                options.encodable("the prompt", prompt), parse_special is not False, add_bos
+            )
+            if not ids:
+                raise ValueError("the raw prompt has no tokens")
+            return ids
+        if parse_special is not None or add_bos:
+            raise ValueError("parse_special and add_bos are for raw=True")
+        if isinstance(prompt, str) and ("<|user|>" in prompt or "<|assistant|>" in prompt):
+            _logger.warning("the prompt has <|user|> or <|assistant|> as plain text; raw=True takes it as it stands")
+        if not isinstance(prompt, str):
+            prompt = items(prompt)  # once: it may be a generator
+            if are_ids(prompt):
+                return token_ids(prompt, self.n_vocab)
+        return self._model.tokenize_messages(turns(prompt))
+
+
+def _arguments(local: dict[str, object], *positional: str) -> dict[str, object]:
+    """The keyword arguments of a call, from the `locals()` of its first line."""
+    given = {name: value for name, value in local.items() if name not in ("self", "unknown", *positional)}
+    return given | cast(dict[str, object], local["unknown"])
+
+
+def _is_repository(path: object) -> bool:
+    """Whether it reads as `organisation/name` and no such path exists."""
+    if not isinstance(path, str) or path.endswith((".gguf", ".json")) or os.path.exists(path):
+        return False
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
+
+
+def _check_file(path: str) -> None:
+    """Names the call that works for what is no file: a repository's name, a folder."""
+    if _is_repository(path):
+        raise ModelNotFoundError(f"{path!r} is no file; for the Hub's repository: Phi.from_pretrained({path!r})")
+    if not os.path.isdir(path):
+        return
+    files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+    if files:
+        first = os.path.join(path, files[0])
+        raise ModelNotFoundError(f"{path!r} is a folder with {len(files)} .gguf files: Phi({first!r}) opens the first")
+    raise ModelNotFoundError(f"{path!r} is a folder without .gguf files: Phi.from_pretrained({DEFAULT_REPO!r})")

@@ -1,0 +1,142 @@
+"""One generation, read piece by piece."""
+
+import threading
+from collections.abc import Generator
+from types import TracebackType
+from typing import NoReturn, Self, cast
+
+from . import _engine
+from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
+
+
+class Stream(Generator[Chunk, None, None]):
+    """The text of one generation, as it is made.
+
+    An iterator of `Chunk`s, whose join is `text`. Work starts at the first read and goes no further ahead than a small
+    buffer. Any thread may read or cancel it; leaving a `with` block, or dropping it, cancels what is left. It keeps its
+    model alive.
+
+    It is an object rather than a Python generator so that another thread can end it while one waits inside `next`.
+    """
+
+    def __init__(self, model: _engine.Model, stream: _engine.Stream, *, logprobs: bool) -> None:
+        self._model = model
+        self._stream = stream
+        self._reading = threading.Lock()  # one reader at a time: what is noted here keeps the order of the tokens
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
+
+    def __next__(self) -> Chunk:
+        try:
+            with self._reading:
+                piece = self._stream.next()
+                if piece is not None:
+                    text, ids, entries = piece
+                    self._pieces.append(text)
+                    if self._logprobs is None or entries is None:
+                        return Chunk(text, ids)
+                    logprobs = [_logprob(entry) for entry in entries]
+                    self._logprobs += logprobs
+                    return Chunk(text, ids, logprobs)
+        except BaseException:  # Ctrl-C, wherever in here it came
+            self._stream.cancel()
+            raise
+        raise StopIteration
+
+    def send(self, value: None, /) -> Chunk:
+        """`send(None)` is `next()`."""
+        if value is not None:
+            raise TypeError(f"a Stream takes no values, and was sent {type(value).__name__}")
+        return next(self)
+
+    def throw(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+        /,
+    ) -> NoReturn:
+        """Cancels the stream and raises the exception, as a generator does that catches none."""
+        self.cancel()
+        if isinstance(typ, BaseException):
+            error = typ
+        elif isinstance(val, BaseException):
+            error = val
+        else:
+            error = typ() if val is None else typ(val)
+        raise error if tb is None else error.with_traceback(tb)
+
+    def cancel(self) -> None:
+        """Ends the generation, in any phase, from any thread; returns at once. The text so far stays."""
+        self._stream.cancel()
+
+    def close(self) -> None:
+        """The same as `cancel`."""
+        self.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def text(self) -> str:
+        """What was yielded so far."""
+        return "".join(self._pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids behind `text`, and at the end also those that made no text; never the stop id."""
+        return self._stream.token_ids
+
+    @property
+    def seed(self) -> int:
+        """The seed in use: passing it back gives the same text."""
+        return self._stream.seed
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None until the end; then `"stop"`, `"length"`, `"cancelled"`, `"timeout"`; after an exception `"error"`."""
+        return cast(FinishReason | None, self._stream.finish_reason)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; `prompt_tokens` is known from the start."""
+        prompt, completion = self._stream.usage
+        return Usage(prompt, completion, prompt + completion, 0)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went so far."""
+        queue, prefill, decode, first, passes = self._stream.timings
+        prompt, _ = self._stream.usage
+        return Timings(queue, prefill, decode, first, _speed(prompt, prefill), _speed(passes, decode))
+
+    def _result(self) -> Result:
+        """The whole answer of a stream that was read to its end."""
+        return Result(
+            self.text,
+            self.token_ids,
+            self._logprobs,
+            cast(FinishReason, self.finish_reason),
+            self.usage,
+            self.timings,
+            self.seed,
+            self._model.system_fingerprint,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Stream: {self.usage.completion_tokens} tokens, {self.finish_reason or 'not finished'}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Stream cannot be pickled or copied: it is work under way; read it, and pickle the text")
+
+
+def _speed(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if seconds > 0 else None
+
+
+def _logprob(entry: "_engine._Logprob") -> TokenLogprob:
+    token_id, text, raw, logprob, top = entry
+    return TokenLogprob(token_id, text, raw, logprob, [TokenLogprob(*other, []) for other in top])

@@ -1,0 +1,49 @@
+//! What generation needs of a model, whichever engine computes it.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::threads::Cancel;
+
+/// Loaded weights, shared by any number of sequences.
+pub trait Model: Send + Sync {
+    /// "native" or "candle".
+    fn engine(&self) -> &'static str;
+
+    /// The kernel's name, as `doctor` shows it.
+    fn kernel(&self) -> &'static str;
+
+    /// "cpu", "cuda" or "metal".
+    fn device(&self) -> &'static str;
+
+    fn n_threads(&self) -> usize;
+
+    /// Rows of the head: ids are below this.
+    fn n_vocab(&self) -> usize;
+
+    /// Positions the file was made for.
+    fn context_length(&self) -> usize;
+
+    /// What goes wrong, if anything, when a sequence of so many positions is asked for.
+    fn check_length(&self, positions: usize) -> Result<()> {
+        let _ = positions;
+        Ok(())
+    }
+
+    /// An empty sequence.
+    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>>;
+}
+
+/// One sequence of tokens and its KV cache.
+pub trait Sequence: Send {
+    /// Append `ids` and compute the logits of the last of them, (n_vocab), or of each, (ids, n_vocab). After an error
+    /// or a cancellation the sequence is of no more use.
+    fn forward(&mut self, ids: &[u32], want: Want, cancel: &Cancel) -> Result<Vec<f32>>;
+}
+
+/// The positions whose logits are wanted.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Want {
+    Last,
+    Every,
+}

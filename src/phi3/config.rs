@@ -1,0 +1,259 @@
+//! The hyperparameters that a file states, with the documented defaults for what Microsoft's own files leave out, and
+//! checked against each other and against the shape of every tensor before anything is computed.
+
+use crate::error::{Error, Result};
+use crate::gguf::{Gguf, Tensor};
+use crate::kernels::Weights;
+use crate::rope::{LongRope, default_attn_factor};
+
+/// The window of the 4k models, whose files do not state it (llama.cpp's own rule, from its PR 8931).
+const WINDOW_OF_4K: usize = 2047;
+const VOCABULARY_OF_4K: usize = 32064;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    pub n_layers: usize,
+    pub hidden: usize,
+    pub feed_forward: usize,
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    pub head_dim: usize,
+    pub n_vocab: usize,
+    pub context_length: usize,
+    pub rms_eps: f32,
+    pub rope_base: f32,
+    /// Features of each head that turn; the rest passes through.
+    pub rope_dims: usize,
+    pub long_rope: Option<LongRope>,
+    /// Keys that a query sees, itself included; None: all before it.
+    pub sliding_window: Option<usize>,
+    /// Is there no `output.weight`, so that the embedding table is the head too?
+    pub tied: bool,
+}
+
+impl Config {
+    pub fn q_dim(&self) -> usize {
+        self.n_head * self.head_dim
+    }
+
+    pub fn kv_dim(&self) -> usize {
+        self.n_head_kv * self.head_dim
+    }
+
+    /// Read and check.
+    pub fn read(gguf: &Gguf) -> Result<Self> {
+        let keys = Keys { gguf };
+        keys.architecture()?;
+        let hidden = keys.size("phi3.embedding_length", 1 << 20)?;
+        let n_head = keys.size("phi3.attention.head_count", 4096)?;
+        let n_head_kv = keys.size_or("phi3.attention.head_count_kv", 4096, n_head)?;
+        let context_length = keys.size("phi3.context_length", 1 << 28)?;
+        if !hidden.is_multiple_of(n_head) || !n_head.is_multiple_of(n_head_kv) {
+            return Err(keys.invalid(format!(
+                "phi3.embedding_length {hidden}, phi3.attention.head_count {n_head} and phi3.attention.head_count_kv \
+                 {n_head_kv} must each be a multiple of the next"
+            )));
+        }
+        let head_dim = hidden / n_head;
+        let rope_dims = keys.size_or("phi3.rope.dimension_count", 1 << 20, head_dim)?;
+        if rope_dims > head_dim || !rope_dims.is_multiple_of(2) {
+            return Err(keys.invalid(format!(
+                "phi3.rope.dimension_count {rope_dims} must be even and at most the head dimension {head_dim}"
+            )));
+        }
+        let token_embd = tensor(gguf, "token_embd.weight")?;
+        let &[n_vocab, _] = token_embd.shape.as_slice() else {
+            return Err(keys.invalid(format!(
+                "tensor `token_embd.weight` has shape {:?}; two dimensions are due",
+                token_embd.shape
+            )));
+        };
+        let config = Config {
+            n_layers: keys.size("phi3.block_count", 4096)?,
+            hidden,
+            feed_forward: keys.size("phi3.feed_forward_length", 1 << 24)?,
+            n_head,
+            n_head_kv,
+            head_dim,
+            n_vocab,
+            context_length,
+            rms_eps: keys.positive("phi3.attention.layer_norm_rms_epsilon", 1e-5)?,
+            rope_base: keys.positive("phi3.rope.freq_base", 10_000.0)?,
+            rope_dims,
+            long_rope: keys.long_rope(context_length, rope_dims)?,
+            sliding_window: keys.sliding_window(context_length)?,
+            tied: gguf.tensor("output.weight").is_none(),
+        };
+        config.check_tensors(gguf)?;
+        Ok(config)
+    }
+
+    /// Every tensor that the model uses is there, and has the shape that the keys say.
+    fn check_tensors(&self, gguf: &Gguf) -> Result<()> {
+        let check = |name: &str, shape: &[usize]| {
+            let found = tensor(gguf, name)?;
+            crate::ops::format(found).map_err(|error| at(gguf, error))?;
+            if found.shape == shape {
+                return Ok(());
+            }
+            let message =
+                format!("tensor `{name}` has shape {:?}; by the file's keys it must be {shape:?}", found.shape);
+            Err(at(gguf, Error::InvalidModel(message)))
+        };
+        let (hidden, feed_forward) = (self.hidden, self.feed_forward);
+        check("token_embd.weight", &[self.n_vocab, hidden])?;
+        for i in 0..self.n_layers {
+            check(&format!("blk.{i}.attn_norm.weight"), &[hidden])?;
+            check(&format!("blk.{i}.attn_qkv.weight"), &[self.q_dim() + 2 * self.kv_dim(), hidden])?;
+            check(&format!("blk.{i}.attn_output.weight"), &[hidden, self.q_dim()])?;
+            check(&format!("blk.{i}.ffn_norm.weight"), &[hidden])?;
+            check(&format!("blk.{i}.ffn_up.weight"), &[2 * feed_forward, hidden])?;
+            check(&format!("blk.{i}.ffn_down.weight"), &[hidden, feed_forward])?;
+        }
+        check("output_norm.weight", &[hidden])?;
+        if self.tied { Ok(()) } else { check("output.weight", &[self.n_vocab, hidden]) }
+    }
+}
+
+/// A tensor that must be there.
+pub fn tensor<'a>(gguf: &'a Gguf, name: &str) -> Result<&'a Tensor> {
+    gguf.tensor(name).ok_or_else(|| at(gguf, Error::InvalidModel(format!("there is no tensor `{name}`"))))
+}
+
+/// The same error, with the file's name before it.
+fn at(gguf: &Gguf, error: Error) -> Error {
+    let file = gguf.path().display();
+    match error {
+        Error::InvalidModel(message) => Error::InvalidModel(format!("{file}: {message}")),
+        Error::UnsupportedModel(message) => Error::UnsupportedModel(format!("{file}: {message}")),
+        other => other,
+    }
+}
+
+/// The metadata, read with errors that name the file.
+struct Keys<'a> {
+    gguf: &'a Gguf,
+}
+
+impl Keys<'_> {
+    fn invalid(&self, message: String) -> Error {
+        at(self.gguf, Error::InvalidModel(message))
+    }
+
+    fn unsupported(&self, message: String) -> Error {
+        at(self.gguf, Error::UnsupportedModel(message))
+    }
+
+    fn architecture(&self) -> Result<()> {
+        match self.gguf.metadata().str("general.architecture")? {
+            Some("phi3") => {}
+            Some("llama") if self.is_old_phi3() => {
+                return Err(self.unsupported(
+                    "this Phi-3 file is of an old conversion (general.architecture `llama`, split q, k and v): fetch the \
+                     file again, its newer revision has architecture `phi3`"
+                        .into(),
+                ));
+            }
+            Some(other) => {
+                return Err(
+                    self.unsupported(format!("general.architecture is `{other}`; this is a library for `phi3`"))
+                );
+            }
+            None => return Err(self.invalid("the key general.architecture is missing".into())),
+        }
+        match self.gguf.metadata().str("phi3.rope.scaling.type")? {
+            None | Some("none" | "longrope" | "su") => {}
+            Some(other) => {
+                return Err(self.unsupported(format!("phi3.rope.scaling.type is `{other}`; only `longrope` is known")));
+            }
+        }
+        for (key, because) in [
+            ("phi3.expert_count", "mixtures of experts are another architecture"),
+            ("phi3.rope.scaling.factor", "linear rope scaling is not what Phi-3 uses"),
+        ] {
+            if self.gguf.metadata().f32(key).ok().flatten().is_some_and(|n| n > 1.0) {
+                return Err(self.unsupported(format!("the key {key} is set: {because}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_old_phi3(&self) -> bool {
+        let name = self.gguf.metadata().str("general.name").ok().flatten().unwrap_or_default();
+        name.to_lowercase().replace(['-', ' '], "").contains("phi3")
+    }
+
+    fn size(&self, key: &str, most: usize) -> Result<usize> {
+        let value = self.gguf.metadata().u32(key)?;
+        let value = value.ok_or_else(|| self.invalid(format!("the key {key} is missing")))? as usize;
+        if (1..=most).contains(&value) {
+            return Ok(value);
+        }
+        Err(self.invalid(format!("the key {key} is {value}; it must be from 1 to {most}")))
+    }
+
+    fn size_or(&self, key: &str, most: usize, default: usize) -> Result<usize> {
+        if self.gguf.metadata().get(key).is_none() { Ok(default) } else { self.size(key, most) }
+    }
+
+    fn positive(&self, key: &str, default: f32) -> Result<f32> {
+        let value = self.gguf.metadata().f32(key)?.unwrap_or(default);
+        if value.is_finite() && value > 0.0 {
+            return Ok(value);
+        }
+        Err(self.invalid(format!("the key {key} is {value}; it must be a positive number")))
+    }
+
+    fn sliding_window(&self, context_length: usize) -> Result<Option<usize>> {
+        let metadata = self.gguf.metadata();
+        if let Some(window) = metadata.u32("phi3.attention.sliding_window")? {
+            return Ok(Some(window as usize).filter(|&w| w > 0));
+        }
+        let is_spm = metadata.str("tokenizer.ggml.model")? == Some("llama");
+        let tokens = metadata.strings("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len());
+        let is_4k = is_spm && tokens == VOCABULARY_OF_4K && context_length <= 4096;
+        Ok(is_4k.then_some(WINDOW_OF_4K))
+    }
+
+    fn long_rope(&self, context_length: usize, rope_dims: usize) -> Result<Option<LongRope>> {
+        let (short, long) = match (
+            self.factors("rope_factors_short.weight", rope_dims)?,
+            self.factors("rope_factors_long.weight", rope_dims)?,
+        ) {
+            (Some(short), Some(long)) => (short, long),
+            (None, None) => return Ok(None),
+            _ => {
+                return Err(self.invalid(
+                    "of the tensors `rope_factors_short.weight` and `rope_factors_long.weight` one is missing".into(),
+                ));
+            }
+        };
+        let original_context = self.size_or("phi3.rope.scaling.original_context_length", 1 << 28, context_length)?;
+        if original_context > context_length {
+            return Err(self.invalid(format!(
+                "phi3.rope.scaling.original_context_length {original_context} is larger than phi3.context_length {context_length}"
+            )));
+        }
+        let default = default_attn_factor(context_length, original_context);
+        let attn_factor = self.positive("phi3.rope.scaling.attn_factor", default)?;
+        Ok(Some(LongRope { short, long, original_context, attn_factor }))
+    }
+
+    fn factors(&self, name: &str, rope_dims: usize) -> Result<Option<Vec<f32>>> {
+        let Some(tensor) = self.gguf.tensor(name) else { return Ok(None) };
+        if tensor.shape != [rope_dims / 2] {
+            return Err(self.invalid(format!(
+                "tensor `{name}` has shape {:?}; by phi3.rope.dimension_count it must be [{}]",
+                tensor.shape,
+                rope_dims / 2
+            )));
+        }
+        let format = crate::ops::format(tensor).map_err(|error| at(self.gguf, error))?;
+        let mut factors = vec![0f32; rope_dims / 2];
+        crate::kernels::dequantize(Weights { format, cols: factors.len(), bytes: tensor.bytes() }, &mut factors);
+        match factors.iter().find(|f| !f.is_finite() || **f <= 0.0) {
+            Some(factor) => Err(self.invalid(format!("tensor `{name}` holds {factor}; rope factors must be positive"))),
+            None => Ok(Some(factors)),
+        }
+    }
+}

@@ -1,0 +1,391 @@
+//! The Python module `candle_phi._engine`: classes, exceptions, and the interpreter's lock. Nothing is decided here.
+
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList};
+
+use crate::chat::Message;
+use crate::engine::{Engine, LoadOptions, Parts, choose_kernel};
+use crate::error::Error;
+use crate::generate::{FinishReason, Piece, Request, TokenLogprob};
+use crate::gguf::Value;
+use crate::model::Want;
+use crate::sampling::Sampling;
+use crate::stream::TextStream;
+use crate::{hub, kernels, schedule, threads};
+
+mod raised {
+    use pyo3::import_exception;
+    import_exception!(candle_phi.errors, BusyError);
+    import_exception!(candle_phi.errors, ClosedError);
+    import_exception!(candle_phi.errors, ContextLengthError);
+    import_exception!(candle_phi.errors, ForkError);
+    import_exception!(candle_phi.errors, InternalError);
+    import_exception!(candle_phi.errors, InvalidModelError);
+    import_exception!(candle_phi.errors, ModelNotFoundError);
+    import_exception!(candle_phi.errors, NotInThisVersionError);
+    import_exception!(candle_phi.errors, UnsupportedModelError);
+}
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        match error {
+            Error::ModelNotFound(_) => raised::ModelNotFoundError::new_err(message),
+            Error::InvalidModel(_) => raised::InvalidModelError::new_err(message),
+            Error::UnsupportedModel(_) => raised::UnsupportedModelError::new_err(message),
+            Error::NotInThisVersion(_) => raised::NotInThisVersionError::new_err(message),
+            Error::ContextLength { prompt_tokens, n_ctx } => {
+                raised::ContextLengthError::new_err((message, prompt_tokens, n_ctx))
+            }
+            Error::Busy(_) => raised::BusyError::new_err(message),
+            Error::Closed => raised::ClosedError::new_err(message),
+            Error::Fork { .. } => raised::ForkError::new_err(message),
+            Error::Value(_) => PyValueError::new_err(message),
+            Error::Internal(_) | Error::Cancelled => raised::InternalError::new_err(message),
+        }
+    }
+}
+
+/// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`.
+fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
+    let caught = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(schedule::message(panic))))?)
+}
+
+/// What a waiting reader asks: has Python a signal to handle? Its exception ends the wait.
+fn signals() -> ControlFlow<PyErr> {
+    match Python::attach(|py| py.check_signals()) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => ControlFlow::Break(error),
+    }
+}
+
+fn finished<T>(result: ControlFlow<PyErr, T>) -> PyResult<T> {
+    match result {
+        ControlFlow::Continue(value) => Ok(value),
+        ControlFlow::Break(error) => Err(error),
+    }
+}
+
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct Model(Engine);
+
+#[pymethods]
+impl Model {
+    #[new]
+    #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template))]
+    #[allow(clippy::too_many_arguments)] // the options of API.md, by name
+    fn new(
+        py: Python<'_>,
+        path: &str,
+        n_ctx: Option<usize>,
+        n_threads: Option<usize>,
+        device: String,
+        engine: String,
+        kernel: Option<String>,
+        kv_cache: String,
+        mmap: bool,
+        tokenizer: Option<String>,
+        chat_template: Option<String>,
+    ) -> PyResult<Self> {
+        let tokenizer = tokenizer.map(Into::into);
+        let options =
+            LoadOptions { n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template };
+        detached(py, || Engine::load(Path::new(path), &options)).map(Model)
+    }
+
+    #[getter]
+    fn path(&self) -> String {
+        self.0.info.path.to_string_lossy().into_owned()
+    }
+
+    #[getter]
+    fn n_ctx(&self) -> usize {
+        self.0.info.n_ctx
+    }
+
+    #[getter]
+    fn n_vocab(&self) -> usize {
+        self.0.info.n_vocab
+    }
+
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let parts = self.0.parts()?;
+        let dict = PyDict::new(py);
+        for (key, value) in parts.gguf.metadata().iter() {
+            dict.set_item(key, to_python(py, value)?)?;
+        }
+        Ok(dict)
+    }
+
+    #[getter]
+    fn chat_template(&self) -> &str {
+        &self.0.info.chat_template
+    }
+
+    #[getter]
+    fn bos_token_id(&self) -> Option<u32> {
+        self.0.info.bos_token_id
+    }
+
+    #[getter]
+    fn eos_token_ids(&self) -> Vec<u32> {
+        self.0.info.stop_ids.clone()
+    }
+
+    #[getter]
+    fn device(&self) -> &str {
+        self.0.info.device
+    }
+
+    #[getter]
+    fn engine(&self) -> &str {
+        self.0.info.engine
+    }
+
+    #[getter]
+    fn kernel(&self) -> &str {
+        self.0.info.kernel
+    }
+
+    #[getter]
+    fn n_threads(&self) -> usize {
+        self.0.info.n_threads
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    #[getter]
+    fn system_fingerprint(&self) -> &str {
+        &self.0.info.system_fingerprint
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+
+    fn render(&self, py: Python<'_>, messages: Vec<(String, String)>) -> PyResult<String> {
+        detached(py, || self.0.render(&conversation(messages)))
+    }
+
+    fn tokenize_text(&self, py: Python<'_>, text: &str, parse_special: bool, add_bos: bool) -> PyResult<Vec<u32>> {
+        detached(py, || self.0.tokenize_text(text, parse_special, add_bos))
+    }
+
+    fn tokenize_messages(&self, py: Python<'_>, messages: Vec<(String, String)>) -> PyResult<Vec<u32>> {
+        detached(py, || self.0.tokenize_messages(&conversation(messages)))
+    }
+
+    fn detokenize(&self, py: Python<'_>, ids: Vec<u32>, skip_special: bool) -> PyResult<String> {
+        detached(py, || self.0.detokenize(&ids, skip_special))
+    }
+
+    fn logits<'py>(&self, py: Python<'py>, ids: Vec<u32>, every_position: bool) -> PyResult<Bound<'py, PyBytes>> {
+        let want = if every_position { Want::Every } else { Want::Last };
+        let logits = finished(detached(py, || self.0.logits(ids, want, signals))?)?;
+        PyBytes::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
+            for (place, logit) in bytes.as_chunks_mut().0.iter_mut().zip(logits) {
+                *place = logit.to_ne_bytes();
+            }
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
+        presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs))]
+    #[allow(clippy::too_many_arguments)] // the options of API.md, by name
+    fn stream(
+        &self,
+        py: Python<'_>,
+        prompt: Vec<u32>,
+        max_tokens: Option<usize>,
+        temperature: f32,
+        top_k: usize,
+        top_p: f32,
+        min_p: f32,
+        repeat_penalty: f32,
+        repeat_last_n: i64,
+        presence_penalty: f32,
+        frequency_penalty: f32,
+        logit_bias: std::collections::BTreeMap<u32, f32>,
+        seed: Option<u64>,
+        stop: Vec<String>,
+        ignore_eos: bool,
+        logprobs: bool,
+        top_logprobs: usize,
+    ) -> PyResult<Stream> {
+        let sampling = Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repeat_penalty,
+            repeat_last_n: usize::try_from(repeat_last_n).ok(), // -1: all
+            presence_penalty,
+            frequency_penalty,
+            logit_bias: logit_bias.into_iter().collect(),
+        };
+        let prompt_tokens = prompt.len();
+        let top_logprobs = logprobs.then_some(top_logprobs);
+        detached(py, || {
+            let seed = seed.map_or_else(random_seed, Ok)?;
+            let request = Request { prompt, max_tokens: 0, sampling, seed, stop, ignore_eos, top_logprobs };
+            let stream = self.0.stream(request, max_tokens)?;
+            Ok(Stream { stream, parts: self.0.parts()?, seed, prompt_tokens, logprobs })
+        })
+    }
+}
+
+/// A short number is enough to tell runs apart, and easy to pass back.
+fn random_seed() -> Result<u64, Error> {
+    getrandom::u32().map(u64::from).map_err(|error| Error::Internal(format!("no random seed: {error}")))
+}
+
+fn conversation(messages: Vec<(String, String)>) -> Vec<Message> {
+    messages.into_iter().map(|(role, content)| Message { role, content }).collect()
+}
+
+fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match value {
+        Value::U8(n) => n.into_pyobject(py)?.into_any(),
+        Value::I8(n) => n.into_pyobject(py)?.into_any(),
+        Value::U16(n) => n.into_pyobject(py)?.into_any(),
+        Value::I16(n) => n.into_pyobject(py)?.into_any(),
+        Value::U32(n) => n.into_pyobject(py)?.into_any(),
+        Value::I32(n) => n.into_pyobject(py)?.into_any(),
+        Value::U64(n) => n.into_pyobject(py)?.into_any(),
+        Value::I64(n) => n.into_pyobject(py)?.into_any(),
+        Value::F32(n) => n.into_pyobject(py)?.into_any(),
+        Value::F64(n) => n.into_pyobject(py)?.into_any(),
+        Value::Bool(b) => b.into_pyobject(py)?.to_owned().into_any(),
+        Value::String(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => text.into_pyobject(py)?.into_any(),
+            Err(_) => PyBytes::new(py, bytes).into_any(),
+        },
+        Value::Array(array) => {
+            let items = array.iter().map(|value| to_python(py, &value)).collect::<PyResult<Vec<_>>>()?;
+            PyList::new(py, items)?.into_any()
+        }
+    })
+}
+
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct Stream {
+    stream: TextStream,
+    /// To spell out the ids of log probabilities.
+    parts: std::sync::Arc<Parts>,
+    seed: u64,
+    prompt_tokens: usize,
+    logprobs: bool,
+}
+
+#[pymethods]
+impl Stream {
+    #[allow(clippy::type_complexity)] // the tuple that `_engine.pyi` describes
+    fn next<'py>(&self, py: Python<'py>) -> PyResult<Option<(String, Vec<u32>, Option<Vec<Bound<'py, PyAny>>>)>> {
+        let Some(Piece { text, ids, logprobs }) = finished(detached(py, || self.stream.next(signals))?)? else {
+            return Ok(None);
+        };
+        let entries = || logprobs.iter().map(|entry| self.spell(py, entry)).collect::<PyResult<_>>();
+        let entries = if self.logprobs { Some(entries()?) } else { None };
+        Ok(Some((text, ids, entries)))
+    }
+
+    fn cancel(&self, py: Python<'_>) {
+        py.detach(|| self.stream.cancel());
+    }
+
+    #[getter]
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    #[getter]
+    fn finish_reason(&self) -> PyResult<Option<&'static str>> {
+        Ok(self.stream.finish_reason()?.map(FinishReason::name))
+    }
+
+    #[getter]
+    fn token_ids(&self) -> PyResult<Vec<u32>> {
+        Ok(self.stream.ids()?)
+    }
+
+    #[getter]
+    fn usage(&self) -> PyResult<(usize, usize)> {
+        Ok((self.prompt_tokens, self.stream.ids()?.len()))
+    }
+
+    #[getter]
+    fn timings(&self) -> PyResult<(f64, f64, f64, Option<f64>, usize)> {
+        let t = self.stream.timings()?;
+        let seconds = std::time::Duration::as_secs_f64;
+        Ok((
+            seconds(&t.queue),
+            seconds(&t.prefill),
+            seconds(&t.decode),
+            t.first_token.as_ref().map(seconds),
+            t.decode_passes,
+        ))
+    }
+}
+
+impl Stream {
+    fn spell<'py>(&self, py: Python<'py>, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
+        let tokenizer = &self.parts.tokenizer;
+        let top = |id: u32, logprob: f32| -> PyResult<_> {
+            let bytes = tokenizer.bytes(id);
+            let text = String::from_utf8_lossy(bytes).into_owned();
+            Ok((id, text, PyBytes::new(py, bytes), logprob))
+        };
+        let (id, text, bytes, logprob) = top(entry.id, entry.logprob)?;
+        let others = entry.top.iter().map(|&(id, logprob)| top(id, logprob)).collect::<PyResult<Vec<_>>>()?;
+        Ok((id, text, bytes, logprob, others).into_pyobject(py)?.into_any())
+    }
+}
+
+#[pyfunction]
+fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let cpu = PyDict::new(py);
+    cpu.set_item("arch", std::env::consts::ARCH)?;
+    cpu.set_item("os", std::env::consts::OS)?;
+    for (name, has) in kernels::features() {
+        cpu.set_item(name, has)?;
+    }
+    let report = PyDict::new(py);
+    report.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    report.set_item("cpu", cpu)?;
+    report.set_item("kernels", kernels::available())?;
+    report.set_item("kernel", choose_kernel(None)?.name())?;
+    report.set_item("n_threads", threads::count(None)?)?;
+    report.set_item("cache_dir", hub::cache_dir().map(|dir| dir.to_string_lossy().into_owned()))?;
+    Ok(report)
+}
+
+#[pyfunction]
+fn default_model(py: Python<'_>) -> PyResult<Option<String>> {
+    detached(py, || Ok(hub::cached(hub::DEFAULT_REPO, hub::DEFAULT_FILE)))
+        .map(|path| path.map(|path| path.to_string_lossy().into_owned()))
+}
+
+/// The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values.
+#[pymodule]
+mod _engine {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::{Model, Stream, default_model, doctor};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

@@ -1,0 +1,107 @@
+//! Rotary position embedding tables: plain RoPE and LongRoPE (Ding et al., 2024), as Hugging Face computes them.
+//!
+//! `inv_freq[i] = 1 / (factor[i] * base^(2i / d))`; cos and sin are multiplied by the attention factor. Which set of
+//! factors holds is the sequence's business: `phi3.rs` asks for a table of either.
+
+use candle_core::{Device, Tensor};
+
+use crate::error::Result;
+
+/// LongRoPE: what a file with two sets of factors says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    /// (rotated / 2): holds while a sequence has at most `original_context` positions.
+    pub short: Vec<f32>,
+    /// (rotated / 2): holds for every position of a longer one.
+    pub long: Vec<f32>,
+    pub original_context: usize,
+    pub attn_factor: f32,
+}
+
+/// Frequencies of one model.
+#[derive(Debug)]
+pub struct Rope {
+    /// (rotated / 2)
+    short: Vec<f32>,
+    long: Option<Long>,
+    attn_factor: f32,
+}
+
+#[derive(Debug)]
+struct Long {
+    inv_freq: Vec<f32>,
+    original_context: usize,
+}
+
+impl Rope {
+    /// `rotated` features of each head turn, in pairs.
+    pub fn new(rotated: usize, base: f32, long_rope: Option<&LongRope>) -> Self {
+        let plain = vec![1.0; rotated / 2];
+        match long_rope {
+            None => Rope { short: inv_freq(rotated, base, &plain), long: None, attn_factor: 1.0 },
+            Some(l) => Rope {
+                short: inv_freq(rotated, base, &l.short),
+                long: Some(Long { inv_freq: inv_freq(rotated, base, &l.long), original_context: l.original_context }),
+                attn_factor: l.attn_factor,
+            },
+        }
+    }
+
+    /// Does a sequence of so many positions take the long factors?
+    pub fn is_long(&self, positions: usize) -> bool {
+        self.long.as_ref().is_some_and(|long| positions > long.original_context)
+    }
+
+    /// cos and sin for `positions`, (positions, rotated / 2) each.
+    pub fn table(&self, positions: std::ops::Range<usize>, long: bool, device: &Device) -> Result<(Tensor, Tensor)> {
+        let inv_freq = match &self.long {
+            Some(l) if long => &l.inv_freq,
+            _ => &self.short,
+        };
+        let shape = (positions.len(), inv_freq.len());
+        let angles = positions.flat_map(|position| inv_freq.iter().map(move |f| position as f32 * f));
+        let (cos, sin) = angles
+            .map(|angle| (libm::cosf(angle) * self.attn_factor, libm::sinf(angle) * self.attn_factor))
+            .unzip::<f32, f32, Vec<_>, Vec<_>>();
+        Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
+    }
+}
+
+fn inv_freq(rotated: usize, base: f32, factors: &[f32]) -> Vec<f32> {
+    let power = |i: usize| libm::pow(base as f64, 2.0 * i as f64 / rotated as f64) as f32;
+    factors.iter().enumerate().map(|(i, factor)| 1.0 / (factor * power(i))).collect()
+}
+
+/// The attention factor of a file that does not say: `sqrt(1 + ln(context / original) / ln(original))`.
+pub fn default_attn_factor(context: usize, original: usize) -> f32 {
+    if context <= original {
+        return 1.0;
+    }
+    let (context, original) = (context as f64, original as f64);
+    libm::sqrt(1.0 + libm::log(context / original) / libm::log(original)) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_attention_factor_of_phi_3_mini_128k() {
+        assert_eq!(default_attn_factor(131072, 4096), 1.190_238_1);
+        assert_eq!(default_attn_factor(4096, 4096), 1.0);
+    }
+
+    #[test]
+    fn factors_divide_the_frequency_and_long_ones_hold_past_the_original_context() {
+        let long_rope =
+            LongRope { short: vec![1.0, 2.0], long: vec![4.0, 8.0], original_context: 16, attn_factor: 1.5 };
+        let rope = Rope::new(4, 10_000.0, Some(&long_rope));
+        assert!(!rope.is_long(16) && rope.is_long(17));
+        let (cos, sin) = rope.table(3..4, true, &Device::Cpu).unwrap();
+        let expected = [3.0f32 / 4.0, 3.0 / 800.0];
+        for (i, angle) in expected.iter().enumerate() {
+            let (cos, sin) = (cos.to_vec2::<f32>().unwrap()[0][i], sin.to_vec2::<f32>().unwrap()[0][i]);
+            assert!((cos - 1.5 * angle.cos()).abs() < 1e-6 && (sin - 1.5 * angle.sin()).abs() < 1e-6);
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Candle's own `quantized_phi3` behind the same trait: the baseline of tests and benchmarks.
+//!
+//! It refuses at load what it would compute wrongly, and, in a model with a sliding window, a sequence longer than the
+//! window. It copies the weights, keeps one cache inside, and computes on Candle's global thread pool.
+
+use std::io::Cursor;
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
+use std::sync::{Arc, Mutex};
+
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{Device, Tensor};
+use candle_transformers::models::quantized_phi3::ModelWeights;
+
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::model::{Model, Sequence, Want};
+use crate::phi3::Config;
+use crate::threads::{Cancel, lock};
+
+pub struct Stock {
+    config: Config,
+    weights: Mutex<ModelWeights>,
+    taken: AtomicBool,
+}
+
+impl Stock {
+    /// Copy the weights out of the file, as Candle's loop does.
+    pub fn load(gguf: &Gguf) -> Result<Self> {
+        let file = gguf.path().display();
+        let config = Config::read(gguf)?;
+        let refusals = [
+            (config.long_rope.is_some(), "the LongRoPE factors".to_owned()),
+            (config.rope_base != 10_000.0, format!("the rope base {}", config.rope_base)),
+            (
+                config.rope_dims != config.head_dim,
+                format!("rotating {} of {} features", config.rope_dims, config.head_dim),
+            ),
+            (config.tied, "an embedding table that is the head too".to_owned()),
+            (gguf.parts().len() > 1, "a split file".to_owned()),
+        ];
+        if let Some((_, what)) = refusals.into_iter().find(|(refused, _)| *refused) {
+            return Err(Error::UnsupportedModel(format!(
+                "{file}: engine 'candle' does not know {what}; engine 'native' does"
+            )));
+        }
+        let load = || {
+            let bytes = gguf.parts().next().map_or(&[][..], |(_, bytes)| bytes);
+            let content = Content::read(&mut Cursor::new(bytes))?;
+            ModelWeights::from_gguf(false, content, &mut Cursor::new(bytes), &Device::Cpu)
+        };
+        let weights = load().map_err(|error: candle_core::Error| {
+            Error::UnsupportedModel(format!("{file}: engine 'candle' cannot load it: {error}; engine 'native' can"))
+        })?;
+        Ok(Stock { config, weights: Mutex::new(weights), taken: AtomicBool::new(false) })
+    }
+}
+
+impl Model for Stock {
+    fn engine(&self) -> &'static str {
+        "candle"
+    }
+
+    fn kernel(&self) -> &'static str {
+        "candle"
+    }
+
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn n_threads(&self) -> usize {
+        candle_core::utils::get_num_threads()
+    }
+
+    fn n_vocab(&self) -> usize {
+        self.config.n_vocab
+    }
+
+    fn context_length(&self) -> usize {
+        self.config.context_length
+    }
+
+    fn check_length(&self, positions: usize) -> Result<()> {
+        match self.config.sliding_window {
+            Some(window) if positions > window => Err(Error::UnsupportedModel(format!(
+                "{positions} positions pass the sliding window of {window}, which engine 'candle' does not know; engine \
+                 'native' does"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
+        if self.taken.swap(true, AcqRel) {
+            return Err(Error::Busy(
+                "engine 'candle' holds 1 stream at a time, and there is 1: finish or close it first".into(),
+            ));
+        }
+        Ok(Box::new(StockSequence { model: self, len: 0 }))
+    }
+}
+
+struct StockSequence {
+    model: Arc<Stock>,
+    len: usize,
+}
+
+impl Sequence for StockSequence {
+    fn forward(&mut self, ids: &[u32], want: Want, cancel: &Cancel) -> Result<Vec<f32>> {
+        if want == Want::Every {
+            return Err(Error::UnsupportedModel(
+                "engine 'candle' computes the logits of the last position only".into(),
+            ));
+        }
+        self.model.check_length(self.len + ids.len())?;
+        let logits = {
+            let input = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
+            lock(&self.model.weights).forward(&input, self.len)?.flatten_all()?.to_vec1()?
+        };
+        self.len += ids.len();
+        if cancel.is_set() { Err(Error::Cancelled) } else { Ok(logits) }
+    }
+}
+
+impl Drop for StockSequence {
+    fn drop(&mut self) {
+        self.model.taken.store(false, std::sync::atomic::Ordering::Release);
+    }
+}

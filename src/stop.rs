@@ -1,0 +1,92 @@
+//! Stop strings in streamed text: what might still become one is held back, and nothing of one gets out.
+
+/// Watches a text that arrives in pieces.
+pub struct StopStrings {
+    stops: Vec<String>,
+    /// The end of the text so far that could be the beginning of a stop string.
+    held: String,
+}
+
+impl StopStrings {
+    pub fn new(stops: Vec<String>) -> Self {
+        StopStrings { stops, held: String::new() }
+    }
+
+    /// Add a piece: the text that is certain to stay, and whether a stop string is complete. The first to be complete
+    /// counts, so that the result does not depend on how the text was cut.
+    pub fn push(&mut self, piece: &str) -> (String, bool) {
+        if self.stops.is_empty() {
+            return (piece.to_owned(), false);
+        }
+        let mut text = std::mem::take(&mut self.held);
+        text.push_str(piece);
+        let found = self.stops.iter().filter_map(|stop| text.find(stop).map(|start| (start + stop.len(), start)));
+        if let Some((_, start)) = found.min() {
+            text.truncate(start);
+            return (text, true);
+        }
+        self.held = text.split_off(self.beginning_of_a_stop(&text));
+        (text, false)
+    }
+
+    /// The end of the text has come: what was held back is text after all.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+
+    /// Where the longest end of `text` starts that a stop string begins with.
+    fn beginning_of_a_stop(&self, text: &str) -> usize {
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        let earliest = text.len().saturating_sub(longest.saturating_sub(1));
+        (earliest..text.len())
+            .filter(|&start| text.is_char_boundary(start))
+            .find(|&start| self.stops.iter().any(|stop| stop.starts_with(&text[start..])))
+            .unwrap_or(text.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The text that gets out, and whether it was stopped, when `text` comes in pieces of `size` characters.
+    fn run(stops: &[&str], text: &str, size: usize) -> (String, bool) {
+        let mut watch = StopStrings::new(stops.iter().map(|s| s.to_string()).collect());
+        let mut out = String::new();
+        let chars: Vec<char> = text.chars().collect();
+        for piece in chars.chunks(size) {
+            let (text, stopped) = watch.push(&piece.iter().collect::<String>());
+            out.push_str(&text);
+            if stopped {
+                return (out, true);
+            }
+        }
+        (out + &watch.finish(), false)
+    }
+
+    #[test]
+    fn the_result_does_not_depend_on_how_the_text_was_cut() {
+        let cases: [(&[&str], &str, &str, bool); 8] = [
+            (&["STOP"], "abc STOP def", "abc ", true),
+            (&["STOP"], "abc STO", "abc STO", false),
+            (&["aab"], "aaab", "a", true),
+            (&["\n\n"], "one\ntwo\n\nthree", "one\ntwo", true),
+            (&["abcd", "bc"], "xabcd", "xa", true),
+            (&["🏒🥅"], "go 🏒 🏒🥅", "go 🏒 ", true),
+            (&["é"], "café", "caf", true),
+            (&[], "anything", "anything", false),
+        ];
+        for (stops, text, expected, stopped) in cases {
+            for size in 1..=text.chars().count() {
+                assert_eq!(run(stops, text, size), (expected.to_owned(), stopped), "{text:?} by {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn text_that_can_no_longer_be_a_stop_is_let_go_at_once() {
+        let mut watch = StopStrings::new(vec!["</answer>".into()]);
+        assert_eq!(watch.push("x </an"), ("x ".into(), false));
+        assert_eq!(watch.push("d"), ("</and".into(), false));
+    }
+}

@@ -1,0 +1,248 @@
+//! How many threads, the pool that a model computes on, and the guard against use after `fork()`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+
+/// More threads than any machine that runs this has cores; catches a typo before it becomes a million threads.
+const MAX_THREADS: usize = 1024;
+
+/// The number of threads to use: `n_threads` if given, else `CANDLE_PHI_NUM_THREADS`, else what affinity and cgroup
+/// quota leave to this process (rounded down, at least 1).
+pub fn count(n_threads: Option<usize>) -> Result<usize> {
+    const VARIABLE: &str = "CANDLE_PHI_NUM_THREADS";
+    let check = |name: &str, n: usize| match n {
+        1..=MAX_THREADS => Ok(n),
+        _ => Err(Error::Value(format!("{name} must be from 1 to {MAX_THREADS}, not {n}"))),
+    };
+    if let Some(n) = n_threads {
+        return check("n_threads", n);
+    }
+    match std::env::var(VARIABLE) {
+        Ok(text) if !text.trim().is_empty() => match text.trim().parse() {
+            Ok(n) => check(VARIABLE, n),
+            Err(_) => Err(Error::Value(format!("{VARIABLE} must be a whole number, not {text:?}"))),
+        },
+        _ => Ok(std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS))),
+    }
+}
+
+/// A process id, to notice that the process was forked: threads and locks do not survive that.
+///
+/// A forked child finds locks as they happened to be, perhaps held by threads that it does not have. So whatever takes
+/// one asks here first, `drop` included.
+#[derive(Copy, Clone, Debug)]
+pub struct ForkGuard {
+    loaded_in: u32,
+}
+
+impl ForkGuard {
+    pub fn here() -> Self {
+        ForkGuard { loaded_in: std::process::id() }
+    }
+
+    pub fn check(&self) -> Result<()> {
+        if std::process::id() == self.loaded_in { Ok(()) } else { Err(Error::Fork { loaded_in: self.loaded_in }) }
+    }
+
+    pub fn is_forked(&self) -> bool {
+        self.check().is_err()
+    }
+}
+
+/// A flag that any thread may set to stop the work that watches it.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    pub fn set(&self) {
+        self.0.store(true, Relaxed);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+}
+
+/// Takes a lock. A poisoned one is as good as new: what it guards is only ever replaced whole.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Worker threads of one model. The thread that calls `run` is one of them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    n_threads: usize,
+    /// One `run` at a time.
+    turn: Mutex<()>,
+    fork_guard: ForkGuard,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// There is a new job, or the pool is going away.
+    start: Condvar,
+    /// A worker is done with its share.
+    done: Condvar,
+}
+
+struct State {
+    job: Option<Job>,
+    /// Counts jobs, so that a worker takes part in each at most once.
+    number: u64,
+    /// Workers that have taken the job up and are not done.
+    working: usize,
+    stop: bool,
+}
+
+/// A borrowed job: valid until `run` returns.
+#[derive(Copy, Clone)]
+struct Job {
+    work: *const (dyn Fn() + Sync),
+}
+
+// SAFETY: `work` points to a Sync closure that `run` keeps alive until no worker uses it any more.
+unsafe impl Send for Job {}
+
+impl Pool {
+    /// Starts `n_threads - 1` threads. Fewer, if the system refuses more: the work is then shared by fewer.
+    pub fn new(n_threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { job: None, number: 0, working: 0, stop: false }),
+            start: Condvar::new(),
+            done: Condvar::new(),
+        });
+        for i in 1..n_threads {
+            let shared = shared.clone();
+            let worker = std::thread::Builder::new().name(format!("candle-phi-{i}"));
+            if worker.spawn(move || shared.work()).is_err() {
+                break;
+            }
+        }
+        Pool { shared, n_threads, turn: Mutex::new(()), fork_guard: ForkGuard::here() }
+    }
+
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// Calls `task(i)` once for each i in 0..tasks, on all threads, in any order; returns when all are done. A panic in
+    /// a task is raised here.
+    pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        if tasks <= 1 || self.n_threads == 1 {
+            return (0..tasks).for_each(task);
+        }
+        let _turn = lock(&self.turn);
+        let next = AtomicUsize::new(0);
+        let panic = Mutex::new(None);
+        let work = || {
+            let share = || {
+                while let Some(i) = Some(next.fetch_add(1, Relaxed)).filter(|&i| i < tasks) {
+                    task(i);
+                }
+            };
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(share)) {
+                next.store(tasks, Relaxed);
+                *lock(&panic) = Some(payload);
+            }
+        };
+        self.shared.publish(&work);
+        work();
+        self.shared.retire();
+        if let Some(payload) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl Shared {
+    /// Offers `work` to the workers.
+    fn publish(&self, work: &(dyn Fn() + Sync)) {
+        // SAFETY: only the lifetime is erased; `retire` takes the job back before `run`, which owns it, returns.
+        let work: &'static (dyn Fn() + Sync) = unsafe { std::mem::transmute(work) };
+        let mut state = lock(&self.state);
+        state.job = Some(Job { work });
+        state.number += 1;
+        self.start.notify_all();
+    }
+
+    /// Takes the job back and waits for the workers that are still on it.
+    fn retire(&self) {
+        let mut state = lock(&self.state);
+        state.job = None;
+        while state.working > 0 {
+            state = self.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The life of a worker.
+    fn work(&self) {
+        let mut seen = 0;
+        let mut state = lock(&self.state);
+        while !state.stop {
+            let Some(job) = state.job.filter(|_| state.number != seen) else {
+                state = self.start.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            seen = state.number;
+            state.working += 1;
+            drop(state);
+            // SAFETY: `working` was raised under the lock while the job was there, so `retire` waits for us.
+            unsafe { (*job.work)() };
+            state = lock(&self.state);
+            state.working -= 1;
+            self.done.notify_all();
+        }
+    }
+}
+
+impl Drop for Pool {
+    /// The workers leave by themselves; nobody waits for them.
+    fn drop(&mut self) {
+        if self.fork_guard.is_forked() {
+            return;
+        }
+        lock(&self.shared.state).stop = true;
+        self.shared.start.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_on_any_number_of_threads() {
+        for n_threads in [1, 2, 3, 8] {
+            let pool = Pool::new(n_threads);
+            for tasks in [0, 1, 2, 7, 100] {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, |i| {
+                    counts[i].fetch_add(1, Relaxed);
+                });
+                assert!(counts.iter().all(|c| c.load(Relaxed) == 1), "{n_threads} threads, {tasks} tasks");
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2);
+        let caught = catch_unwind(AssertUnwindSafe(|| pool.run(100, |i| assert!(i != 50, "task 50"))));
+        assert!(caught.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.run(10, |i| {
+            sum.fetch_add(i, Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+    }
+
+    #[test]
+    fn a_thread_count_out_of_range_names_the_number() {
+        assert_eq!(count(Some(3)), Ok(3));
+        let error = count(Some(0)).unwrap_err().to_string();
+        assert!(error.contains("n_threads") && error.contains('0'), "{error}");
+    }
+}

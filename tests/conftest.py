@@ -1,0 +1,24 @@
+"""What the tests share: the bundled model, opened once, and the reference data where it lies beside the checkout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from candle_phi import Phi
+
+ROOT = Path(__file__).resolve().parents[1]
+HAIKU = "Write a haiku about ice hockey"
+
+
+@pytest.fixture(scope="session")
+def phi() -> Iterator[Phi]:
+    with Phi.demo() as phi:
+        yield phi
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no ../shared beside this checkout")
+    return path

@@ -1,0 +1,130 @@
+//! The model against itself: the same bits however the work is cut, the same numbers from Candle's own operations.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use candle_phi::error::Error;
+use candle_phi::gguf::Gguf;
+use candle_phi::kernels;
+use candle_phi::model::{Model, Want};
+use candle_phi::ops::Backend;
+use candle_phi::phi3::Phi3;
+use candle_phi::threads::{Cancel, Pool};
+
+/// Every kind of model there is a golden file of.
+const FILES: [&str; 6] = ["plain", "window", "gqa", "longrope", "partial_tied", "k_official"];
+
+fn load(name: &str, backend: Backend) -> Arc<Phi3> {
+    load_with(name, backend, DType::F16)
+}
+
+fn load_with(name: &str, backend: Backend, kv_dtype: DType) -> Arc<Phi3> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.gguf"));
+    Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, kv_dtype).unwrap())
+}
+
+fn cpu(kernel: &str, n_threads: usize) -> Backend {
+    Backend::Cpu { kernel: kernels::by_name(kernel).unwrap(), pool: Pool::new(n_threads) }
+}
+
+fn prompt(model: &Phi3, n: usize) -> Vec<u32> {
+    let n_vocab = model.n_vocab() as u32;
+    (0..n as u32).map(|i| (i * 7919 + 13) % n_vocab).collect()
+}
+
+/// The logits of every position when the prompt comes in pieces of these lengths.
+fn logits(model: &Arc<Phi3>, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
+    let mut sequence = model.clone().sequence().unwrap();
+    let (mut at, mut out) = (0, Vec::new());
+    for &length in pieces.iter().cycle() {
+        if at == ids.len() {
+            break;
+        }
+        let end = ids.len().min(at + length);
+        out.extend(sequence.forward(&ids[at..end], Want::Every, &Cancel::default()).unwrap());
+        at = end;
+    }
+    out
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|l| l.to_bits()).collect()
+}
+
+#[test]
+fn the_same_bits_however_the_prompt_is_cut() {
+    for kernel in kernels::available() {
+        for file in FILES.iter().filter(|file| **file != "longrope") {
+            let model = load(file, cpu(kernel, 2));
+            // Longer than two pages of the cache, and than one chunk of the prefill.
+            let ids = prompt(&model, 300.min(model.context_length()));
+            let whole = bits(&logits(&model, &ids, &[ids.len()]));
+            for pieces in [&[1][..], &[2, 3, 5, 7], &[127, 1, 1, 130], &[256]] {
+                assert!(whole == bits(&logits(&model, &ids, pieces)), "{file} with {kernel}, cut by {pieces:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_bits_whatever_the_number_of_threads() {
+    for kernel in kernels::available() {
+        for file in FILES {
+            let run = |n_threads| {
+                let model = load(file, cpu(kernel, n_threads));
+                let ids = prompt(&model, 200.min(model.context_length()));
+                bits(&logits(&model, &ids, &[150, 1]))
+            };
+            let one = run(1);
+            assert!([2, 3, 7].into_iter().all(|n| run(n) == one), "{file} with {kernel}");
+        }
+    }
+}
+
+/// LongRoPE: the pass that outgrows the original context computes every position anew, so that what follows equals a
+/// prompt that was long from its first token.
+#[test]
+fn a_sequence_that_outgrows_the_short_rope_factors_is_computed_anew() {
+    let model = load("longrope", cpu("portable", 1));
+    let original = model.config.long_rope.as_ref().unwrap().original_context;
+    let ids = prompt(&model, original + 5);
+    let n_vocab = model.n_vocab();
+    let whole = logits(&model, &ids, &[ids.len()]);
+    let crossing = logits(&model, &ids, &[original - 2, 2]);
+    assert!(bits(&crossing[original * n_vocab..]) == bits(&whole[original * n_vocab..]));
+    let short = logits(&model, &ids[..original], &[original]);
+    assert!(bits(&crossing[..original * n_vocab]) == bits(&short));
+    assert!(bits(&short) != bits(&whole[..original * n_vocab]), "the two sets of factors differ");
+}
+
+/// The path that CUDA and Metal take, on the CPU.
+#[test]
+fn candles_own_operations_agree_with_the_kernels() {
+    for file in FILES {
+        let ours = load_with(file, cpu("portable", 1), DType::F32);
+        let candle = load_with(file, Backend::Candle(Device::Cpu), DType::F32);
+        let ids = prompt(&ours, 40);
+        let (a, b) = (logits(&ours, &ids, &[17, 1]), logits(&candle, &ids, &[17, 1]));
+        let error = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // Candle quantizes the activations of quantized weights to 8 bits.
+        let bound = if file == "k_official" { 0.5 } else { 1e-3 };
+        assert!(error < bound, "{file}: {error}");
+    }
+}
+
+#[test]
+fn a_cancelled_pass_says_so() {
+    let model = load("plain", cpu("portable", 2));
+    let cancel = Cancel::default();
+    cancel.set();
+    let result = model.clone().sequence().unwrap().forward(&prompt(&model, 20), Want::Last, &cancel);
+    assert_eq!(result, Err(Error::Cancelled));
+}
+
+#[test]
+fn an_id_outside_the_vocabulary_is_named() {
+    let model = load("plain", cpu("portable", 1));
+    let error = model.clone().sequence().unwrap().forward(&[1, 999_999], Want::Last, &Cancel::default()).unwrap_err();
+    assert!(matches!(&error, Error::Value(message) if message.contains("999999")), "{error}");
+}

@@ -1,0 +1,152 @@
+"""The names and defaults that users rely on: the public contract's tables. Where its page is at hand, that is read."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import candle_phi
+import pytest
+from candle_phi import Phi
+
+MODEL = {
+    "n_ctx": None,
+    "n_threads": None,
+    "device": "auto",
+    "engine": "native",
+    "kernel": None,
+    "kv_cache": "f16",
+    "mmap": True,
+    "tokenizer": None,
+    "chat_template": None,
+    "max_concurrent": None,
+    "on_progress": None,
+}
+GENERATION = {
+    "max_tokens": None,
+    "temperature": 1.0,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "repeat_penalty": None,
+    "repeat_last_n": 64,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": None,
+    "seed": None,
+    "stop": None,
+    "ignore_eos": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "timeout": None,
+    "on_progress": None,
+    "raw": False,
+    "parse_special": None,
+    "add_bos": False,
+}
+ERRORS = {
+    "PhiError": (Exception,),
+    "ModelNotFoundError": (FileNotFoundError,),
+    "InvalidModelError": (ValueError,),
+    "UnsupportedModelError": (),
+    "NotInThisVersionError": (NotImplementedError,),
+    "ContextLengthError": (ValueError,),
+    "DownloadError": (OSError,),
+    "OfflineError": (candle_phi.DownloadError,),
+    "BusyError": (),
+    "ClosedError": (),
+    "ForkError": (RuntimeError,),
+    "InternalError": (RuntimeError,),
+}
+READ_ONLY = [
+    *("path", "n_ctx", "n_vocab", "metadata", "chat_template", "bos_token_id", "eos_token_ids"),
+    *("device", "engine", "kernel", "n_threads", "closed"),
+]
+
+
+def options(function: object) -> dict[str, object]:
+    """The keyword-only parameters of a function and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def test_constructor() -> None:
+    assert options(Phi) == MODEL
+    assert next(iter(inspect.signature(Phi).parameters)) == "model_path"
+
+
+@pytest.mark.parametrize("method", ["stream", "generate", "astream", "agenerate"])
+def test_generation_options(method: str) -> None:
+    assert options(getattr(Phi, method)) == GENERATION
+    assert list(inspect.signature(getattr(Phi, method)).parameters)[:2] == ["self", "prompt"]
+
+
+def test_other_methods() -> None:
+    assert list(inspect.signature(Phi.render).parameters) == ["self", "messages"]
+    assert options(Phi.tokenize) == {"parse_special": False, "add_bos": False}
+    assert options(Phi.detokenize) == {"skip_special": True}
+    assert options(Phi.logits) == {"every_position": False, "on_progress": None}
+    from_pretrained = inspect.signature(Phi.from_pretrained).parameters
+    assert {name: p.default for name, p in from_pretrained.items() if p.default is not p.empty} == {
+        "filename": None,
+        "revision": None,
+        "cache_dir": None,
+        "token": None,
+        "local_files_only": False,
+        "progress": None,
+    }
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_attributes_are_read_only(phi: Phi, name: str) -> None:
+    before = getattr(phi, name)
+    with pytest.raises(AttributeError):
+        setattr(phi, name, None)
+    assert getattr(phi, name) == before
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_bases(name: str) -> None:
+    error = getattr(candle_phi, name)
+    assert issubclass(error, (candle_phi.PhiError, *ERRORS[name]))
+    assert all(issubclass(error, base) for base in (candle_phi.PhiError, *ERRORS[name]))
+
+
+def test_public_names() -> None:
+    assert set(candle_phi.__all__) >= {*ERRORS, "Phi", "Stream", "Chunk", "Result", "Usage", "Timings", "TokenLogprob"}
+    assert all(hasattr(candle_phi, name) for name in candle_phi.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", candle_phi.__version__)
+
+
+def default(text: str) -> object:
+    """A default as the page writes it: `none` is Python's None."""
+    return ast.literal_eval(text.replace("none", "None"))
+
+
+def test_the_page_agrees(shared: Path) -> None:
+    page = (shared / "API.md").read_text(encoding="utf-8")
+    constructor = re.search(r"^Phi\(model_path.*?\*, (.*?)\)$", page, re.DOTALL | re.MULTILINE)
+    assert constructor is not None
+    assert {name: default(value) for name, value in re.findall(r"(\w+)=([^,\s]+)", constructor[1])} == MODEL
+
+    table = page.split("| option | default | means |")[1].split("\n\n")[0].splitlines()[2:]
+    found = {}
+    for row in table:
+        if not row.startswith("|"):
+            break
+        names, defaults = row.split("|")[1:3]
+        values = [v.strip() for v in re.sub(r"\(.*\)", "", defaults).split(",")]
+        for i, name in enumerate(re.findall(r"`(\w+)`", names)):
+            found[name] = values[i] if len(values) > 1 else values[0]
+    assert set(found) == set(GENERATION)
+    assert {name: default(value) for name, value in found.items() if value} == {
+        name: GENERATION[name] for name, value in found.items() if value
+    }
+
+    errors = page.split("## 7. Errors")[1].split("## 8.")[0]
+    assert set(re.findall(r"\b(\w+Error)\b", errors)) - set(ERRORS) <= {
+        *("FileNotFoundError", "ValueError", "NotImplementedError", "OSError", "RuntimeError", "TypeError")
+    }
+    attributes = re.search(r"^Read-only: `(.*?)`", page, re.MULTILINE)
+    assert attributes is not None
+    assert attributes[1].split() == READ_ONLY

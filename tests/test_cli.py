@@ -1,0 +1,292 @@
+"""The command line, as a shell sees it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import candle_phi
+import pytest
+from candle_phi import Phi
+from conftest import HAIKU
+
+COMMAND = [sys.executable, "-m", "candle_phi"]
+DEMO = ["--model", "demo"]
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes, signals and terminals as POSIX has them")
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    options = {"capture_output": True, "timeout": 60, "stdin": subprocess.DEVNULL} | options
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run([*COMMAND, *arguments], **options)
+
+
+def failed(done: subprocess.CompletedProcess[bytes], code: int) -> str:
+    """The one line that a failure says, on stderr."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == b""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("candle-phi: ")
+    return line
+
+
+def test_a_prompt_streams_its_answer(phi: Phi) -> None:
+    done = run(HAIKU, "--seed", "1", *DEMO)
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert done.stdout.decode().rstrip("\n") == phi.generate(HAIKU, seed=1).rstrip("\n")
+    assert done.stdout.endswith(b"\n")
+    assert run("run", HAIKU, "--seed", "1", *DEMO).stdout == done.stdout
+
+
+@pytest.mark.parametrize("line_end", [b"", b"\n", b"\r\n"])
+def test_a_prompt_from_stdin(phi: Phi, line_end: bytes) -> None:
+    done = run("-", "--seed=1", *DEMO, input=b"\xef\xbb\xbf" + HAIKU.encode() + line_end)
+    assert done.stdout.decode().rstrip("\n") == phi.generate(HAIKU, seed=1).rstrip("\n")
+
+
+def test_stdin_that_is_no_prompt() -> None:
+    assert "UTF-8: byte 0xff at 1" in failed(run("-", *DEMO, input=b"a\xff"), 2)
+    assert "stdin" in failed(run("-", *DEMO, input=b"\n"), 2)
+
+
+def test_options_are_the_apis(phi: Phi) -> None:
+    done = run(HAIKU, "--json", "--max-tokens", "5", "--temperature", "0.5", "--top-k", "50", "--seed", "3", *DEMO)
+    whole = phi.generate(HAIKU, max_tokens=5, temperature=0.5, top_k=50, seed=3)
+    found = json.loads(done.stdout)
+    assert found["text"] == whole
+    assert found["token_ids"] == whole.token_ids
+    assert found["finish_reason"] == whole.finish_reason
+    assert found["seed"] == 3
+    assert found["model"] == phi.path
+    assert found["system_fingerprint"] == whole.system_fingerprint
+    assert found["usage"]["completion_tokens"] == len(whole.token_ids)
+    assert found["timings"]["time_to_first_token"] > 0
+    assert found["logprobs"] is None
+
+
+def test_json_logprobs() -> None:
+    done = run(HAIKU, "--json", "--max-tokens=2", "--logprobs", "--top-logprobs", "2", "--seed", "1", *DEMO)
+    (first, *_) = json.loads(done.stdout)["logprobs"]
+    assert first["logprob"] <= 0
+    assert bytes(first["bytes"]).decode(errors="replace") == first["text"]
+    assert len(first["top"]) == 2
+    assert "--json" in failed(run(HAIKU, "--logprobs", *DEMO), 2)
+
+
+def test_stop_and_bias_are_repeatable(phi: Phi) -> None:
+    whole = phi.generate(HAIKU, seed=1)
+    done = run(HAIKU, "--seed", "1", "--stop", "\x01", "--stop", whole[5:8], *DEMO)
+    assert done.stdout.decode().rstrip("\n") == whole[: whole.index(whole[5:8])].rstrip("\n")
+    biased = run(HAIKU, "--temperature=0", "--max-tokens=1", "--logit-bias=9=100", "--logit-bias=8=1", "--json", *DEMO)
+    assert json.loads(biased.stdout)["token_ids"] == [9]
+    assert "--logit-bias" in failed(run(HAIKU, "--logit-bias=9", *DEMO), 2)
+
+
+def test_system_and_raw(phi: Phi) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    done = run("Hi", "--system", "Be brief.", "--json", "--max-tokens=1", *DEMO)
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == len(phi.tokenize(messages))
+    done = run("Hi\n", "--raw", "--add-bos", "--json", "--max-tokens=1", *DEMO)
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == len(phi.tokenize("Hi\n", add_bos=True))
+    assert "--raw" in failed(run("Hi", "--raw", "--system", "x", *DEMO), 2)
+
+
+def test_model_options(phi: Phi) -> None:
+    done = run(
+        "Hi", "--model", phi.path, "--n-ctx=40", "--n-threads=1", "--no-mmap", "--kv-cache=f32", "--max-tokens=1"
+    )
+    assert done.returncode == 0
+    assert "kv_cache" in failed(run("Hi", "--kv-cache=q1", *DEMO), 2)
+    assert "n_ctx" in failed(run("Hi", "--n-ctx=0", *DEMO), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "a prompt, please"),
+        (["Hi", "--max-tokens", "0"], "max_tokens must be from 1"),
+        (["Hi", "--max-tokens", "x"], "--max-tokens"),
+        (["Hi", "--temperature", "nan"], "nan"),
+        (["Hi", "--max-new-tokens", "5"], "use max_tokens"),
+        (["Hi", "--temprature", "5"], "did you mean 'temperature'"),
+        (["Hi", "--timeout", "5"], "not in this version"),
+        (["Hi", "there"], "put it in quotes"),
+        (["Hi", "--top-logprobs", "3", "--json"], "needs logprobs"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments: list[str], says: str) -> None:
+    assert says in failed(run(*arguments, *(DEMO if arguments else [])), 2)
+
+
+@pytest.mark.parametrize("name", ["chat", "serve", "batch", "pull", "list", "rm", "verify", "bench"])
+def test_reserved_commands(name: str) -> None:
+    line = failed(run(name), 2)
+    assert name in line
+    assert "not in this version" in line
+
+
+@pytest.mark.parametrize("word", ["lst", "chta", "Serve", "docter", "tokenise"])
+def test_a_word_close_to_a_command(word: str) -> None:
+    # an unreadable model shows that none is looked for
+    assert "did you mean candle-phi" in failed(run(word, "--model", "none.gguf"), 2)
+
+
+def test_a_commands_name_as_a_prompt(phi: Phi) -> None:
+    answer = phi.generate("list", seed=1, max_tokens=3).rstrip("\n")
+    for arguments in (["run", "list", *DEMO], [*DEMO, "--", "list"], ["run", *DEMO, "--", "list"]):
+        done = run(*arguments[:1], "--seed=1", "--max-tokens=3", *arguments[1:])
+        assert done.stdout.decode().rstrip("\n") == answer
+    done = run("--", "list")
+    assert b"not in this version" not in done.stderr
+
+
+def test_failures_are_one_line(tmp_path: Path, phi: Phi) -> None:
+    assert "none.gguf" in failed(run("Hi", "--model", str(tmp_path / "none.gguf")), 1)
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"<html>")
+    assert "HTML" in failed(run("Hi", "--model", str(bad)), 1)
+    assert "40" in failed(run("Hi " * 200, "--n-ctx", "40", *DEMO), 1)
+
+
+def test_without_a_model(tmp_path: Path) -> None:
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)}
+    line = failed(run("Hello there", env=env), 1)
+    assert "--model demo" in line
+    assert "hf download microsoft/Phi-3-mini-4k-instruct-gguf Phi-3-mini-4k-instruct-q4.gguf" in line
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.decode().strip() == f"candle-phi {candle_phi.__version__}"
+    shown = run("--help").stdout.decode()
+    for word in ("--max-tokens", "--model", "--json", "doctor", "tokenize"):
+        assert word in shown
+    assert run("doctor", "--help").returncode == 0
+
+
+def test_doctor() -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    assert {"version", "cpu", "kernels", "kernel", "n_threads", "cache_dir"} <= set(found)
+    assert found["version"] == candle_phi.__version__
+    assert found["kernel"] in found["kernels"]
+    assert found["n_threads"] >= 1
+    text = run("doctor").stdout.decode()
+    assert found["kernel"] in text
+    assert len(text.splitlines()) >= 6
+
+
+def test_tokenize(phi: Phi) -> None:
+    ids = phi.tokenize(" ice hockey")
+    assert run("tokenize", " ice hockey", *DEMO).stdout.decode().split() == [str(token) for token in ids]
+    found = json.loads(run("tokenize", "-", "--json", *DEMO, input=b" ice hockey").stdout)
+    assert found["ids"] == ids
+    assert len(found["pieces"]) == len(ids)
+    assert "".join(found["pieces"]).strip() == "ice hockey"
+    lines = run("tokenize", "<|end|>", "--parse-special", "--add-bos", "--pieces", *DEMO).stdout.decode().splitlines()
+    assert lines[0].startswith(f"{phi.bos_token_id}\t")
+    assert lines[1].endswith('\t"<|end|>"')
+
+
+def test_redirected_output_is_utf8_whatever_the_locale(phi: Phi) -> None:
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
+    done = run("tokenize", "-", "--json", *DEMO, input="氷 🏒".encode(), env=env)
+    found = json.loads(done.stdout.decode("utf-8"))
+    assert found["ids"] == phi.tokenize("氷 🏒")
+    done = run("tokenize", "-", "--pieces", *DEMO, input="é".encode(), env=env)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
+@posix
+def test_a_closed_pipe_ends_quietly() -> None:
+    arguments = [HAIKU, "--ignore-eos", *DEMO]
+    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(3)
+        process.stdout.close()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == b""
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"]])
+def test_a_pipe_that_nobody_reads(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, timeout=30)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@posix
+def test_ctrl_c() -> None:
+    arguments = [HAIKU, "--ignore-eos", *DEMO]
+    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        before = time.monotonic()
+        assert process.stdout.read() is not None
+        assert process.wait(30) == 130
+        assert time.monotonic() - before < 2
+        assert process.stderr.read() == b""
+
+
+@posix
+def test_it_streams() -> None:
+    """The first text is there while the generation goes on."""
+    with subprocess.Popen([*COMMAND, HAIKU, "--ignore-eos", *DEMO], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+
+
+def on_terminal(*arguments: str, **env: str) -> tuple[int, bytes]:
+    """Runs with a terminal as stdout; its exit code, and what the terminal was sent."""
+    import pty
+
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **env},
+    )
+    os.close(slave)
+    sent = b""
+    try:
+        while data := os.read(master, 4096):
+            sent += data
+    except OSError:  # Linux ends a terminal so
+        pass
+    os.close(master)
+    process.communicate(timeout=30)
+    return process.returncode, sent
+
+
+@posix
+def test_control_characters_are_escaped_on_a_terminal() -> None:
+    # a model that is made to say ESC: its byte token gets all the bias there is
+    with Phi.demo() as phi:
+        escape = phi.tokenize("\x1b")[-1]
+    arguments = [HAIKU, "--temperature=0", "--max-tokens=2", f"--logit-bias={escape}=100", *DEMO]
+    assert run(*arguments).stdout == b"\x1b\x1b\n"
+    code, sent = on_terminal(*arguments)
+    assert (code, sent) == (0, b"\\x1b\\x1b\r\n")
+
+
+@posix
+def test_a_terminal_that_cannot_show_a_character() -> None:
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    code, sent = on_terminal("tokenize", "é", "--pieces", *DEMO, **env)
+    assert code == 0
+    assert b"?" in sent

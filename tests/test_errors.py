@@ -1,0 +1,196 @@
+"""Every exception: raised where it belongs, naming what was wrong; picklable; caught by its built-in base."""
+
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import candle_phi
+import pytest
+from candle_phi import (
+    InvalidModelError,
+    ModelNotFoundError,
+    NotInThisVersionError,
+    Phi,
+    PhiError,
+    UnsupportedModelError,
+)
+
+
+def made(error: type[PhiError]) -> PhiError:
+    if error is candle_phi.ContextLengthError:
+        return candle_phi.ContextLengthError("too long", 50, 40)
+    if issubclass(error, candle_phi.DownloadError):
+        return error("no answer", "https://host/file", 503, "host")
+    return error("what was wrong")
+
+
+CLASSES = [value for value in vars(candle_phi).values() if isinstance(value, type) and issubclass(value, PhiError)]
+
+
+@pytest.mark.parametrize("error", CLASSES)
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickled_errors_keep_their_attributes(error: type[PhiError], protocol: int) -> None:
+    before = made(error)
+    after = pickle.loads(pickle.dumps(before, protocol))
+    assert type(after) is error
+    assert str(after) == str(before)
+    for name in ("prompt_tokens", "n_ctx", "url", "status", "host"):
+        assert getattr(after, name, None) == getattr(before, name, None)
+
+
+def gguf(*pairs: tuple[str, str]) -> bytes:
+    """A GGUF v3 file of string keys and no tensors."""
+
+    def string(text: str) -> bytes:
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    keys = b"".join(string(key) + struct.pack("<I", 8) + string(value) for key, value in pairs)
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + keys
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.gguf"
+    for given in (path, str(path)):
+        with pytest.raises(FileNotFoundError, match=r"none\.gguf") as raised:
+            Phi(given)
+        assert type(raised.value) is ModelNotFoundError
+
+
+def test_a_folder_names_the_call_that_works(tmp_path: Path, phi: Phi) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"Phi\.from_pretrained\("):
+        Phi(tmp_path)
+    shutil.copy(phi.path, tmp_path / "some.gguf")
+    with pytest.raises(ModelNotFoundError, match=r"1 \.gguf files?: Phi\(.*some\.gguf"):
+        Phi(tmp_path)
+    with Phi.from_pretrained(tmp_path, "some.gguf") as opened:
+        assert opened.n_vocab == phi.n_vocab
+
+
+def test_a_repository_names_the_call_that_works() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"Phi\.from_pretrained\('microsoft/Phi-3-mini-4k-instruct-gguf'\)"):
+        Phi("microsoft/Phi-3-mini-4k-instruct-gguf")
+
+
+@pytest.mark.parametrize("path", [b"model.gguf", 5, None, ["model.gguf"]])
+def test_a_path_is_text(path: Any) -> None:
+    with pytest.raises(TypeError, match="model_path must be"):
+        Phi(path)
+    with pytest.raises(ValueError, match="NUL"):
+        Phi("a\0b.gguf")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty|0 bytes|short|ends"),
+        (b"<!DOCTYPE html><html><body>Not found</body></html>", "HTML"),
+        (b"PK\x03\x04" + b"\0" * 100, "GGUF"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**62), "4611686018427387904|key"),
+        (gguf(("general.architecture", "phi3")), "phi3|token|tensor"),
+    ],
+)
+def test_a_damaged_file(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InvalidModelError, match=says) as raised:
+        Phi(path)
+    assert isinstance(raised.value, ValueError)
+    assert "bad.gguf" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(gguf(("general.architecture", "llama")))
+    with pytest.raises(UnsupportedModelError, match="llama"):
+        Phi(path)
+
+
+def test_a_truncated_file(tmp_path: Path, phi: Phi) -> None:
+    whole = Path(phi.path).read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in (3, 20, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InvalidModelError, match=r"cut\.gguf"):
+            Phi(path)
+
+
+def test_a_path_that_is_not_ascii(tmp_path: Path, phi: Phi) -> None:
+    path = tmp_path / "модель 氷 🏒.gguf"
+    shutil.copy(phi.path, path)
+    with Phi(path) as opened:
+        assert opened.path == str(path)
+        assert opened.render("Hi") == phi.render("Hi")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a file's name be bytes that are no text")
+def test_a_path_that_is_not_text(tmp_path: Path, phi: Phi) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.gguf")
+    shutil.copy(phi.path, path)
+    with Phi(path) as opened:
+        assert opened.n_vocab == phi.n_vocab
+
+
+@pytest.mark.parametrize("device", ["cuda", "metal"])
+def test_a_device_that_is_not_built_in(phi: Phi, device: Any) -> None:
+    if phi.device == device:
+        pytest.skip(f"this build has {device}")
+    with pytest.raises(UnsupportedModelError, match=f"{device}.*feature|feature.*{device}"):
+        Phi.demo(device=device)
+
+
+def test_a_bad_chat_template() -> None:
+    with pytest.raises(ValueError, match="template"):
+        Phi.demo(chat_template="{% for %}")
+
+
+def test_a_bad_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        Phi.demo(tokenizer=tmp_path / "none.json")
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(InvalidModelError, match=r"tokenizer\.json"):
+        Phi.demo(tokenizer=path)
+
+
+def test_from_pretrained_opens_a_path(phi: Phi) -> None:
+    with Phi.from_pretrained(phi.path, n_ctx=50) as opened:
+        assert (opened.path, opened.n_ctx) == (phi.path, 50)
+    with pytest.raises(ValueError, match="revision"):
+        Phi.from_pretrained(phi.path, revision="main")
+
+
+def test_from_pretrained_without_a_download(tmp_path: Path) -> None:
+    script = (
+        "from candle_phi import Phi, NotInThisVersionError\n"
+        "try: Phi.from_pretrained('microsoft/Phi-3-mini-4k-instruct-gguf')\n"
+        "except NotInThisVersionError as error: print(error)"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert "microsoft/Phi-3-mini-4k-instruct-gguf" in done.stdout
+    assert issubclass(NotInThisVersionError, NotImplementedError)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+def test_a_model_from_before_a_fork() -> None:
+    script = (
+        "import os, sys\n"
+        "from candle_phi import ForkError, Phi\n"
+        "phi = Phi.demo()\n"
+        "phi.generate('Hi', seed=1, max_tokens=2)\n"
+        "if os.fork() == 0:\n"
+        "    try: phi.generate('Hi', seed=1, max_tokens=2)\n"
+        "    except ForkError: pass\n"
+        "    else: os._exit(3)\n"
+        "    with Phi.demo() as own: own.generate('Hi', seed=1, max_tokens=2)\n"
+        "    os._exit(0)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

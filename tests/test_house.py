@@ -1,0 +1,78 @@
+"""The house's own rules, where a search can check them."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+RUST = sorted((ROOT / "src").rglob("*.rs"))
+PYTHON = sorted((ROOT / "python").rglob("*.py"))
+
+
+def offenders(pattern: str, paths: list[Path]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+
+
+def test_there_is_something_to_search() -> None:
+    assert len(RUST) > 5
+    assert len(PYTHON) > 5
+
+
+def test_only_python_rs_knows_python() -> None:
+    assert offenders(r"\bpyo3\b", [path for path in RUST if path.name != "python.rs"]) == []
+
+
+def test_only_kernels_know_the_cpu() -> None:
+    outside = [path for path in RUST if "kernels" not in path.parts]
+    assert offenders(r"\b(std|core)::arch\b", outside) == []
+
+
+def test_nothing_is_left_to_do() -> None:
+    marks = r"\b(TODO|FIXME|XXX|HACK)\b|\b(todo|unimplemented)!"
+    assert offenders(marks, [*RUST, *PYTHON, *sorted((ROOT / "tests").glob("*.rs"))]) == []
+
+
+def test_every_allow_has_its_reason() -> None:
+    rust = r"#!?\[(allow|expect)\((?!.*reason\s*=)(?!.*//)"
+    assert offenders(rust, RUST) == []
+    assert offenders(r"#\s*(noqa|type: ignore)(?!.*  # )", PYTHON) == []
+
+
+def test_python_modules_import_only_downwards() -> None:
+    order = ["errors", "_engine", "options", "messages", "results", "stream", "model", "cli"]
+    for path in PYTHON:
+        if path.stem not in order:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                for name in names:
+                    if name in order:
+                        assert order.index(name) < order.index(path.stem), f"{path.stem} imports {name}"
+
+
+def test_builds_are_not_tied_to_one_cpu() -> None:
+    targets = tomllib.loads((ROOT / ".cargo" / "config.toml").read_text(encoding="utf-8"))["target"]
+    flags = {name: " ".join(target["rustflags"]) for name, target in targets.items()}
+    assert not [name for name, given in flags.items() if "target-cpu" in given]
+    for name in ("aarch64-unknown-linux-gnu", "aarch64-unknown-linux-musl", "aarch64-pc-windows-msvc"):
+        assert "+fp16" in flags[name]
+    assert not [name for name, given in flags.items() if "+fp16" in given and not name.startswith("aarch64")]
+
+
+def test_no_file_is_large() -> None:
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    large = [name for name in listed.split("\0") if name and (ROOT / name).stat().st_size > 6 * 2**20]
+    assert large == []
