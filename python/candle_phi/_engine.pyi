@@ -2,7 +2,7 @@
 
 from typing import TypeAlias, final
 
-__all__ = ["Model", "Stream", "default_model", "doctor", "__version__"]
+__all__ = ["Model", "Stream", "__version__", "default_model", "doctor"]
 
 __version__: str
 
