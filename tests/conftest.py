@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from candle_phi import Phi
 
 ROOT = Path(__file__).resolve().parents[1]

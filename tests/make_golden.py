@@ -478,10 +478,9 @@ def main():
         llama_quantize(source, out, value) if call == "quantize" else llama_logits(source, value, out)
         return
 
+    import gguf  # noqa: F401  # fail before anything is written
     import torch
     import transformers
-
-    import gguf  # noqa: F401  # fail before anything is written
 
     unknown = set(args.cases) - {case.name for case in CASES}
     if unknown:

@@ -5,8 +5,9 @@ import inspect
 import re
 from pathlib import Path
 
-import candle_phi
 import pytest
+
+import candle_phi
 from candle_phi import Phi
 
 MODEL = {

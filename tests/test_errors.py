@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import candle_phi
 import pytest
+
+import candle_phi
 from candle_phi import (
     InvalidModelError,
     ModelNotFoundError,

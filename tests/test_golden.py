@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from candle_phi import Phi
 from candle_phi.errors import PhiError, UnsupportedModelError
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from candle_phi import NotInThisVersionError, Phi
 from conftest import HAIKU
 

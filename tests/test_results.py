@@ -6,6 +6,7 @@ import pickle
 from typing import Any
 
 import pytest
+
 from candle_phi import Chunk, Phi, Result, Timings, TokenLogprob, Usage
 from conftest import HAIKU
 

@@ -13,6 +13,7 @@ from collections.abc import Generator
 
 import numpy as np
 import pytest
+
 from candle_phi import Chunk, ClosedError, ContextLengthError, Phi, Stream
 from conftest import HAIKU
 

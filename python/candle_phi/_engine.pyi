@@ -2,6 +2,8 @@
 
 from typing import TypeAlias, final
 
+__all__ = ["Model", "Stream", "__version__", "default_model", "doctor"]
+
 __version__: str
 
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob

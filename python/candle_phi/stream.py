@@ -29,19 +29,25 @@ class Stream(Generator[Chunk, None, None]):
     def __next__(self) -> Chunk:
         try:
             with self._reading:
-                piece = self._stream.next()
-                if piece is not None:
-                    text, ids, entries = piece
-                    self._pieces.append(text)
-                    if self._logprobs is None or entries is None:
-                        return Chunk(text, ids)
-                    logprobs = [_logprob(entry) for entry in entries]
-                    self._logprobs += logprobs
-                    return Chunk(text, ids, logprobs)
+                chunk = self._read()
         except BaseException:  # Ctrl-C, wherever in here it came
             self._stream.cancel()
             raise
-        raise StopIteration
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def _read(self) -> Chunk | None:
+        while piece := self._stream.next():
+            text, ids, entries = piece
+            logprobs = None if entries is None else [_logprob(entry) for entry in entries]
+            if self._logprobs is not None and logprobs:
+                self._logprobs += logprobs
+            if text:
+                self._pieces.append(text)
+                return Chunk(text, ids, logprobs)
+            # the last piece may have only ids that made no text: they are no chunk
+        return None
 
     def send(self, value: None, /) -> Chunk:
         """`send(None)` is `next()`."""
