@@ -1,0 +1,296 @@
+//! Generation and its stream over a model that says what it is told to: when it ends, what comes out, who may stop it.
+
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::thread;
+use std::time::Duration;
+
+use candle_phi::error::{Error, Result};
+use candle_phi::generate::{FinishReason, Generation, Request};
+use candle_phi::gguf::Gguf;
+use candle_phi::model::{Model, Sequence, Want};
+use candle_phi::sampling::Sampling;
+use candle_phi::schedule::Scheduler;
+use candle_phi::stream::TextStream;
+use candle_phi::threads::Cancel;
+use candle_phi::tokenizer::{Special, Tokenizer};
+
+/// Follows a script of ids, and counts its passes.
+struct Scripted {
+    script: Vec<u32>,
+    n_vocab: usize,
+    passes: Arc<AtomicUsize>,
+    failure: Option<Error>,
+    panics: bool,
+    pause: Duration,
+}
+
+struct ScriptedSequence(Arc<Scripted>, usize);
+
+impl Model for Scripted {
+    fn engine(&self) -> &'static str {
+        "scripted"
+    }
+    fn kernel(&self) -> &'static str {
+        "none"
+    }
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+    fn n_threads(&self) -> usize {
+        1
+    }
+    fn n_vocab(&self) -> usize {
+        self.n_vocab
+    }
+    fn context_length(&self) -> usize {
+        1000
+    }
+    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
+        Ok(Box::new(ScriptedSequence(self, 0)))
+    }
+}
+
+impl Sequence for ScriptedSequence {
+    fn forward(&mut self, _: &[u32], _: Want, cancel: &Cancel) -> Result<Vec<f32>> {
+        self.0.passes.fetch_add(1, SeqCst);
+        assert!(!self.0.panics, "the model panics");
+        thread::sleep(self.0.pause);
+        if cancel.is_set() {
+            return Err(Error::Cancelled);
+        }
+        if let Some(error) = self.0.failure.clone().filter(|_| self.1 == self.0.script.len()) {
+            return Err(error);
+        }
+        let mut logits = vec![0.0; self.0.n_vocab];
+        logits[self.0.script[self.1 % self.0.script.len()] as usize] = 9.0;
+        self.1 += 1;
+        Ok(logits)
+    }
+}
+
+struct Setup {
+    tokenizer: Arc<Tokenizer>,
+    scheduler: Scheduler,
+    model: Scripted,
+}
+
+impl Setup {
+    /// The model says these ids, again and again.
+    fn ids(script: &[u32]) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain.gguf");
+        let tokenizer = Arc::new(Tokenizer::from_gguf(&Gguf::open(&path, true).unwrap()).unwrap());
+        let (n_vocab, passes, pause) = (tokenizer.n_vocab(), Arc::default(), Duration::ZERO);
+        let model = Scripted { script: script.to_vec(), n_vocab, passes, failure: None, panics: false, pause };
+        Setup { tokenizer, scheduler: Scheduler::default(), model }
+    }
+
+    /// The model says this text, then `<|end|>`.
+    fn text(text: &str) -> Self {
+        let mut setup = Setup::ids(&[0]);
+        setup.model.script = setup.tokenizer.encode(text, Special::None).unwrap();
+        setup.model.script.push(setup.tokenizer.token_to_id("<|end|>").unwrap());
+        setup
+    }
+
+    fn request(&self) -> Request {
+        let sampling = Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repeat_penalty: 1.0,
+            repeat_last_n: Some(64),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+        };
+        let prompt = self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
+        Request { prompt, max_tokens: 500, sampling, seed: 1, stop: Vec::new(), ignore_eos: false, top_logprobs: None }
+    }
+
+    fn stream(self, change: impl FnOnce(&mut Request)) -> TextStream {
+        let mut request = self.request();
+        change(&mut request);
+        TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler)
+    }
+}
+
+fn next(stream: &TextStream) -> Result<Option<candle_phi::generate::Piece>> {
+    match stream.next(|| ControlFlow::<Infallible>::Continue(()))? {
+        ControlFlow::Continue(piece) => Ok(piece),
+        ControlFlow::Break(never) => match never {},
+    }
+}
+
+/// The text, the number of ids, the reason.
+fn read(stream: &TextStream) -> Result<(String, usize, FinishReason)> {
+    let mut text = String::new();
+    while let Some(piece) = next(stream)? {
+        text += &piece.text;
+    }
+    Ok((text, stream.ids()?.len(), stream.finish_reason()?.expect("it was read to its end")))
+}
+
+#[test]
+fn a_stop_id_ends_the_text_even_as_the_first_token() {
+    let (text, ids, reason) = read(&Setup::text("").stream(|_| {})).unwrap();
+    assert_eq!((text.as_str(), ids, reason), ("", 0, FinishReason::Stop));
+    for stop in ["<|end|>", "<|endoftext|>", "<|assistant|>"] {
+        let mut setup = Setup::text("yes");
+        *setup.model.script.last_mut().unwrap() = setup.tokenizer.token_to_id(stop).unwrap();
+        let (text, _, reason) = read(&setup.stream(|_| {})).unwrap();
+        assert_eq!((text.as_str(), reason), ("yes", FinishReason::Stop), "{stop}");
+    }
+}
+
+#[test]
+fn streamed_text_is_the_whole_text() {
+    for text in [
+        "héllo wörld",
+        "冰球很好玩",
+        "goal 🏒🥅!",
+        "flags 🇨🇦🇸🇪",
+        "family 👨\u{200d}👩\u{200d}👧",
+        "a\nb\n\nc",
+        "  two  spaces ",
+    ] {
+        let (streamed, ..) = read(&Setup::text(text).stream(|_| {})).unwrap();
+        assert_eq!(streamed, text);
+    }
+}
+
+#[test]
+fn a_character_that_max_tokens_cuts_is_dropped_and_its_ids_stay() {
+    let setup = Setup::text("ok 🏒");
+    let whole = setup.model.script.len() - 1;
+    let (text, ids, reason) = read(&setup.stream(|request| request.max_tokens = whole - 1)).unwrap();
+    assert_eq!((text.as_str(), ids, reason), ("ok ", whole - 1, FinishReason::Length));
+}
+
+#[test]
+fn ignore_eos_goes_on_through_stop_ids() {
+    let (text, ids, reason) = read(&Setup::text("ab").stream(|request| {
+        request.ignore_eos = true;
+        request.max_tokens = 20;
+    }))
+    .unwrap();
+    assert_eq!((ids, reason), (20, FinishReason::Length));
+    assert!(text.starts_with("ab") && text.len() > 4 && !text.contains('<'), "{text}");
+}
+
+#[test]
+fn a_stop_string_ends_the_text_and_leaks_nothing() {
+    let stream = Setup::text("one two END three").stream(|request| request.stop = vec!["END".into(), "zzz".into()]);
+    let (text, ids, reason) = read(&stream).unwrap();
+    assert_eq!((text.as_str(), reason), ("one two ", FinishReason::Stop));
+    let setup = Setup::text("one two END three");
+    let completed = setup.tokenizer.decode(&setup.model.script[..ids], true).unwrap();
+    assert!(completed.ends_with("END"), "the ids go up to the one that completes it: {completed}");
+    let (text, _, reason) = read(&Setup::text("one EN").stream(|request| request.stop = vec!["END".into()])).unwrap();
+    assert_eq!((text.as_str(), reason), ("one EN", FinishReason::Stop));
+}
+
+#[test]
+fn every_id_has_a_log_probability_those_without_text_too() {
+    let stream = Setup::text("ok 🏒").stream(|request| {
+        request.top_logprobs = Some(2);
+        request.max_tokens = 6;
+    });
+    let (mut ids, mut logprobs) = (Vec::new(), Vec::new());
+    while let Some(piece) = next(&stream).unwrap() {
+        assert_eq!(piece.ids.len(), piece.logprobs.len());
+        ids.extend(piece.ids);
+        logprobs.extend(piece.logprobs);
+    }
+    assert_eq!(ids, stream.ids().unwrap());
+    assert!(logprobs.iter().zip(&ids).all(|(l, &id)| l.id == id && l.top.len() == 2 && l.top[0] == (id, l.logprob)));
+}
+
+#[test]
+fn nothing_is_computed_before_the_first_read_nor_far_ahead_of_the_reader() {
+    let setup = Setup::text(&"word ".repeat(90));
+    let passes = setup.model.passes.clone();
+    let stream = setup.stream(|_| {});
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(passes.load(SeqCst), 0);
+    next(&stream).unwrap();
+    thread::sleep(Duration::from_millis(200));
+    assert!(passes.load(SeqCst) < 20, "{}", passes.load(SeqCst));
+    drop(stream);
+}
+
+#[test]
+fn cancel_works_from_another_thread_while_one_waits() {
+    let mut setup = Setup::text("never ends");
+    setup.model.pause = Duration::from_millis(30);
+    let stream = setup.stream(|request| request.ignore_eos = true);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(200));
+            stream.cancel();
+        });
+        let (_, _, reason) = read(&stream).unwrap();
+        assert_eq!(reason, FinishReason::Cancelled);
+    });
+    assert_eq!(next(&stream), Ok(None), "and stays ended");
+}
+
+#[test]
+fn closing_the_model_is_an_error_of_its_streams() {
+    let mut setup = Setup::text("never ends");
+    setup.model.pause = Duration::from_millis(10);
+    let scheduler = setup.scheduler.clone();
+    let stream = setup.stream(|request| request.ignore_eos = true);
+    next(&stream).unwrap();
+    scheduler.close();
+    assert_eq!(read(&stream), Err(Error::Closed));
+    assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Error)));
+}
+
+#[test]
+fn an_error_of_the_model_reaches_the_reader_after_the_text() {
+    let mut setup = Setup::text("partial");
+    setup.model.script.pop();
+    setup.model.failure = Some(Error::InvalidModel("broken weights".into()));
+    let stream = setup.stream(|_| {});
+    let mut text = String::new();
+    let error = loop {
+        match next(&stream) {
+            Ok(piece) => text += &piece.expect("the error comes before the end").text,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((text.as_str(), error), ("partial", Error::InvalidModel("broken weights".into())));
+    assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Error)));
+    assert_eq!(next(&stream), Ok(None));
+}
+
+#[test]
+fn a_panic_of_the_model_is_an_internal_error_and_the_scheduler_lives() {
+    let mut setup = Setup::text("x");
+    setup.model.panics = true;
+    let scheduler = setup.scheduler.clone();
+    let error = read(&setup.stream(|_| {})).unwrap_err();
+    assert!(matches!(&error, Error::Internal(message) if message.contains("the model panics")), "{error}");
+    let next = Setup { scheduler, ..Setup::text("fine") };
+    assert_eq!(read(&next.stream(|_| {})).unwrap().0, "fine");
+}
+
+#[test]
+fn streams_take_turns() {
+    let mut long = Setup::text("never ends");
+    long.model.pause = Duration::from_millis(5);
+    let scheduler = long.scheduler.clone();
+    let long = long.stream(|request| request.ignore_eos = true);
+    next(&long).unwrap();
+    let short = Setup { scheduler, ..Setup::text("short") };
+    thread::scope(|scope| {
+        scope.spawn(|| while next(&long).unwrap().is_some() {});
+        assert_eq!(read(&short.stream(|_| {})).unwrap().0, "short");
+        long.cancel();
+    });
+}
