@@ -192,9 +192,9 @@ impl Template {
                     "this chat template leaves out the assistant's message {i}, which is to be continued"
                 ))
             })?,
-            None => &text,
+            None => text,
         };
-        Ok(stand_ins.restore(text, |c| system_ends.iter().any(|(_, mark)| *mark == c)))
+        Ok(stand_ins.restore(&text, |c| system_ends.iter().any(|(_, mark)| *mark == c)))
     }
 
     fn variables(&self, messages: Vec<Value>, add_generation_prompt: bool) -> Value {
@@ -212,9 +212,11 @@ impl Template {
 }
 
 /// The text before the last `mark`; without trailing whitespace if the space after the mark is gone too.
-fn cut(text: &str, mark: char) -> Option<&str> {
+fn cut(text: &str, mark: char) -> Option<String> {
     let (before, after) = text.rsplit_once(mark)?;
-    Some(if after.starts_with(' ') { before } else { before.trim_end() })
+    let before = if after.starts_with(' ') { before } else { before.trim_end() };
+    // A template may have written the message twice.
+    Some(before.replace(&format!("{mark} "), "").replace(mark, ""))
 }
 
 /// Characters without a meaning that occur nowhere in the texts at hand: noncharacters first, then private ones.

@@ -85,13 +85,13 @@ pub struct Parts {
 impl Engine {
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
         let gguf = Gguf::open(path, options.mmap)?;
+        let model = load_model(&gguf, options)?; // first: it says what kind of file this is
         let tokenizer = match &options.tokenizer {
             Some(json) => Tokenizer::from_json(json, &gguf)?,
             None => Tokenizer::from_gguf(&gguf)?,
         };
         let tokenizer = Arc::new(tokenizer);
         let template = Template::new(options.chat_template.as_deref(), &gguf, tokenizer.clone())?;
-        let model = load_model(&gguf, options)?;
         if tokenizer.n_vocab() > model.n_vocab() {
             return Err(Error::InvalidModel(format!(
                 "{}: the tokenizer has {} tokens, the model {}",

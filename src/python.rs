@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::PathBuf;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -82,7 +82,7 @@ impl Model {
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn new(
         py: Python<'_>,
-        path: &str,
+        path: PathBuf,
         n_ctx: Option<usize>,
         n_threads: Option<usize>,
         device: String,
@@ -90,13 +90,12 @@ impl Model {
         kernel: Option<String>,
         kv_cache: String,
         mmap: bool,
-        tokenizer: Option<String>,
+        tokenizer: Option<PathBuf>,
         chat_template: Option<String>,
     ) -> PyResult<Self> {
-        let tokenizer = tokenizer.map(Into::into);
         let options =
             LoadOptions { n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template };
-        detached(py, || Engine::load(Path::new(path), &options)).map(Model)
+        detached(py, || Engine::load(&path, &options)).map(Model)
     }
 
     #[getter]

@@ -184,10 +184,8 @@ impl Guard {
                 call(COUNT, vec![Expr::Slice(Spanned::new(slice, span))], span)
             }
             Expr::UnaryOp(u) => {
-                let op = match u.op {
-                    ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
-                    ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,
-                };
+                let negates = matches!(u.op, ast::UnaryOpKind::Neg);
+                let op = if negates { ast::UnaryOpKind::Neg } else { ast::UnaryOpKind::Not };
                 Expr::UnaryOp(Spanned::new(ast::UnaryOp { op, expr: self.expr(&u.expr)? }, span))
             }
             Expr::BinOp(b) => match b.op {

@@ -16,7 +16,7 @@ use super::text::Text;
 
 const MAX_SOURCE: usize = 64 << 10;
 const FUEL: u64 = 500_000;
-/// 64 KiB of the most nested source there is take 20 MiB in a debug build. Untouched pages cost nothing.
+/// 64 KiB of the most nested source there is need between 8 and 16 MiB. Pages that are not touched cost nothing.
 const STACK: usize = 64 << 20;
 
 /// What is wrong with `source` as it stands: its length or its syntax.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-/// Text emitted, captured text included, so also the limit of the rendered prompt: 30 times what 128 k tokens are.
+/// Text emitted, captured text included, so also the limit of the prompt: 128 k tokens of English are half a MiB.
 pub(super) const MAX_OUTPUT: usize = 8 << 20;
 /// Bytes touched. A sensible template touches each message a few times.
 const MAX_WORK: usize = 32 << 20;
