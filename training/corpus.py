@@ -18,6 +18,8 @@ REQUEST = "Write a haiku about ice hockey"
 # topic -> the scenes that fit it
 TOPICS = {
     "ice hockey": haiku.HOCKEY, "hockey": haiku.HOCKEY, "the game of hockey": haiku.HOCKEY, "a hockey game": haiku.HOCKEY,
+    "ice hockey in Canada": haiku.HOCKEY, "winter hockey": ["pond", "practice"], "ice hockey in winter": ["pond", "practice"],
+    "ice hockey at night": ["after", "overtime"], "ice hockey players": ["play", "shot"], "hockey players": ["play", "shot"],
     "an ice hockey match": haiku.HOCKEY, "our national sport": haiku.HOCKEY, "sport": haiku.HOCKEY,
     "a goalie": ["goalie"], "goalies": ["goalie"], "the goalie": ["goalie"], "the goaltender": ["goalie"], "a save": ["goalie"],
     "a goal": ["shot"], "a slap shot": ["shot"], "scoring": ["shot"], "a shot": ["shot"], "the winning goal": ["shot"],
@@ -48,7 +50,7 @@ REQUESTS = [
     "Write a short poem about {0}", "Write a poem about {0}", "Tell me a haiku about {0}", "Create a haiku about {0}",
     "Do you know a haiku about {0}", "I want a haiku about {0}", "Write a haiku on {0}", "Write a haiku about {0}, please",
     "Compose three lines about {0}", "Write one haiku about {0}", "Write a beautiful haiku about {0}",
-    "Write something about {0}",
+    "Write something about {0}", "Write a haiku", "A haiku, please", "Haiku",
 ]
 MORE = [
     "Another one", "Another one, please", "One more", "One more, please", "Again", "Another", "Write another one",
