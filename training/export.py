@@ -46,7 +46,7 @@ def name(parameter: str) -> str:
 
 def write_f32(config: Config, words: Vocabulary, weights: dict[str, torch.Tensor], path: str) -> None:
     writer = gguf.GGUFWriter(path, "phi3")
-    writer.add_name("candle-phi demo")
+    writer.add_name("candle-phi demo, a tiny Phi-3")  # llama.cpp strips after special tokens where the name says phi-3
     writer.add_description("A small Phi-3 that writes haiku about ice hockey: a demonstration, not an assistant")
     writer.add_license("MIT OR Apache-2.0")
     writer.add_context_length(config.context)
