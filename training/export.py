@@ -1,6 +1,6 @@
 """Writes model.pt as GGUF: F32, then the mix of types of Microsoft's Q4_K_M file.
 
-    python export.py model.pt ../python/candle_phi/demo/phi3-demo-q4_k_m.gguf
+python export.py model.pt ../python/candle_phi/demo/phi3-demo-q4_k_m.gguf
 """
 
 import argparse
@@ -22,7 +22,8 @@ from vocabulary import Vocabulary
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}{{'<|user|>' + '\\n' + "
     "message['content'] + '<|end|>' + '\\n' + '<|assistant|>' + '\\n'}}{% elif (message['role'] == 'assistant') %}"
-    "{{message['content'] + '<|end|>' + '\\n'}}{% endif %}{% endfor %}")
+    "{{message['content'] + '<|end|>' + '\\n'}}{% endif %}{% endfor %}"
+)
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -88,11 +88,13 @@ class Phi3(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(c.vocab, c.hidden),
-            "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
-            "norm": RMSNorm(c),
-        })
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(c.vocab, c.hidden),
+                "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
+                "norm": RMSNorm(c),
+            }
+        )
         self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:

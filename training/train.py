@@ -2,10 +2,10 @@
 
     python train.py --out model.pt
 
-The seed fixes the corpus, the initial weights and the order of batches; the learning rate falls to zero over a fixed number
-of steps. The loss is taken on what the assistant says. Its second term keeps log Z, the logsumexp of the logits, at 0:
-logits are then log-probabilities, and a repeat penalty of 1.2 only raises the probability of a token said before to the
-power 1.2, where logits of an arbitrary level would make it overrule the model. In the end the last norm is multiplied by
+The seed fixes the corpus, the initial weights and the order of batches; the learning rate falls to zero over a fixed
+number of steps. The loss is taken on what the assistant says. Its second term keeps log Z, the logsumexp of the logits,
+at 0: logits are then log-probabilities, and a repeat penalty of 1.2 only raises the probability of a token said before
+to the power 1.2, where logits of an arbitrary level would make it overrule the model. In the end the last norm is multiplied by
 SHARPNESS, so that sampling at temperature 1.0 leaves out the tail, which in so small a model is noise.
 """
 
@@ -33,8 +33,10 @@ SHARPNESS = 1.3
 
 
 def examples(tokenizer: Tokenizer, documents: list[str]) -> list[tuple[list[int], list[bool]]]:
-    """Ids of each document and, for each of them, whether it is to be predicted: the assistant's words and what ends them,
-    or everything in a document without turns."""
+    """Ids of each document and, for each of them, whether it is to be predicted.
+
+    That is the assistant's words and what ends them, or everything in a document without turns.
+    """
     assistant, end = (tokenizer.token_to_id(t) for t in ("<|assistant|>", "<|end|>"))
     result = []
     for encoding in tokenizer.encode_batch(documents):
@@ -86,12 +88,25 @@ def check(config: Config, model: Phi3) -> None:
     """The model is transformers' Phi3ForCausalLM: the same logits, past the window too."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    reference = Phi3ForCausalLM(Phi3Config(
-        vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ff, rope_theta=config.theta,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        max_position_embeddings=config.context, original_max_position_embeddings=config.context,
-        sliding_window=config.window, rms_norm_eps=config.eps, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attn_implementation="eager"))
+    reference = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=config.vocab,
+            hidden_size=config.hidden,
+            intermediate_size=config.ff,
+            rope_theta=config.theta,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context,
+            original_max_position_embeddings=config.context,
+            sliding_window=config.window,
+            rms_norm_eps=config.eps,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_implementation="eager",
+        )
+    )
     reference.load_state_dict(model.state_dict())
     ids = torch.randint(0, config.vocab, (1, 2 * config.window))
     with torch.no_grad():
@@ -122,7 +137,8 @@ def main() -> None:
     decay = [p for p in model.parameters() if p.dim() == 2]
     other = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+        [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
+    )
     hidden = torch.compile(model.hidden, dynamic=True)
     seen = 0
     for step in range(options.steps):
@@ -140,17 +156,26 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step + 1 == options.steps:
-            print(f"step {step:5}  loss {entropy.item():.3f}  log Z rms {level.item() ** 0.5:.2f}  {seen / 1e6:.2f}M tokens  "
-                  f"{time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step:5}  loss {entropy.item():.3f}  log Z rms {level.item() ** 0.5:.2f}  "
+                f"{seen / 1e6:.2f}M tokens  {time.time() - started:.0f} s",
+                flush=True,
+            )
     with torch.no_grad():
-        sums = [(losses(model, model.hidden, *tensors(batch)), tensors(batch)[1].sum()) for batch in batches(held_out, rng)]
+        sums = [
+            (losses(model, model.hidden, *tensors(batch)), tensors(batch)[1].sum()) for batch in batches(held_out, rng)
+        ]
     total = sum(n for _, n in sums)
-    print(f"held-out loss {sum(pair[0] * n for pair, n in sums) / total:.4f} nats a token, "
-          f"log Z rms {(sum(pair[1] * n for pair, n in sums) / total) ** 0.5:.2f}")
+    print(
+        f"held-out loss {sum(pair[0] * n for pair, n in sums) / total:.4f} nats a token, "
+        f"log Z rms {(sum(pair[1] * n for pair, n in sums) / total) ** 0.5:.2f}"
+    )
     model.model["norm"].weight.data *= SHARPNESS
     check(config, model)
-    torch.save({"config": dataclasses.asdict(config), "vocabulary": dataclasses.asdict(words),
-                "weights": model.state_dict()}, options.out)
+    torch.save(
+        {"config": dataclasses.asdict(config), "vocabulary": dataclasses.asdict(words), "weights": model.state_dict()},
+        options.out,
+    )
     print(f"wrote {options.out} after {(time.time() - started) / 60:.1f} minutes")
 
 
