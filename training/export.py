@@ -1,6 +1,6 @@
 """Writes model.pt as GGUF: F32, then the mix of types of Microsoft's Q4_K_M file.
 
-    python export.py model.pt ../python/candle_phi/demo/phi3-demo-q4_k_m.gguf
+python export.py model.pt ../python/candle_phi/demo/phi3-demo-q4_k_m.gguf
 """
 
 import argparse
@@ -22,7 +22,8 @@ from vocabulary import Vocabulary
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}{{'<|user|>' + '\\n' + "
     "message['content'] + '<|end|>' + '\\n' + '<|assistant|>' + '\\n'}}{% elif (message['role'] == 'assistant') %}"
-    "{{message['content'] + '<|end|>' + '\\n'}}{% endif %}{% endfor %}")
+    "{{message['content'] + '<|end|>' + '\\n'}}{% endif %}{% endfor %}"
+)
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -46,7 +47,7 @@ def name(parameter: str) -> str:
 
 def write_f32(config: Config, words: Vocabulary, weights: dict[str, torch.Tensor], path: str) -> None:
     writer = gguf.GGUFWriter(path, "phi3")
-    writer.add_name("candle-phi demo")
+    writer.add_name("candle-phi demo, a tiny Phi-3")  # llama.cpp strips after special tokens where the name says phi-3
     writer.add_description("A small Phi-3 that writes haiku about ice hockey: a demonstration, not an assistant")
     writer.add_license("MIT OR Apache-2.0")
     writer.add_context_length(config.context)

@@ -15,7 +15,7 @@ class Config:
     vocab: int
     hidden: int = 256  # in-dimensions are multiples of 256, so that every K-quant fits
     ff: int = 1024
-    layers: int = 5
+    layers: int = 4
     heads: int = 8
     kv_heads: int = 4
     context: int = 1024
@@ -53,8 +53,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         groups = c.heads // c.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        o = F.scaled_dot_product_attention(q, k.to(v.dtype), v, attn_mask=mask) if q.dtype == v.dtype else \
-            F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+        o = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         return self.o_proj(o.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -89,11 +88,13 @@ class Phi3(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(c.vocab, c.hidden),
-            "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
-            "norm": RMSNorm(c),
-        })
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(c.vocab, c.hidden),
+                "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
+                "norm": RMSNorm(c),
+            }
+        )
         self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
