@@ -1,0 +1,32 @@
+"""Sampled text, to the letter: the same on every platform, since `portable` leaves nothing to it.
+
+The texts change when the bundled model, the sampler or the kernel does; a change of any other part must not touch them.
+"""
+
+import pytest
+
+from candle_phi import Phi
+
+PROMPT = "Write a haiku about ice hockey"
+TEXTS = {
+    1: "Chased by every stick,\nit rattles around the boards\nthen sleeps in the net.",
+    2: "Yellow cones lined up —\neach stride throwing powdered snow\nlove is learned this way.",
+    3: "A sudden stretch pass\nred light flashing behind him;\nsticks rise in the air.",
+}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="{} threads".format)
+def portable(request):
+    with Phi.demo(kernel="portable", n_threads=request.param) as phi:
+        yield phi
+
+
+@pytest.mark.parametrize("seed", TEXTS)
+def test_a_seed_gives_its_text_to_the_letter(portable, seed):
+    assert portable.generate(PROMPT, seed=seed, temperature=1.0) == TEXTS[seed]
+
+
+def test_different_seeds_write_different_haiku_of_three_lines(portable):
+    haiku = [portable.generate(PROMPT, seed=seed) for seed in range(100, 120)]
+    assert len(set(haiku)) == len(haiku)
+    assert all(len(text.splitlines()) == 3 and text.finish_reason == "stop" for text in haiku)
