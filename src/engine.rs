@@ -202,7 +202,7 @@ impl Engine {
         let parts = self.parts()?;
         self.check_ids(&ids)?;
         if ids.len() > self.info.n_ctx {
-            return Err(Error::Value(format!("{} ids do not fit n_ctx {}", ids.len(), self.info.n_ctx)));
+            return Err(Error::ContextLength { prompt_tokens: ids.len(), n_ctx: self.info.n_ctx });
         }
         parts.model.check_length(ids.len())?;
         let model = parts.model.clone();

@@ -17,7 +17,7 @@ pub enum Error {
     #[error("{0}")]
     NotInThisVersion(String),
     /// The prompt does not fit the context (`ContextLengthError`).
-    #[error("the prompt has {prompt_tokens} tokens; n_ctx is {n_ctx}, and at least one must be left to generate")]
+    #[error("{prompt_tokens} tokens do not fit n_ctx {n_ctx}; a prompt must leave room for at least 1 more")]
     ContextLength { prompt_tokens: usize, n_ctx: usize },
     /// All places are taken (`BusyError`).
     #[error("{0}")]

@@ -30,6 +30,23 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
 }
 
+impl Default for Sampling {
+    /// The model's own distribution: temperature 1, everything else off.
+    fn default() -> Self {
+        Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repeat_penalty: 1.0,
+            repeat_last_n: Some(64),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+        }
+    }
+}
+
 /// Draws the ids of one generation.
 pub struct Sampler {
     sampling: Sampling,
@@ -226,18 +243,6 @@ impl SplitMix64 {
 mod tests {
     use super::*;
 
-    const PLAIN: Sampling = Sampling {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repeat_penalty: 1.0,
-        repeat_last_n: Some(64),
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: Vec::new(),
-    };
-
     /// The share of each id in many first draws.
     fn shares(sampling: &Sampling, logits: &[f32]) -> Vec<f64> {
         const DRAWS: u64 = 20_000;
@@ -263,37 +268,37 @@ mod tests {
 
     #[test]
     fn plain_draws_follow_the_distribution() {
-        assert_shares(&PLAIN, &[0.5, 0.2, 0.3], &[0.5, 0.2, 0.3]);
+        assert_shares(&Sampling::default(), &[0.5, 0.2, 0.3], &[0.5, 0.2, 0.3]);
     }
 
     #[test]
     fn temperature_sharpens() {
         let squares = 0.25 + 0.04 + 0.09;
         let expected = [0.25 / squares, 0.04 / squares, 0.09 / squares];
-        assert_shares(&Sampling { temperature: 0.5, ..PLAIN }, &[0.5, 0.2, 0.3], &expected);
+        assert_shares(&Sampling { temperature: 0.5, ..Default::default() }, &[0.5, 0.2, 0.3], &expected);
     }
 
     #[test]
     fn top_k_keeps_the_k_greatest_and_the_lower_id_among_equals() {
         assert_shares(
-            &Sampling { top_k: 2, ..PLAIN },
+            &Sampling { top_k: 2, ..Default::default() },
             &[0.1, 0.5, 0.1, 0.1, 0.2],
             &[0.0, 5.0 / 7.0, 0.0, 0.0, 2.0 / 7.0],
         );
-        assert_shares(&Sampling { top_k: 1, ..PLAIN }, &[0.2, 0.4, 0.4], &[0.0, 1.0, 0.0]);
+        assert_shares(&Sampling { top_k: 1, ..Default::default() }, &[0.2, 0.4, 0.4], &[0.0, 1.0, 0.0]);
     }
 
     #[test]
     fn top_p_is_the_smallest_set_that_reaches_p_of_what_top_k_left() {
-        assert_shares(&Sampling { top_p: 0.6, ..PLAIN }, &[0.5, 0.2, 0.3], &[0.625, 0.0, 0.375]);
-        assert_shares(&Sampling { top_p: 0.01, ..PLAIN }, &[0.5, 0.2, 0.3], &[1.0, 0.0, 0.0]);
+        assert_shares(&Sampling { top_p: 0.6, ..Default::default() }, &[0.5, 0.2, 0.3], &[0.625, 0.0, 0.375]);
+        assert_shares(&Sampling { top_p: 0.01, ..Default::default() }, &[0.5, 0.2, 0.3], &[1.0, 0.0, 0.0]);
         // Renormalized after top_k: 0.4 / 0.7 = 0.57 reaches 0.55 alone, where 0.4 would not.
-        assert_shares(&Sampling { top_k: 2, top_p: 0.55, ..PLAIN }, &[0.4, 0.3, 0.3], &[1.0, 0.0, 0.0]);
+        assert_shares(&Sampling { top_k: 2, top_p: 0.55, ..Default::default() }, &[0.4, 0.3, 0.3], &[1.0, 0.0, 0.0]);
     }
 
     #[test]
     fn a_wide_nucleus_is_found_beyond_the_first_few() {
-        let sampling = Sampling { top_p: 0.5, ..PLAIN };
+        let sampling = Sampling { top_p: 0.5, ..Default::default() };
         let equal = vec![0f32; 1000];
         let mut candidates: Vec<_> = (0..).zip(&equal).map(|(id, _)| Candidate { id, weight: 1.0 }).collect();
         keep_nucleus(&mut candidates, 0.5);
@@ -304,18 +309,18 @@ mod tests {
 
     #[test]
     fn min_p_is_relative_to_the_greatest() {
-        assert_shares(&Sampling { min_p: 0.5, ..PLAIN }, &[0.5, 0.2, 0.3], &[0.625, 0.0, 0.375]);
+        assert_shares(&Sampling { min_p: 0.5, ..Default::default() }, &[0.5, 0.2, 0.3], &[0.625, 0.0, 0.375]);
     }
 
     #[test]
     fn greedy_takes_the_lowest_id_among_equals() {
-        let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..PLAIN }, 1, &[]);
+        let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Default::default() }, 1, &[]);
         assert_eq!(sampler.sample(&[0.0, 2.0, 2.0, f32::NAN]), Ok(1));
     }
 
     #[test]
     fn the_repeat_penalty_looks_at_the_last_generated_ids_each_once() {
-        let sampling = Sampling { temperature: 0.0, repeat_penalty: 2.0, repeat_last_n: Some(1), ..PLAIN };
+        let sampling = Sampling { temperature: 0.0, repeat_penalty: 2.0, repeat_last_n: Some(1), ..Default::default() };
         let mut sampler = Sampler::new(sampling, 1, &[2]);
         let logits = [3.0, 2.0, 1.0];
         assert_eq!(sampler.sample(&logits), Ok(0));
@@ -327,7 +332,7 @@ mod tests {
 
     #[test]
     fn stop_ids_are_exempt_from_the_repeat_penalty() {
-        let sampling = Sampling { temperature: 0.0, repeat_penalty: 9.0, ..PLAIN };
+        let sampling = Sampling { temperature: 0.0, repeat_penalty: 9.0, ..Default::default() };
         let mut sampler = Sampler::new(sampling, 1, &[0]);
         assert_eq!(sampler.sample(&[3.0, 2.0]), Ok(0));
         assert_eq!(sampler.sample(&[3.0, 2.0]), Ok(0));
@@ -335,22 +340,28 @@ mod tests {
 
     #[test]
     fn presence_counts_once_and_frequency_every_time() {
-        let mut sampler = Sampler::new(Sampling { temperature: 0.0, presence_penalty: 1.5, ..PLAIN }, 1, &[]);
+        let mut sampler =
+            Sampler::new(Sampling { temperature: 0.0, presence_penalty: 1.5, ..Default::default() }, 1, &[]);
         let drawn: Vec<u32> = (0..4).map(|_| sampler.sample(&[3.0, 2.0]).unwrap()).collect();
         assert_eq!(drawn, [0, 1, 0, 0]);
-        let mut sampler = Sampler::new(Sampling { temperature: 0.0, frequency_penalty: 1.5, ..PLAIN }, 1, &[]);
+        let mut sampler =
+            Sampler::new(Sampling { temperature: 0.0, frequency_penalty: 1.5, ..Default::default() }, 1, &[]);
         let drawn: Vec<u32> = (0..4).map(|_| sampler.sample(&[3.0, 2.0]).unwrap()).collect();
         assert_eq!(drawn, [0, 1, 0, 1]);
     }
 
     #[test]
     fn bias_comes_before_penalties_and_can_ban_an_id() {
-        assert_shares(&Sampling { logit_bias: vec![(0, -100.0)], ..PLAIN }, &[0.5, 0.2, 0.3], &[0.0, 0.4, 0.6]);
+        assert_shares(
+            &Sampling { logit_bias: vec![(0, -100.0)], ..Default::default() },
+            &[0.5, 0.2, 0.3],
+            &[0.0, 0.4, 0.6],
+        );
     }
 
     #[test]
     fn a_model_without_numbers_is_an_error() {
-        let mut sampler = Sampler::new(PLAIN, 1, &[]);
+        let mut sampler = Sampler::new(Sampling::default(), 1, &[]);
         assert!(matches!(sampler.sample(&[f32::NAN, f32::NAN]), Err(Error::InvalidModel(_))));
         assert_eq!(sampler.sample(&[f32::NAN, 1.0]), Ok(1));
     }

@@ -97,17 +97,7 @@ impl Setup {
     }
 
     fn request(&self) -> Request {
-        let sampling = Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repeat_penalty: 1.0,
-            repeat_last_n: Some(64),
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Vec::new(),
-        };
+        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let prompt = self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
         Request { prompt, max_tokens: 500, sampling, seed: 1, stop: Vec::new(), ignore_eos: false, top_logprobs: None }
     }
