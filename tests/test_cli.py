@@ -291,3 +291,15 @@ def test_a_terminal_that_cannot_show_a_character() -> None:
     code, sent = on_terminal("tokenize", "氷é", "--pieces", *DEMO, PYTHONIOENCODING="ascii")
     assert code == 0
     assert b'\t"?"\r\n' in sent
+
+
+def test_the_default_model_is_the_one_in_the_hubs_cache(tmp_path: Path, phi: Phi) -> None:
+    repository = tmp_path / "hub" / "models--microsoft--Phi-3-mini-4k-instruct-gguf"
+    snapshot = repository / "snapshots" / "a64113399c2f6b8ad3e11c394733a2ddadaa7f33"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "Phi-3-mini-4k-instruct-q4.gguf").symlink_to(phi.path)
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"} | {"HF_HOME": str(tmp_path)}
+    done = run("--seed=1", HAIKU, env=env)
+    assert (done.returncode, done.stdout.decode().rstrip("\n")) == (0, phi.generate(HAIKU, seed=1))
