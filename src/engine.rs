@@ -241,6 +241,7 @@ fn load_model(gguf: &Gguf, options: &LoadOptions) -> Result<Arc<dyn Model>> {
             let taken = [
                 (options.kernel.is_some(), "kernel: it has its own kernels"),
                 (options.n_threads.is_some(), "n_threads: it computes on Candle's global pool (CANDLE_NUM_THREADS)"),
+                (options.kv_cache != LoadOptions::default().kv_cache, "kv_cache: its cache is f32"),
                 (!matches!(options.device.as_str(), "auto" | "cpu"), "device: it runs on the CPU here"),
             ];
             if let Some((_, what)) = taken.into_iter().find(|(given, _)| *given) {
@@ -281,7 +282,8 @@ fn backend(options: &LoadOptions) -> Result<Backend> {
 /// The kernel of this name; None: what `CANDLE_PHI_KERNEL` names, else the best that this CPU can run.
 pub fn choose_kernel(name: Option<&str>) -> Result<Box<dyn Kernel>> {
     const VARIABLE: &str = "CANDLE_PHI_KERNEL";
-    let variable = std::env::var(VARIABLE).ok().filter(|name| !name.is_empty());
+    let variable = std::env::var_os(VARIABLE).filter(|name| !name.is_empty());
+    let variable = variable.map(|name| name.to_string_lossy().into_owned());
     let available = kernels::available();
     let (from, name) = match (name, &variable) {
         (Some(name), _) => ("kernel", name),

@@ -26,10 +26,8 @@ pub enum Error {
     #[error("the model is closed")]
     Closed,
     /// The process forked after the model was loaded (`ForkError`).
-    #[error(
-        "this model was loaded in process {loaded_in}, before a fork(): load it in the child, or use spawn or forkserver"
-    )]
-    Fork { loaded_in: u32 },
+    #[error("{0}")]
+    Fork(String),
     /// The caller passed a value out of range (`ValueError`).
     #[error("{0}")]
     Value(String),

@@ -3,19 +3,21 @@
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
 use crate::chat::Message;
-use crate::engine::{Engine, LoadOptions, Parts, choose_kernel};
+use crate::engine::{Engine, LoadOptions, choose_kernel};
 use crate::error::Error;
 use crate::generate::{FinishReason, Piece, Request, TokenLogprob};
 use crate::gguf::Value;
 use crate::model::Want;
 use crate::sampling::Sampling;
 use crate::stream::TextStream;
+use crate::tokenizer::Tokenizer;
 use crate::{hub, kernels, schedule, threads};
 
 mod raised {
@@ -44,7 +46,7 @@ impl From<Error> for PyErr {
             }
             Error::Busy(_) => raised::BusyError::new_err(message),
             Error::Closed => raised::ClosedError::new_err(message),
-            Error::Fork { .. } => raised::ForkError::new_err(message),
+            Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
             Error::Internal(_) | Error::Cancelled => raised::InternalError::new_err(message),
         }
@@ -239,7 +241,8 @@ impl Model {
             let seed = seed.map_or_else(random_seed, Ok)?;
             let request = Request { prompt, max_tokens: 0, sampling, seed, stop, ignore_eos, top_logprobs };
             let stream = self.0.stream(request, max_tokens)?;
-            Ok(Stream { stream, parts: self.0.parts()?, seed, prompt_tokens, logprobs })
+            let tokenizer = self.0.parts()?.tokenizer.clone();
+            Ok(Stream { stream, tokenizer, seed, prompt_tokens, logprobs })
         })
     }
 }
@@ -281,7 +284,7 @@ fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>>
 struct Stream {
     stream: TextStream,
     /// To spell out the ids of log probabilities.
-    parts: std::sync::Arc<Parts>,
+    tokenizer: Arc<Tokenizer>,
     seed: u64,
     prompt_tokens: usize,
     logprobs: bool,
@@ -339,9 +342,8 @@ impl Stream {
 
 impl Stream {
     fn spell<'py>(&self, py: Python<'py>, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
-        let tokenizer = &self.parts.tokenizer;
         let top = |id: u32, logprob: f32| -> PyResult<_> {
-            let bytes = tokenizer.bytes(id);
+            let bytes = self.tokenizer.bytes(id);
             let text = String::from_utf8_lossy(bytes).into_owned();
             Ok((id, text, PyBytes::new(py, bytes), logprob))
         };

@@ -5,7 +5,7 @@
 
 use std::io::Cursor;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::quantized::gguf_file::Content;
 use candle_core::{Device, Tensor};
@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::{Model, Sequence, Want};
 use crate::phi3::Config;
-use crate::threads::{Cancel, lock};
+use crate::threads::{Cancel, ForkGuard, lock};
 
 pub struct Stock {
     config: Config,
@@ -26,6 +26,12 @@ pub struct Stock {
 impl Stock {
     /// Copy the weights out of the file, as Candle's loop does.
     pub fn load(gguf: &Gguf) -> Result<Self> {
+        /// Candle's thread pool is made once in a process, and a child has none of its threads.
+        static POOL: OnceLock<ForkGuard> = OnceLock::new();
+        if POOL.get_or_init(ForkGuard::here).is_forked() {
+            let message = "engine 'candle' was used before a fork(), which its thread pool does not survive: use spawn";
+            return Err(Error::Fork(message.into()));
+        }
         let file = gguf.path().display();
         let config = Config::read(gguf)?;
         let refusals = [

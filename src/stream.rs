@@ -146,6 +146,7 @@ impl TextStream {
         }
         self.outbox.cancel.set();
         self.outbox.changed.notify_all();
+        drop(lock(&self.unstarted).take()); // it holds the model
         self.scheduler.waker().wake();
     }
 

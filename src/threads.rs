@@ -20,12 +20,12 @@ pub fn count(n_threads: Option<usize>) -> Result<usize> {
     if let Some(n) = n_threads {
         return check("n_threads", n);
     }
-    match std::env::var(VARIABLE) {
-        Ok(text) if !text.trim().is_empty() => match text.trim().parse() {
-            Ok(n) => check(VARIABLE, n),
-            Err(_) => Err(Error::Value(format!("{VARIABLE} must be a whole number, not {text:?}"))),
+    match std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) {
+        Some(text) => match text.to_str().and_then(|text| text.trim().parse().ok()) {
+            Some(n) => check(VARIABLE, n),
+            None => Err(Error::Value(format!("{VARIABLE} must be a whole number, not {text:?}"))),
         },
-        _ => Ok(std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS))),
+        None => Ok(std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS))),
     }
 }
 
@@ -44,11 +44,17 @@ impl ForkGuard {
     }
 
     pub fn check(&self) -> Result<()> {
-        if std::process::id() == self.loaded_in { Ok(()) } else { Err(Error::Fork { loaded_in: self.loaded_in }) }
+        if !self.is_forked() {
+            return Ok(());
+        }
+        Err(Error::Fork(format!(
+            "this model was loaded in process {}, before a fork(): load it in the child, or use spawn or forkserver",
+            self.loaded_in
+        )))
     }
 
     pub fn is_forked(&self) -> bool {
-        self.check().is_err()
+        std::process::id() != self.loaded_in
     }
 }
 

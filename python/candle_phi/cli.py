@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import logging
 import os
 import re
 import sys
@@ -51,6 +52,13 @@ class _UsageError(Exception):
     """What was typed makes no sense: exit code 2."""
 
 
+class _Log(logging.Handler):
+    """The library's warnings as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(_as_typed(record.getMessage()))
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as one line, and explains other libraries' option names."""
 
@@ -61,14 +69,28 @@ class _Parser(argparse.ArgumentParser):
         typed, extra = self.parse_known_args(arguments)
         for word in extra:
             if not word.startswith("-"):
-                raise _UsageError("one prompt, please: put it in quotes")
+                raise _UsageError("one prompt, please: put it in quotes" if "prompt" in typed else f"no {word!r} here")
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            known = [action.dest for action in self._actions]
-            unbuilt = name in options.UNBUILT or name == "max_concurrent"
-            raise _UsageError(
-                f"{word} is not in this version" if unbuilt else options.unknown_option(name, dict.fromkeys(known))
-            )
+            if name in options.UNBUILT or name == "max_concurrent":
+                raise _UsageError(f"{word} is not in this version")
+            known = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
+            if name in known:  # with underscores, or without its no-
+                raise _UsageError(f"unknown option {word!r}; did you mean {known[name]}?")
+            raise _UsageError(_as_typed(options.unknown_option(name, known.keys() - {"help", "version"})))
         return typed
+
+
+def _as_typed(message: str) -> str:
+    """A message about options of the API, with the names that they have on the command line."""
+
+    def typed(found: re.Match[str]) -> str:
+        name = next(filter(None, found.groups()))
+        known = name in options.GENERATION or name in options.MODEL
+        return "--" + name.replace("_", "-") if known else found[0]
+
+    message = re.sub(r"Phi\((.+?)\)", r"--model \1", message.replace(", an option of Phi()", ""))
+    # a name at the start, in quotes, after "use", with an underscore in it, or switched on
+    return re.sub(r"^(\w+)(?= must| is|\[)|'(\w+)'|(?<=use )(\w+)|\b(\w+_\w+)\b(?:=True)?|\b(\w+)=True", typed, message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 (failure), 2 (usage) or 130 (Ctrl-C).
     """
     _use_utf8()
+    logging.getLogger("candle_phi").addHandler(_Log())
     try:
         with contextlib.suppress(SystemExit):  # argparse's end of --help and --version
             _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -230,7 +253,7 @@ def _asked(call: Callable[[], _T]) -> _T:
     except PhiError:
         raise
     except (TypeError, ValueError) as error:
-        raise _UsageError(str(error)) from error
+        raise _UsageError(_as_typed(str(error))) from error
 
 
 def _prompt(words: list[str], *, any_word: bool, exact: bool) -> str:
@@ -305,7 +328,7 @@ def _doctor(arguments: list[str]) -> None:
     parser = _Parser(prog="candle-phi doctor", description="Prints what this build finds here.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     typed = parser.parse(arguments)
-    report = _engine.doctor()
+    report = _asked(_engine.doctor)
     if typed.json:
         _write_json(report)
         return
@@ -360,7 +383,11 @@ def _write_json(value: object) -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    if sys.stderr is not None:
-        line = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"candle-phi: {_shown(line)}\n")
+    _say(_as_typed(str(error)) or type(error).__name__)
     return code
+
+
+def _say(message: str) -> None:
+    """One line on stderr, where there is one."""
+    if sys.stderr is not None:
+        sys.stderr.write(f"candle-phi: {_shown(' '.join(message.split()))}\n")

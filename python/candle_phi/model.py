@@ -22,6 +22,7 @@ DEFAULT_REPO = "microsoft/Phi-3-mini-4k-instruct-gguf"
 DEFAULT_FILE = "Phi-3-mini-4k-instruct-q4.gguf"
 
 _logger = logging.getLogger("candle_phi")
+_logger.addHandler(logging.NullHandler())  # without a handler of the application's, a warning would go to stderr
 _Parameters = ParamSpec("_Parameters")
 _Returned = TypeVar("_Returned")
 
@@ -103,13 +104,10 @@ class Phi:
         checked = options.checked(options.MODEL, given)
         del checked["max_concurrent"], checked["on_progress"]
         _check_file(path)
-        if checked["tokenizer"] and _is_repository(checked["tokenizer"]):
-            raise NotInThisVersionError(
-                f"tokenizer={checked['tokenizer']!r}: taking it from a Hub repository is not in this version; "
-                "give the path of its tokenizer.json"
-            )
+        if checked["tokenizer"] is not None:
+            checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
         self._model = _engine.Model(path, **checked)
-        self._recipe: Callable[[], Phi] = functools.partial(type(self), os.path.abspath(path), **checked)
+        self._recipe: functools.partial[Phi] = functools.partial(type(self), os.path.abspath(path), **checked)
 
     @classmethod
     def demo(cls, **options: Unpack[ModelOptions]) -> Self:
@@ -120,7 +118,9 @@ class Phi:
         if len(bundled) != 1:
             raise ModelNotFoundError(f"this installation has {len(bundled)} bundled models where 1 belongs")
         phi = cls(str(bundled[0]), **options)
-        phi._recipe = functools.partial(cls.demo, **options)  # another installation keeps the file elsewhere
+        # another installation keeps the file elsewhere
+        recipe: functools.partial[Phi] = functools.partial(cls.demo, **phi._recipe.keywords)
+        phi._recipe = recipe
         return phi
 
     @classmethod
@@ -134,7 +134,7 @@ class Phi:
         token: str | bool | None = None,
         local_files_only: bool = False,
         progress: bool | None = None,
-        **options: Unpack[ModelOptions],
+        **model_options: Unpack[ModelOptions],
     ) -> Self:
         """Opens a model of the Hugging Face Hub.
 
@@ -144,17 +144,19 @@ class Phi:
         Raises:
             NotInThisVersionError: the file would have to be downloaded.
         """
+        options.checked(options.MODEL, model_options)
+        repo_id = options.path("repo_id", repo_id)
         if not _is_repository(repo_id):
             if revision or cache_dir:
                 raise ValueError(f"revision and cache_dir are for the Hub's repositories, and {repo_id!r} is a path")
-            return cls(repo_id if filename is None else os.path.join(repo_id, filename), **options)
+            return cls(repo_id if filename is None else os.path.join(repo_id, filename), **model_options)
         usual = not (revision or cache_dir) and filename in (None, DEFAULT_FILE)
         cached = _engine.default_model() if repo_id == DEFAULT_REPO and usual else None
         if cached is None:
             raise NotInThisVersionError(
                 f"downloading {repo_id!r} is not in this version: get the .gguf file and open it with Phi(path)"
             )
-        return cls(cached, **options)
+        return cls(cached, **model_options)
 
     @property
     def path(self) -> str:
@@ -400,9 +402,14 @@ def _is_repository(path: object) -> bool:
 
 
 def _check_file(path: str) -> None:
-    """Names the call that works for what is no file: a repository's name, a folder."""
+    """Names the call that works for what is no file: a repository's name, another name, a folder."""
     if _is_repository(path):
         raise ModelNotFoundError(f"{path!r} is no file; for the Hub's repository: Phi.from_pretrained({path!r})")
+    if not path.endswith(".gguf") and not os.path.exists(path):
+        raise ModelNotFoundError(
+            f"{path!r}: no such file; Phi.demo() opens the bundled model, "
+            f"Phi.from_pretrained({DEFAULT_REPO!r}) Microsoft's"
+        )
     if not os.path.isdir(path):
         return
     files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
@@ -410,3 +417,15 @@ def _check_file(path: str) -> None:
         first = os.path.join(path, files[0])
         raise ModelNotFoundError(f"{path!r} is a folder with {len(files)} .gguf files: Phi({first!r}) opens the first")
     raise ModelNotFoundError(f"{path!r} is a folder without .gguf files: Phi.from_pretrained({DEFAULT_REPO!r})")
+
+
+def _tokenizer_path(path: str) -> str:
+    """The absolute path of a `tokenizer.json`."""
+    if _is_repository(path):
+        raise NotInThisVersionError(
+            f"tokenizer={path!r}: taking it from a Hub repository is not in this version; "
+            "give the path of its tokenizer.json"
+        )
+    if not os.path.isfile(path):
+        raise ModelNotFoundError(f"tokenizer={path!r}: no such file; give the path of a tokenizer.json")
+    return os.path.abspath(path)

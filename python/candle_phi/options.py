@@ -4,7 +4,7 @@ import math
 import numbers
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import NotInThisVersionError
@@ -18,12 +18,14 @@ def _shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an int of more than 4300 digits has no repr
-        text = f"a {type(value).__name__} too large to print"
+        text = f"{type(value).__name__} too large to print"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _wrong_type(name: str, wanted: str, value: object) -> NoReturn:
-    raise TypeError(f"{name} must be {wanted}, not {type(value).__name__} ({_shown(value)})")
+    kind = type(value)
+    shown = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    raise TypeError(f"{name} must be {wanted}, not {shown} ({_shown(value)})")
 
 
 def _out_of_range(name: str, wanted: str, value: object) -> NoReturn:
@@ -123,11 +125,14 @@ def _logit_bias(name: str, value: object) -> dict[int, float]:
         return {}
     if not isinstance(value, Mapping):
         _wrong_type(name, "a mapping of token ids to numbers", value)
-    biases = {}
+    biases: dict[int, float] = {}
     for key, bias in value.items():
         # OpenAI's JSON has the ids as strings of digits
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12 else key
-        biases[_token_id(f"{name}: a token id", token)] = _bias(f"{name}[{_shown(key)}]", bias)
+        token = _token_id(f"{name}: a token id", token)
+        if token in biases:
+            raise ValueError(f"{name} names the token id {token} twice")
+        biases[token] = _bias(f"{name}[{_shown(key)}]", bias)
     return biases
 
 
@@ -193,33 +198,40 @@ _FOREIGN = {
     "stop_sequences": "use stop",
     "stop_seqs": "use stop",
     "do_sample": "temperature=0 is greedy, any other temperature samples",
-    "stream": "stream() yields the text as it is made, generate() returns it whole",
+    "stream": "use .stream(), which yields the text as it is made; .generate() returns it whole",
     "n_gpu_layers": "use device, an option of Phi()",
     "verbose": 'the library prints nothing; logging.getLogger("candle_phi") has its messages',
     "num_ctx": "use n_ctx, an option of Phi()",
     "context_length": "use n_ctx, an option of Phi()",
-    "system": 'put {"role": "system", "content": ...} first in the messages',
+    "system": 'use a system message: {"role": "system", "content": ...} first in the messages',
 }
 """Names that other libraries have, and the answer to each."""
 
 
-def unknown_option(name: str, known: Mapping[str, object]) -> str:
+def unknown_option(name: str, known: Collection[str]) -> str:
     """What to say of a name that is not in `known`."""
     if name in _FOREIGN:
         return f"unknown option {name!r}: {_FOREIGN[name]}"
-    if name in MODEL:
-        return f"unknown option {name!r} here: it is an option of Phi()"
-    if name in GENERATION:
-        return f"unknown option {name!r} here: it is an option of stream() and generate()"
-    return f"unknown option {name!r}{did_you_mean(name, known)}"
+    close = _closest(name, [*known, *MODEL, *GENERATION])
+    if close is None:
+        return f"unknown option {name!r}"
+    if close in known:
+        return f"unknown option {name!r}; did you mean {close!r}?"
+    owner = "Phi()" if close in MODEL else "stream() and generate()"
+    meant = "it" if close == name else f"{close!r}"
+    return f"unknown option {name!r} here: {meant} is an option of {owner}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'max_tokens'?"`, or nothing when no name is close."""
+    close = _closest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
     import difflib  # not at import: only a mistake needs it
 
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def checked(known: Mapping[str, Check], given: Mapping[str, object]) -> dict[str, Any]:

@@ -23,13 +23,21 @@ class Stream(Generator[Chunk, None, None]):
         self._model = model
         self._stream = stream
         self._reading = threading.Lock()  # one reader at a time: what is noted here keeps the order of the tokens
+        self._reader: int | None = None  # the thread that is inside `next`
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
 
     def __next__(self) -> Chunk:
+        if self._reader == threading.get_ident():  # from a signal handler: the lock below would never come
+            raise ValueError("this thread is reading the stream already")
+        _ = self._stream.finish_reason  # ForkError, where a thread that was not forked may hold the lock below
         try:
             with self._reading:
-                chunk = self._read()
+                self._reader = threading.get_ident()
+                try:
+                    chunk = self._read()
+                finally:
+                    self._reader = None
         except BaseException:  # Ctrl-C, wherever in here it came
             self._stream.cancel()
             raise
