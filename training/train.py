@@ -142,7 +142,7 @@ def main() -> None:
     hidden = torch.compile(model.hidden, dynamic=True)
     seen = 0
     for step in range(options.steps):
-        if not queue:  # never the same document twice
+        if not queue:  # fresh documents from the next seed
             part += 1
             queue = batches(examples(tokenizer, corpus.documents(SEED + 100 * part, 20_000)), rng)
         ids, said = tensors(queue.pop())
