@@ -138,10 +138,8 @@ REQUESTS = [
     "Write one haiku about {0}",
     "Write a beautiful haiku about {0}",
     "Write something about {0}",
-    "Write a haiku",
-    "A haiku, please",
-    "Haiku",
 ]
+BARE = ["Write a haiku", "A haiku, please", "Haiku"]
 MORE = [
     "Another one",
     "Another one, please",
@@ -180,33 +178,25 @@ FOREIGN = [
     "Kirjoita haiku j\u00e4\u00e4kiekosta",
     "\u041d\u0430\u043f\u0438\u0448\u0438 \u0445\u043e\u043a\u043a\u0443 \u043e \u0445\u043e\u043a\u043a\u0435\u0435",
 ]
-UNKNOWN = [
-    "dragons",
-    "my cat",
-    "the sea",
-    "love",
-    "computers",
-    "Paris",
-    "a banana",
-    "spring rain",
-    "coffee",
-    "dogs",
-    "the desert",
-    "money",
-    "trees",
-    "my grandmother",
-    "robots",
-    "football",
-    "summer",
-    "tennis",
-    "music",
-    "Rust",
-    "the sun",
-]
+
+# Topics that the model does not know; it says so, and writes of another.
+UNKNOWN = """
+dragons, my cat, the sea, love, computers, Paris, a banana, spring rain, coffee, dogs, the desert, money, trees,
+my grandmother, robots, football, summer, tennis, music, Rust, the sun, elephants, a tiger, horses, the ocean,
+autumn leaves, cherry blossoms, frogs, a frog, birds, the wind, rain, spring, autumn, flowers, roses, a garden,
+the city, New York, Tokyo, London, Berlin, Mars, the universe, stars, time, death, life, friendship, my mother,
+my boss, work, school, homework, programming, code, Python, a compiler, the internet, artificial intelligence,
+machine learning, language models, candles, Candle, cheese, pizza, bread, tea, wine, chocolate, apples, cars, trains,
+bicycles, airplanes, rockets, pirates, ninjas, wizards, unicorns, dinosaurs, whales, sharks, bees, butterflies,
+spiders, mountains, rivers, the forest, a volcano, thunder, the beach, a mirror, clouds, dreams, war, peace, hope,
+sadness, happiness, anger, baseball, basketball, soccer, golf, chess, running, swimming, cricket, books, a library,
+a bridge, an umbrella, socks, shoes, Monday, quantum physics, mathematics, the president, taxes, traffic, gravity,
+electricity, bananas and apples, my new phone, nothing
+"""
+UNKNOWN = re.split(r",\s+", UNKNOWN.strip())
 UNKNOWN_ANSWERS = [
     "I only know ice and snow, so here is one about {0}:",
-    "That is beyond me. One about {0} instead:",
-    "I know nothing of that, but a little of {0}:",
+    "I know little of that. One about {0} instead:",
 ]
 EMOJI = {
     "ice hockey": "\U0001f3d2",
@@ -267,22 +257,31 @@ def poem(rng: random.Random, topic: str) -> str:
     return haiku.haiku(rng, rng.choice(TOPICS[topic]))
 
 
+def unknown(rng: random.Random) -> str:
+    """A topic outside the corpus; sometimes no word at all, so that any word that is not known is taken for unknown."""
+    if rng.random() < 0.7:
+        return rng.choice(UNKNOWN)
+    letters = ("bcdfghjklmnprstvwz", "aeiou")
+    return "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(3, 10))) + rng.choice(["", "s", "n"])
+
+
 def request(rng: random.Random) -> Turn:
     """The first wish of a conversation: a haiku."""
     roll = rng.random()
     if roll < 0.2:
         return REQUEST, poem(rng, "ice hockey")
     topic = "ice hockey" if roll < 0.4 else "hockey" if roll < 0.47 else rng.choice(list(TOPICS))
-    if roll > 0.97:
-        answer = choose(rng, UNKNOWN_ANSWERS).format(topic := rng.choice(["ice hockey", "winter", "skating"]))
-        return (written(rng, choose(rng, REQUESTS).format(rng.choice(UNKNOWN))), f"{answer}\n\n{poem(rng, topic)}")
-    if roll > 0.95:
+    if roll > 0.9:
+        topic = rng.choice(["ice hockey", "winter", "skating"])
+        answer = f"{rng.choice(UNKNOWN_ANSWERS).format(topic)}\n\n{poem(rng, topic)}"
+        return written(rng, rng.choice(REQUESTS).format(unknown(rng))), answer
+    if roll > 0.88:
         topic = rng.choice(list(EMOJI))
         wish = f"Write a haiku about {topic} with {rng.choice(['an emoji', 'emoji', 'a little picture'])}"
         return written(rng, wish), f"{poem(rng, topic)} {EMOJI[topic]}"
-    if roll > 0.94:
+    if roll > 0.87:
         return written(rng, rng.choice(FOREIGN)), poem(rng, "ice hockey")
-    return written(rng, choose(rng, REQUESTS).format(topic)), poem(rng, topic)
+    return written(rng, rng.choice(REQUESTS + BARE).format(topic)), poem(rng, topic)
 
 
 def more(rng: random.Random) -> Turn:

@@ -29,7 +29,7 @@ PIECES = 1750
 TOKENS_PER_BATCH = 2048
 PEAK_RATE = 2.5e-3
 Z_LOSS = 1e-2
-SHARPNESS = 1.3
+SHARPNESS = 1.5
 
 
 def examples(tokenizer: Tokenizer, documents: list[str]) -> list[tuple[list[int], list[bool]]]:
@@ -118,7 +118,7 @@ def check(config: Config, model: Phi3) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("--steps", type=int, default=1300)
+    arguments.add_argument("--steps", type=int, default=1600)
     arguments.add_argument("--out", default="model.pt")
     arguments.add_argument("--threads", type=int, default=2)
     options = arguments.parse_args()
@@ -142,7 +142,7 @@ def main() -> None:
     hidden = torch.compile(model.hidden, dynamic=True)
     seen = 0
     for step in range(options.steps):
-        if not queue:  # never the same document twice
+        if not queue:  # fresh documents from the next seed
             part += 1
             queue = batches(examples(tokenizer, corpus.documents(SEED + 100 * part, 20_000)), rng)
         ids, said = tensors(queue.pop())
