@@ -103,22 +103,26 @@ def test_model_options(phi: Phi) -> None:
         "Hi", "--model", phi.path, "--n-ctx=40", "--n-threads=1", "--no-mmap", "--kv-cache=f32", "--max-tokens=1"
     )
     assert done.returncode == 0
-    assert "kv_cache" in failed(run("Hi", "--kv-cache=q1", *DEMO), 2)
-    assert "n_ctx" in failed(run("Hi", "--n-ctx=0", *DEMO), 2)
+    assert "--kv-cache" in failed(run("Hi", "--kv-cache=q1", *DEMO), 2)
+    assert "--n-ctx" in failed(run("Hi", "--n-ctx=0", *DEMO), 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([], "a prompt, please"),
-        (["Hi", "--max-tokens", "0"], "max_tokens must be from 1"),
+        (["Hi", "--max-tokens", "0"], "--max-tokens must be from 1"),
         (["Hi", "--max-tokens", "x"], "--max-tokens"),
         (["Hi", "--temperature", "nan"], "nan"),
-        (["Hi", "--max-new-tokens", "5"], "use max_tokens"),
-        (["Hi", "--temprature", "5"], "did you mean 'temperature'"),
+        (["Hi", "--max-new-tokens", "5"], "use --max-tokens"),
+        (["Hi", "--temprature", "5"], "did you mean --temperature?"),
+        (["Hi", "--max_tokens", "5"], "did you mean --max-tokens?"),
+        (["Hi", "--mmap"], "did you mean --no-mmap?"),
+        (["Hi", "--add-bos"], "--parse-special and --add-bos are for --raw"),
+        (["Hi", "--n-gpu-layers", "1"], "use --device"),
         (["Hi", "--timeout", "5"], "not in this version"),
         (["Hi", "there"], "put it in quotes"),
-        (["Hi", "--top-logprobs", "3", "--json"], "needs logprobs"),
+        (["Hi", "--top-logprobs", "3", "--json"], "needs --logprobs"),
     ],
 )
 def test_usage_errors_are_one_line(arguments: list[str], says: str) -> None:
@@ -180,6 +184,20 @@ def test_doctor() -> None:
     text = run("doctor").stdout.decode()
     assert found["kernel"] in text
     assert len(text.splitlines()) >= 6
+
+
+@pytest.mark.parametrize(("variable", "value"), [("CANDLE_PHI_KERNEL", "warp"), ("CANDLE_PHI_NUM_THREADS", "many")])
+def test_doctor_names_a_variable_that_is_wrong(variable: str, value: str) -> None:
+    line = failed(run("doctor", "--json", env={**os.environ, variable: value}), 2)
+    assert variable in line
+    assert value in line
+
+
+def test_the_librarys_warnings_are_lines_on_stderr() -> None:
+    done = run("<|user|> Hi", "--max-tokens=1", *DEMO)
+    assert done.returncode == 0
+    assert done.stderr.decode().startswith("candle-phi: the prompt has <|user|>")
+    assert "--raw" in done.stderr.decode()
 
 
 def test_tokenize(phi: Phi) -> None:

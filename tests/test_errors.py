@@ -195,3 +195,44 @@ def test_a_model_from_before_a_fork() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+def test_candles_engine_is_not_used_on_both_sides_of_a_fork() -> None:
+    script = (
+        "import os, sys\n"
+        "from candle_phi import ForkError, Phi\n"
+        "Phi.demo(engine='candle').generate('Hi', seed=1, max_tokens=2)\n"
+        "if os.fork() == 0:\n"
+        "    try: Phi.demo(engine='candle')\n"
+        "    except ForkError: pass\n"
+        "    else: os._exit(3)\n"
+        "    Phi.demo().generate('Hi', seed=1, max_tokens=2)\n"
+        "    os._exit(0)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("options", [{"kernel": "portable"}, {"n_threads": 1}, {"kv_cache": "f32"}, {"device": "cuda"}])
+def test_candles_engine_refuses_what_it_would_ignore(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Phi.demo(engine="candle", **options)
+
+
+def test_a_warning_goes_to_the_log_and_to_no_stream() -> None:
+    script = "from candle_phi import Phi; Phi.demo().generate('<|user|> Hi', seed=1, max_tokens=1)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["", "phi3", "demo"])
+def test_a_name_that_is_no_path_names_the_calls_that_work(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"Phi\.demo\(\).*from_pretrained"):
+        Phi(name)
+
+
+def test_a_tokenizer_that_is_not_there_names_the_option() -> None:
+    with pytest.raises(ModelNotFoundError, match="'nowhere\\.json'"):
+        Phi.demo(tokenizer="nowhere.json")

@@ -9,9 +9,9 @@ from candle_phi import Phi
 
 PROMPT = "Write a haiku about ice hockey"
 TEXTS = {
-    1: "Chased by every stick,\nit rattles around the boards\nthen sleeps in the net.",
-    2: "Yellow cones lined up —\neach stride throwing powdered snow\nlove is learned this way.",
-    3: "A sudden stretch pass\nred light flashing behind him;\nsticks rise in the air.",
+    1: "The Zamboni rolls\nshadows glide a final shift,\nsnow on the way home.",
+    2: "Sleepy kids lace up —\neach stride throwing silver snow,\nwinter waits outside.",
+    3: "A hush fills the rink\nwrists and shoulders coiled like springs —\nsteel bursts into song.",
 }
 
 

@@ -107,7 +107,9 @@ class Phi:
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
         self._model = _engine.Model(path, **checked)
-        self._recipe: functools.partial[Phi] = functools.partial(type(self), os.path.abspath(path), **checked)
+        # how to open it again: what to call, with which path, with which options
+        self._recipe: tuple[Callable[..., Phi], tuple[str, ...], dict[str, Any]]
+        self._recipe = type(self), (os.path.abspath(path),), checked
 
     @classmethod
     def demo(cls, **options: Unpack[ModelOptions]) -> Self:
@@ -118,9 +120,7 @@ class Phi:
         if len(bundled) != 1:
             raise ModelNotFoundError(f"this installation has {len(bundled)} bundled models where 1 belongs")
         phi = cls(str(bundled[0]), **options)
-        # another installation keeps the file elsewhere
-        recipe: functools.partial[Phi] = functools.partial(cls.demo, **phi._recipe.keywords)
-        phi._recipe = recipe
+        phi._recipe = cls.demo, (), phi._recipe[2]  # another installation keeps the file elsewhere
         return phi
 
     @classmethod
@@ -364,7 +364,8 @@ class Phi:
         return f"{type(self).__name__}({self.path!r}, n_ctx={self.n_ctx}, device={self.device!r}, {state})"
 
     def __reduce__(self) -> tuple[Callable[[], "Phi"], tuple[()]]:
-        return self._recipe, ()
+        opens, path, options = self._recipe
+        return functools.partial(opens, *path, **options), ()
 
     def _read(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
         """The ids of what a generation was given."""
