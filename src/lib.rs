@@ -33,6 +33,7 @@ pub mod hub;
 pub mod kernels;
 pub mod model;
 pub mod ops;
+pub mod panic;
 pub mod phi3;
 #[cfg(feature = "python")]
 mod python;

@@ -18,7 +18,7 @@ use crate::model::Want;
 use crate::sampling::Sampling;
 use crate::stream::TextStream;
 use crate::tokenizer::Tokenizer;
-use crate::{hub, kernels, schedule, threads};
+use crate::{hub, kernels, panic, threads};
 
 mod raised {
     use pyo3::import_exception;
@@ -56,7 +56,7 @@ impl From<Error> for PyErr {
 /// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
     let caught = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
-    Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(schedule::message(panic))))?)
+    Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(panic::message(panic))))?)
 }
 
 /// What a waiting reader asks: has Python a signal to handle? Its exception ends the wait.
@@ -387,6 +387,7 @@ mod _engine {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::panic::silence();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -4,12 +4,12 @@
 //! signals. The thread takes the jobs in turn, a step at a time, and leaves alone those whose reader is behind. It is
 //! started by the first job and leaves when the model is closed or nobody holds it any more.
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::panic;
 use crate::threads::{Cancel, ForkGuard, lock};
 
 /// Work in steps.
@@ -137,7 +137,7 @@ impl Shared {
             match catch_unwind(AssertUnwindSafe(|| job.step())) {
                 Ok(true) => jobs.push_back(job),
                 Ok(false) => {}
-                Err(panic) => job.fail(Error::Internal(message(panic))),
+                Err(panic) => job.fail(Error::Internal(panic::message(panic))),
             }
         }
         jobs.iter_mut().for_each(|job| job.fail(Error::Closed));
@@ -159,14 +159,6 @@ impl Shared {
             }
             queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-    }
-}
-
-/// What a panic said.
-pub fn message(panic: Box<dyn Any + Send>) -> String {
-    match panic.downcast::<String>() {
-        Ok(text) => *text,
-        Err(panic) => panic.downcast_ref::<&str>().map_or("a panic without words".into(), |text| text.to_string()),
     }
 }
 

@@ -318,17 +318,13 @@ impl CustomOp1 for SwiGlu<'_> {
             // SAFETY: a row a task.
             self.kernel.swiglu(gate, up, unsafe { target.range(row * features..(row + 1) * features) });
         };
-        if out_len(&x) < PARALLEL_FROM {
+        if x.rows * features < PARALLEL_FROM {
             (0..x.rows).for_each(row)
         } else {
             self.pool.run(x.rows, row)
         }
         output(out, x.rows, features)
     }
-}
-
-fn out_len(x: &Rows<'_>) -> usize {
-    x.rows * x.cols / 2
 }
 
 pub struct Add;
