@@ -4,7 +4,7 @@
 //! text ── added tokens cut out ──> segments ── normalizer ──> segments ── pre-tokenizer ──> words ── BPE ──> ids
 //!           <|user|>, lstrip, rstrip         "▁" + (" " → "▁")             byte-level only
 //! ```
-//! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours ([`added`]), because only we
+//! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`), because only we
 //! know which part of a prompt is the user's: there, nothing is ever a control token.
 use std::fmt;
 use std::path::Path;
