@@ -175,7 +175,7 @@ class Phi:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """The file's keys and values."""
+        """The file's keys and values; `ClosedError` once the model is closed, since they lie in the file."""
         return self._model.metadata
 
     @property
