@@ -36,6 +36,8 @@ struct State {
     /// Of the pieces that were read.
     ids: Vec<u32>,
     finish: Option<FinishReason>,
+    /// The reader was told. Only then it shows: when it came about depends on who was faster.
+    end_read: bool,
     /// Delivered once, after the pieces.
     error: Option<Error>,
     timings: Timings,
@@ -55,11 +57,6 @@ pub struct Timings {
 }
 
 impl State {
-    /// The end, once the reader has come to it.
-    fn finish_read(&self) -> Option<FinishReason> {
-        self.finish.filter(|_| self.pieces.is_empty() && self.error.is_none())
-    }
-
     /// Nothing follows an end.
     fn deliver(&mut self, piece: Option<Piece>) {
         if self.finish.is_none() {
@@ -90,18 +87,15 @@ impl TextStream {
         self.start()?;
         let mut state = lock(&self.outbox.state);
         loop {
-            let cancelled = state.finish == Some(FinishReason::Cancelled);
-            if let Some(piece) = state.pieces.pop_front().filter(|_| !cancelled) {
+            if let Some(piece) = state.pieces.pop_front() {
                 state.ids.extend(&piece.ids);
                 drop(state);
                 self.scheduler.waker().wake();
                 return Ok(ControlFlow::Continue(Some(piece)));
             }
-            if let Some(error) = state.error.take() {
-                return Err(error);
-            }
             if state.finish.is_some() {
-                return Ok(ControlFlow::Continue(None));
+                state.end_read = true;
+                return state.error.take().map_or(Ok(ControlFlow::Continue(None)), Err);
             }
             let (woken, timeout) =
                 self.outbox.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner);
@@ -119,28 +113,29 @@ impl TextStream {
 
     fn start(&self) -> Result<()> {
         let Some(generation) = lock(&self.unstarted).take() else { return Ok(()) };
-        if lock(&self.outbox.state).finish.is_some() {
-            return Ok(());
-        }
         let job = StreamJob { generation, outbox: self.outbox.clone(), waiting_since: Instant::now(), started: None };
         let submitted = self.scheduler.submit(Box::new(job));
         if submitted.is_err() {
-            lock(&self.outbox.state).end(FinishReason::Error, None);
+            let mut state = lock(&self.outbox.state);
+            state.end(FinishReason::Error, None);
+            state.end_read = true;
         }
         submitted
     }
 
-    /// End the stream, from any thread; returns at once. Text that was not read is dropped.
+    /// End the stream, from any thread; returns at once. Text that was not read is dropped. A stream that was read to
+    /// its end stays as it is.
     pub fn cancel(&self) {
         if self.scheduler.fork_guard().is_forked() {
             return;
         }
         {
             let mut state = lock(&self.outbox.state);
-            if state.finish.is_some() && state.pieces.is_empty() {
+            if state.end_read {
                 return;
             }
             state.finish = Some(FinishReason::Cancelled);
+            state.end_read = true;
             state.error = None;
             state.pieces.clear();
         }
@@ -153,7 +148,8 @@ impl TextStream {
     /// None until the end was read.
     pub fn finish_reason(&self) -> Result<Option<FinishReason>> {
         self.scheduler.fork_guard().check()?;
-        Ok(lock(&self.outbox.state).finish_read())
+        let state = lock(&self.outbox.state);
+        Ok(state.finish.filter(|_| state.end_read))
     }
 
     /// The ids of the pieces that were read.

@@ -214,6 +214,18 @@ fn nothing_is_computed_before_the_first_read_nor_far_ahead_of_the_reader() {
 }
 
 #[test]
+fn the_reason_shows_when_the_end_was_read_and_not_before() {
+    let stream = Setup::text("a").stream(|_| {});
+    next(&stream).unwrap();
+    thread::sleep(Duration::from_millis(50)); // it is complete by now
+    assert_eq!(stream.finish_reason(), Ok(None));
+    assert_eq!(next(&stream), Ok(None));
+    assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Stop)));
+    stream.cancel();
+    assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Stop)), "too late to cancel");
+}
+
+#[test]
 fn cancel_works_from_another_thread_while_one_waits() {
     let mut setup = Setup::text("never ends");
     setup.model.pause = Duration::from_millis(30);
