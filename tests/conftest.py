@@ -1,5 +1,7 @@
 """What the tests share: the bundled model, opened once, and the reference data where it lies beside the checkout."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +25,11 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return path
+
+
+def run_python(script: str, warnings: str = "error") -> str:
+    """What a script prints in a process of its own, which ends well and says nothing on stderr."""
+    command = [sys.executable, "-W", warnings, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout

@@ -8,26 +8,11 @@ import numpy as np
 import pytest
 
 from candle_phi import NotInThisVersionError, Phi
-from candle_phi.options import sampling
+from candle_phi.options import SAMPLING, sampling
 from conftest import HAIKU
+from test_api_contract import GENERATION
 
-DEFAULTS: dict[str, Any] = {
-    "max_tokens": None,
-    "temperature": 1.0,
-    "top_k": None,
-    "top_p": None,
-    "min_p": None,
-    "repeat_penalty": None,
-    "repeat_last_n": 64,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": None,
-    "seed": None,
-    "stop": None,
-    "ignore_eos": False,
-    "logprobs": False,
-    "top_logprobs": 0,
-}
+DEFAULTS = {name: GENERATION[name] for name in SAMPLING}
 
 
 @pytest.mark.parametrize(
