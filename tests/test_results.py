@@ -14,7 +14,7 @@ OWN = ("text", "token_ids", "logprobs", "finish_reason", "usage", "timings", "se
 
 
 def chunk() -> Chunk:
-    top = [TokenLogprob(5, "ice", b"ice", -0.5, [])]
+    top = (TokenLogprob(5, "ice", b"ice", -0.5, ()),)
     return Chunk("ice", [5], [TokenLogprob(5, "ice", b"ice", -0.5, top)])
 
 
@@ -101,3 +101,8 @@ def test_the_fingerprint_tells_configurations_apart(phi: Phi) -> None:
             other.generate("Hi", seed=1, max_tokens=1).system_fingerprint
             != same.generate("Hi", seed=1, max_tokens=1).system_fingerprint
         )
+
+
+def test_a_logprob_is_a_value() -> None:
+    one, same = (TokenLogprob(5, "ice", b"ice", -0.5, ()) for _ in range(2))
+    assert {one, same} == {one}

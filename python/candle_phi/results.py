@@ -40,7 +40,7 @@ class TokenLogprob:
     bytes: builtins.bytes
     """The token's own bytes, which need not be whole characters."""
     logprob: float
-    top: list["TokenLogprob"]
+    top: tuple["TokenLogprob", ...]
     """The `top_logprobs` most likely tokens at this position, best first; their own `top` is empty."""
 
 

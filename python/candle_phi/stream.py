@@ -153,4 +153,4 @@ def _speed(tokens: int, seconds: float) -> float | None:
 
 def _logprob(entry: "_engine._Logprob") -> TokenLogprob:
     token_id, text, raw, logprob, top = entry
-    return TokenLogprob(token_id, text, raw, logprob, [TokenLogprob(*other, []) for other in top])
+    return TokenLogprob(token_id, text, raw, logprob, tuple(TokenLogprob(*other, ()) for other in top))
