@@ -25,8 +25,7 @@ pub trait Model: Send + Sync {
     fn context_length(&self) -> usize;
 
     /// What goes wrong, if anything, when a sequence of so many positions is asked for.
-    fn check_length(&self, positions: usize) -> Result<()> {
-        let _ = positions;
+    fn check_length(&self, _positions: usize) -> Result<()> {
         Ok(())
     }
 

@@ -388,6 +388,8 @@ mod _engine {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::panic::silence();
-        module.add("__version__", env!("CARGO_PKG_VERSION"))
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("DEFAULT_REPO", crate::hub::DEFAULT_REPO)?;
+        module.add("DEFAULT_FILE", crate::hub::DEFAULT_FILE)
     }
 }

@@ -2,9 +2,13 @@
 
 from typing import TypeAlias, final
 
-__all__ = ["Model", "Stream", "__version__", "default_model", "doctor"]
+__all__ = ["DEFAULT_FILE", "DEFAULT_REPO", "Model", "Stream", "__version__", "default_model", "doctor"]
 
 __version__: str
+DEFAULT_REPO: str
+"""The Hub's repository of the model that the command line runs."""
+DEFAULT_FILE: str
+"""Its file in that repository."""
 
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from . import __version__, _engine, options
+from ._engine import DEFAULT_FILE, DEFAULT_REPO
 from .errors import ModelNotFoundError, NotInThisVersionError, PhiError
-from .model import DEFAULT_FILE, DEFAULT_REPO, Phi
+from .model import Phi
 from .results import Result
 
 _UNBUILT = ("chat", "serve", "batch", "pull", "list", "rm", "verify", "bench")

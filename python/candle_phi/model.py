@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
 
 from . import _engine, options
+from ._engine import DEFAULT_FILE, DEFAULT_REPO
 from .errors import ModelNotFoundError, NotInThisVersionError
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
 from .results import Result
@@ -17,9 +18,6 @@ from .stream import Stream
 Device = Literal["auto", "cpu", "cuda", "metal"]
 Engine = Literal["native", "candle"]
 KvCache = Literal["f16", "f32", "q8_0"]
-
-DEFAULT_REPO = "microsoft/Phi-3-mini-4k-instruct-gguf"
-DEFAULT_FILE = "Phi-3-mini-4k-instruct-q4.gguf"
 
 _logger = logging.getLogger("candle_phi")
 _logger.addHandler(logging.NullHandler())  # without a handler of the application's, a warning would go to stderr
