@@ -1,12 +1,15 @@
 """`candle-phi bench`: what it reports. How fast a machine is, is no matter for a test."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from candle_phi import Phi, bench
+from conftest import ROOT
 from test_cli import DEMO, failed, run
 
 
@@ -96,3 +99,29 @@ def test_candles_own_loop_is_measured_too() -> None:
 )
 def test_wrong_options_are_refused(argument: str, says: str) -> None:
     assert says in failed(run("bench", argument, *DEMO), 2)
+
+
+def test_the_comparison(tmp_path: Path) -> None:
+    """Without llama.cpp, which takes minutes to compile."""
+    script = str(ROOT / "benches" / "tokens_per_second.py")
+    options = ["--quick", "--llama=none", "--model=demo", "--n-threads=2", "--kernels=portable", f"--out={tmp_path}"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| candle-phi portable / Candle |" in done.stdout
+    assert "2 threads over one: prefill 512" in done.stdout
+    assert "1500" in done.stdout  # is left out, and said so
+    found = json.loads((tmp_path / "tokens_per_second.json").read_text(encoding="utf-8"))
+    assert [runner["name"] for runner in found["runs"]] == ["candle-phi portable", "Candle", "one thread"]
+    for runner in found["runs"]:
+        assert all(is_speed(value) for value in runner["samples"]["decode 0"])
+    chart = ElementTree.parse(tmp_path / "tokens_per_second.svg").getroot()
+    texts = [text.text for text in chart.iter("{http://www.w3.org/2000/svg}text")]
+    assert "Candle" in texts
+    assert "prefill 512, tok/s" in texts
+
+
+@pytest.mark.parametrize("option", ["--llama=sse", "--rounds=0", "--contexts=-1", "--llama-python=sse=/python"])
+def test_the_comparison_refuses_wrong_options(option: str) -> None:
+    script = str(ROOT / "benches" / "tokens_per_second.py")
+    done = subprocess.run([sys.executable, script, "--model=demo", option], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2

@@ -46,7 +46,7 @@ class Decode:
     bytes_per_token: int
     """What the model has to read for each: the weights, and the keys and values before it."""
     bandwidth_fraction: float
-    """What it reads in a second over the bandwidth of the same round. A model that fits the processor's cache passes 1."""
+    """What it reads in a second over the bandwidth of the same round; above 1 when the processor's cache holds it."""
     samples: list[float]
 
 
@@ -65,7 +65,7 @@ class Report:
     n_threads: int
     repeat: int
     bandwidth_bytes_per_second: float
-    """How fast `n_threads` threads read the weights when they do nothing else: in each round the best of some passes."""
+    """How fast `n_threads` threads read the weights and do nothing else: in each round the best of some passes."""
     bandwidth_samples: list[float]
     weight_bytes_per_token: int
     prefill: list[Prefill]
@@ -73,11 +73,11 @@ class Report:
     load_seconds: float
     """From the call that opens the model to the start of its first pass."""
     private_bytes_loaded: int | None
-    """Memory of the process that no file backs, before the first pass; None where the system does not say (Linux does)."""
+    """Memory of the process that no file backs, before the first pass; None where the system, not Linux, is silent."""
     private_bytes_decoding: int | None
     """The same while it decodes, the largest found: with the KV cache."""
     four_tokens_over_one: float | None
-    """Time of a pass over 4 tokens, with the logits of each, over that of a pass over one; None: this engine has none."""
+    """Time of a pass over 4 tokens, with the logits of each, over that of a pass over 1; None: not for this engine."""
     left_out: list[str]
     """What does not fit the model's context."""
 
@@ -106,7 +106,7 @@ def measure(
         prompts = [n for n in prompts if _fits(phi, f"prefill of {n} tokens", n, 1, left_out)]
         contexts = [n for n in contexts if _fits(phi, f"decode at {n} tokens", n, _DECODED + _SPARE, left_out)]
         phi._model.bandwidth()  # brings the file into memory
-        _prefill(phi, _prompt(phi, ids, 1))
+        _prefill(phi, _prompt(phi, ids, prompts[0] if prompts else 1))  # Candle repacks the weights on first use
         prefills: list[list[float]] = [[] for _ in prompts]
         decodes: list[list[float]] = [[] for _ in contexts]
         bandwidths, fours, ones, private = [], [], [], []
