@@ -91,9 +91,9 @@ def chart(engines: Figures, ours: list[str], reads: Mapping[int, int], caption: 
         top = y + 8
         for engine, value in shown.items():
             y += step
-            long, kind = max(value * scale, 1), "ours" if engine in ours else "peer"
+            long, whose = max(value * scale, 1), "ours" if engine in ours else "peer"
             drawn.append(f'<text x="{label - 8}" y="{y}" text-anchor="end">{escape(engine)}</text>')
-            drawn.append(f'<rect class="{kind}" x="{label}" y="{y - 12}" width="{long:.1f}" height="15" rx="2"/>')
+            drawn.append(f'<rect class="{whose}" x="{label}" y="{y - 12}" width="{long:.1f}" height="15" rx="2"/>')
             drawn.append(f'<text x="{label + long + 6:.1f}" y="{y}">{figure(value)}</text>')
         if limit:
             x = label + limit * scale
