@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device};
 
+use crate::bandwidth;
 use crate::chat::{Message, Template};
 use crate::error::{Error, Result};
 use crate::generate::{Generation, Request};
@@ -207,6 +208,17 @@ impl Engine {
         parts.model.check_length(ids.len())?;
         let model = parts.model.clone();
         run_once(&self.scheduler, move |cancel| model.sequence()?.forward(&ids, want, cancel), keep_waiting)
+    }
+
+    /// Bytes per second at which `n_threads` threads read the weights and do nothing else. Takes about a second.
+    pub fn bandwidth(&self) -> Result<f64> {
+        bandwidth::measure(&self.parts()?.gguf, self.info.n_threads)
+    }
+
+    /// Bytes that decoding the last of so many positions reads: of weights, and of keys and values.
+    pub fn bytes_per_token(&self, positions: usize) -> Result<(usize, usize)> {
+        let parts = self.parts()?;
+        Ok((bandwidth::weight_bytes(&parts.gguf), parts.model.kv_bytes(positions)))
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {

@@ -24,6 +24,9 @@ pub trait Model: Send + Sync {
     /// Positions the file was made for.
     fn context_length(&self) -> usize;
 
+    /// Bytes of keys and values that the last of so many positions reads.
+    fn kv_bytes(&self, positions: usize) -> usize;
+
     /// What goes wrong, if anything, when a sequence of so many positions is asked for.
     fn check_length(&self, _positions: usize) -> Result<()> {
         Ok(())

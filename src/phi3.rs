@@ -149,6 +149,11 @@ impl Model for Phi3 {
         self.config.context_length
     }
 
+    fn kv_bytes(&self, positions: usize) -> usize {
+        let seen = positions.min(self.config.sliding_window.unwrap_or(positions));
+        seen * self.config.kv_values() * self.kv_dtype.size_in_bytes()
+    }
+
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
         let cache = Cache::new(&self);
         Ok(Box::new(Phi3Sequence { cache, ids: Vec::new(), model: self }))

@@ -86,6 +86,10 @@ impl Model for Stock {
         self.config.context_length
     }
 
+    fn kv_bytes(&self, positions: usize) -> usize {
+        positions * self.config.kv_values() * size_of::<f32>()
+    }
+
     fn check_length(&self, positions: usize) -> Result<()> {
         match self.config.sliding_window {
             Some(window) if positions > window => Err(Error::UnsupportedModel(format!(

@@ -49,6 +49,9 @@ impl Model for Scripted {
     fn context_length(&self) -> usize {
         1000
     }
+    fn kv_bytes(&self, _: usize) -> usize {
+        0
+    }
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
         Ok(Box::new(ScriptedSequence(self, 0)))
     }
