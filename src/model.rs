@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+pub use crate::kernels::Phase;
 use crate::threads::Cancel;
 
 /// Loaded weights, shared by any number of sequences.
@@ -38,9 +39,10 @@ pub trait Model: Send + Sync {
 
 /// One sequence of tokens and its KV cache.
 pub trait Sequence: Send {
-    /// Append `ids` and compute the logits of the last of them, (n_vocab), or of each, (ids, n_vocab). After an error
-    /// or a cancellation the sequence is of no more use.
-    fn forward(&mut self, ids: &[u32], want: Want, cancel: &Cancel) -> Result<Vec<f32>>;
+    /// Append `ids` and compute the logits of the last of them, (n_vocab), or of each, (ids, n_vocab). Prompts are
+    /// prefilled, generated ids decoded: within a phase the logits have the same bits however ids are grouped. After an
+    /// error or a cancellation the sequence is of no more use.
+    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]>;
 }
 
 /// The positions whose logits are wanted.

@@ -45,7 +45,15 @@ impl Avx512 {
     }
 }
 
-kernel!(Avx512, "avx512", "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c", __m512, SuperProducts, SmallProducts, pack_row);
+kernel!(
+    Avx512,
+    "avx512",
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c",
+    __m512,
+    SuperProducts,
+    SmallProducts,
+    pack_row
+);
 
 /// One token for decode, groups 1 and 2 of each half swapped where weights come so.
 #[inline(always)]

@@ -48,7 +48,12 @@ pub unsafe trait Products {
     unsafe fn unpack(weights: Weights<'_>, to: *mut Self::Block, stride: usize);
 
     /// `ROWS` rows with `T` tiles: 16 sums of row r and tile t are added to at `out + 16 * r + t * tile_stride`.
-    unsafe fn multiply<const T: usize>(rows: *const Self::Block, x: [&Self::Tile; T], out: *mut f32, tile_stride: usize);
+    unsafe fn multiply<const T: usize>(
+        rows: *const Self::Block,
+        x: [&Self::Tile; T],
+        out: *mut f32,
+        tile_stride: usize,
+    );
 }
 
 /// A few tokens, prepared row by row.

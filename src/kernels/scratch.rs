@@ -1,24 +1,29 @@
-//! Memory for intermediate results, one piece for each thread: it grows to the largest size asked for and is kept.
+//! Memory for intermediate results: each thread keeps the pieces that it used, grown to the largest size asked for.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 use super::pack::Line;
 
 thread_local! {
-    static KEPT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// As many as were in use at a time. The last one given back is the first to be taken, so that each place in the
+    /// code finds the piece it had before.
+    static KEPT: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Lines of whatever was left in them.
-pub struct Scratch(Vec<Line>);
+pub struct Scratch {
+    kept: Vec<Line>,
+    lines: usize,
+}
 
 impl Scratch {
     pub fn take(lines: usize) -> Self {
-        let mut kept = KEPT.take();
+        let mut kept = KEPT.with_borrow_mut(Vec::pop).unwrap_or_default();
         if kept.len() < lines {
             kept.resize(lines, Line::ZERO);
         }
-        Scratch(kept)
+        Scratch { kept, lines }
     }
 }
 
@@ -26,18 +31,20 @@ impl Deref for Scratch {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        &self.0
+        &self.kept[..self.lines]
     }
 }
 
 impl DerefMut for Scratch {
     fn deref_mut(&mut self) -> &mut [Line] {
-        &mut self.0
+        &mut self.kept[..self.lines]
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        KEPT.set(std::mem::take(&mut self.0));
+        let lines = std::mem::take(&mut self.kept);
+        // At the end of a thread there may be nowhere to keep it.
+        let _ = KEPT.try_with(|kept| kept.borrow_mut().push(lines));
     }
 }
