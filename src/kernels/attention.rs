@@ -107,7 +107,11 @@ impl Group<'_, '_> {
         unsafe {
             match self.queries.len() {
                 QUERIES => self.scores::<V, E, QUERIES, 2>(0, seen.clone(), q, k, head_dim),
-                n => (0..n).for_each(|i| self.scores::<V, E, 1, 8>(i, seen.clone(), &q[i * head_dim..], k, head_dim)),
+                n => {
+                    for i in 0..n {
+                        self.scores::<V, E, 1, 8>(i, seen.clone(), &q[i * head_dim..], k, head_dim);
+                    }
+                }
             }
             for (query, scores) in self.queries.iter_mut().zip(&mut self.scores) {
                 let in_page = |key: usize| (key.clamp(start, end) - start).clamp(seen.start, seen.end);
@@ -118,7 +122,11 @@ impl Group<'_, '_> {
             let keys = from - start..to - start;
             match self.queries.len() {
                 QUERIES => self.values::<V, E, QUERIES>(0, keys, v, head_dim),
-                n => (0..n).for_each(|i| self.values::<V, E, 1>(i, keys.clone(), v, head_dim)),
+                n => {
+                    for i in 0..n {
+                        self.values::<V, E, 1>(i, keys.clone(), v, head_dim);
+                    }
+                }
             }
         }
     }

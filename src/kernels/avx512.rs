@@ -116,6 +116,18 @@ impl SuperBlock for blocks::Q4_K {
     }
 }
 
+/// The low nibbles of `q`, and those bits of `high` that come to lie in `mask` when it is turned left by `turns.0` bits
+/// in the lower half, by `turns.1` in the upper.
+#[inline(always)]
+unsafe fn with_high_bits(q: __m512i, high: __m512i, turns: (i32, i32), mask: __m512i) -> __m512i {
+    unsafe {
+        let turns = _mm512_inserti64x4(_mm512_set1_epi32(turns.0), _mm256_set1_epi32(turns.1), 1);
+        let low = _mm512_and_si512(q, _mm512_set1_epi8(15));
+        const A_OR_B_AND_C: i32 = 0xf8;
+        _mm512_ternarylogic_epi32(low, _mm512_rolv_epi32(high, turns), mask, A_OR_B_AND_C)
+    }
+}
+
 impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
     const SPLIT: bool = true;
@@ -124,21 +136,16 @@ impl SuperBlock for blocks::Q5_K {
     unsafe fn unpack(&self) -> Super {
         unsafe {
             let (scales, mins) = scales_and_mins(&self.scales);
-            let (low, fifth) = (_mm512_set1_epi8(15), _mm512_set1_epi8(16));
             let a = _mm512_loadu_si512(self.qs.as_ptr().cast());
             let b = _mm512_loadu_si512(self.qs.as_ptr().add(64).cast());
-            // Bit j of every byte belongs to group j: rotating by 4 - j puts it where the fifth bit goes.
+            // Bit j of every byte belongs to group j: turning by 4 - j puts it where the fifth bit goes.
             let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.qh.as_ptr().cast()));
-            let with_high = |q, first: i32, second: i32| {
-                let turns = _mm512_inserti64x4(_mm512_set1_epi32(first), _mm256_set1_epi32(second), 1);
-                // low nibble | rotated & 16
-                _mm512_ternarylogic_epi32(_mm512_and_si512(q, low), _mm512_rolv_epi32(high, turns), fifth, 0xf8)
-            };
+            let fifth = _mm512_set1_epi8(16);
             let q = [
-                with_high(a, 4, 2),
-                with_high(_mm512_srli_epi16(a, 4), 3, 1),
-                with_high(b, 0, 30),
-                with_high(_mm512_srli_epi16(b, 4), 31, 29),
+                with_high_bits(a, high, (4, 2), fifth),
+                with_high_bits(_mm512_srli_epi16(a, 4), high, (3, 1), fifth),
+                with_high_bits(b, high, (0, 30), fifth),
+                with_high_bits(_mm512_srli_epi16(b, 4), high, (31, 29), fifth),
             ];
             let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
             Super { q, scales, mins, d: f32_of(self.d), dmin: f32_of(self.dmin) }
@@ -153,52 +160,35 @@ impl SuperBlock for blocks::Q6_K {
     #[inline(always)]
     unsafe fn unpack(&self) -> Super {
         unsafe {
-            let (low, high_bits) = (_mm512_set1_epi8(15), _mm512_set1_epi8(48));
-            let half = |i: usize| {
-                let q = _mm512_loadu_si512(self.ql.as_ptr().add(64 * i).cast());
+            let mut q = [_mm512_setzero_si512(); 4];
+            for half in 0..2 {
+                let low = _mm512_loadu_si512(self.ql.as_ptr().add(64 * half).cast());
                 // Two bits of every byte belong to each of the half's four groups of 32.
-                let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.qh.as_ptr().add(32 * i).cast()));
-                let with_high = |q, first: i32, second: i32| {
-                    let turns = _mm512_inserti64x4(_mm512_set1_epi32(first), _mm256_set1_epi32(second), 1);
-                    let high = _mm512_rolv_epi32(high, turns);
-                    _mm512_ternarylogic_epi32(_mm512_and_si512(q, low), high, high_bits, 0xf8)
-                };
-                (with_high(q, 4, 2), with_high(_mm512_srli_epi16(q, 4), 0, 30))
-            };
-            let ((q0, q1), (q2, q3)) = (half(0), half(1));
+                let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.qh.as_ptr().add(32 * half).cast()));
+                let mask = _mm512_set1_epi8(48);
+                q[2 * half] = with_high_bits(low, high, (4, 2), mask);
+                q[2 * half + 1] = with_high_bits(_mm512_srli_epi16(low, 4), high, (0, 30), mask);
+            }
             let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(self.scales.as_ptr().cast()));
             let d = f32_of(self.d);
             // w = d * scale * (q - 32)
-            Super { q: [q0, q1, q2, q3], scales, mins: _mm256_slli_epi16(scales, 5), d, dmin: d }
+            Super { q, scales, mins: _mm256_slli_epi16(scales, 5), d, dmin: d }
         }
     }
 }
 
-/// The scales of a super-block spread over the i16 lanes of its four vectors.
+/// The scales of 64 weights, spread over the i16 lanes of vector `i` of a super-block.
 #[inline(always)]
-unsafe fn spread_scales<B: SuperBlock>(scales: __m256i) -> [__m512i; 4] {
+unsafe fn spread_scales<B: SuperBlock>(scales: __m256i, i: usize) -> __m512i {
     unsafe {
-        let scales = _mm512_castsi256_si512(scales);
-        if B::SPLIT {
-            let pick = |a: i16, b: i16| {
-                let index = _mm512_inserti64x4(_mm512_set1_epi16(a), _mm256_set1_epi16(b), 1);
-                _mm512_permutexvar_epi16(index, scales)
-            };
-            [pick(0, 2), pick(1, 3), pick(4, 6), pick(5, 7)]
+        let index = if B::SPLIT {
+            let first = (i / 2 * 4 + i % 2) as i16; // groups 0 and 2, 1 and 3, 4 and 6, 5 and 7
+            _mm512_inserti64x4(_mm512_set1_epi16(first), _mm256_set1_epi16(first + 2), 1)
         } else {
-            let lanes = _mm512_set_epi64(
-                0x0003_0003_0003_0003,
-                0x0003_0003_0003_0003,
-                0x0002_0002_0002_0002,
-                0x0002_0002_0002_0002,
-                0x0001_0001_0001_0001,
-                0x0001_0001_0001_0001,
-                0,
-                0,
-            );
-            let pick = |first| _mm512_permutexvar_epi16(_mm512_add_epi16(lanes, _mm512_set1_epi16(first)), scales);
-            [pick(0), pick(4), pick(8), pick(12)]
-        }
+            let (a, b, c, d) = (0, 0x0001_0001_0001_0001, 0x0002_0002_0002_0002, 0x0003_0003_0003_0003);
+            _mm512_add_epi16(_mm512_set_epi64(d, d, c, c, b, b, a, a), _mm512_set1_epi16(4 * i as i16))
+        };
+        _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(scales))
     }
 }
 
@@ -235,7 +225,10 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
             for (i, block) in row.iter().enumerate() {
                 prefetch(block);
                 let w = block.unpack();
-                let scales = spread_scales::<B>(w.scales);
+                let mut scales = [_mm512_setzero_si512(); 4];
+                for j in 0..4 {
+                    scales[j] = spread_scales::<B>(w.scales, j);
+                }
                 for t in 0..T {
                     let x = x[t].get_unchecked(i);
                     let mut sum32 = [_mm512_setzero_si512(); 2];

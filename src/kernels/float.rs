@@ -206,22 +206,27 @@ pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [
 pub unsafe fn swiglu<V: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     // SAFETY: loads and stores end at `whole`, or in buffers of 16, which no vector is longer than.
     unsafe {
-        let one = |gate: *const f32, up: *const f32, out: *mut f32| {
-            let gate = V::load(gate);
-            let silu = gate.div(V::splat(1.0).add(simd::exp(V::splat(0.0).sub(gate))));
-            silu.mul(V::load(up)).store(out);
-        };
         let whole = gate.len() - gate.len() % V::LANES;
         for i in (0..whole).step_by(V::LANES) {
-            one(gate.as_ptr().add(i), up.as_ptr().add(i), out.as_mut_ptr().add(i));
+            swiglu_vector::<V>(gate.as_ptr().add(i), up.as_ptr().add(i), out.as_mut_ptr().add(i));
         }
         let rest = gate.len() - whole;
         if rest > 0 {
             let (mut g, mut u, mut o) = ([0f32; 16], [0f32; 16], [0f32; 16]);
             g[..rest].copy_from_slice(&gate[whole..]);
             u[..rest].copy_from_slice(&up[whole..]);
-            one(g.as_ptr(), u.as_ptr(), o.as_mut_ptr());
+            swiglu_vector::<V>(g.as_ptr(), u.as_ptr(), o.as_mut_ptr());
             out[whole..].copy_from_slice(&o[..rest]);
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn swiglu_vector<V: Simd>(gate: *const f32, up: *const f32, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let gate = V::load(gate);
+        let silu = gate.div(V::splat(1.0).add(simd::exp(V::splat(0.0).sub(gate))));
+        silu.mul(V::load(up)).store(out);
     }
 }
