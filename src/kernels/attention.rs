@@ -5,7 +5,7 @@
 //!     s  = q . K / sqrt(d)                    lanes are keys: K lies (head_dim, positions)
 //!     m' = max(m, s);  p = exp(s - m');  out = out * exp(m - m') + p V;  the sum of p likewise
 //! ```
-//! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). Four queries share
+//! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). A few queries share
 //! each load of K and V; what a query gets does not depend on which share with it: for keys that it does not see, p is 0.
 
 use half::f16;
@@ -14,8 +14,8 @@ use super::scratch::Scratch;
 use super::simd::{self, Simd};
 use super::{KvPage, KvSlice, Line, PAGE, Query, view_mut};
 
-/// Queries that share loads.
-const QUERIES: usize = 4;
+/// Queries that share loads, at most: as many as leave room in the registers of AVX-512.
+const QUERIES: usize = 8;
 
 /// An element of a cache page.
 ///
@@ -100,18 +100,20 @@ impl Group<'_, '_> {
         if from >= to {
             return;
         }
-        // Whole vectors, of one width or the other.
-        let block = 8 * V::LANES;
+        // Whole steps of `scores`: of 2 vectors, or of 8 for a query on its own.
+        let n = self.queries.len();
+        let block = if n.is_multiple_of(4) { 2 * V::LANES } else { 8 * V::LANES };
         let seen = (from - start) / block * block..(to - start).next_multiple_of(block).min(PAGE);
         // SAFETY: bounds were asserted above; `seen` lies within a page.
         unsafe {
-            match self.queries.len() {
-                QUERIES => self.scores::<V, E, QUERIES, 2>(0, seen.clone(), q, k, head_dim),
-                n => {
-                    for i in 0..n {
-                        self.scores::<V, E, 1, 8>(i, seen.clone(), &q[i * head_dim..], k, head_dim);
-                    }
-                }
+            let mut i = 0;
+            while i < n {
+                let q = &q[i * head_dim..];
+                i += match n - i {
+                    QUERIES if V::MANY_REGISTERS => self.scores::<V, E, QUERIES, 2>(i, seen.clone(), q, k, head_dim),
+                    4.. => self.scores::<V, E, 4, 2>(i, seen.clone(), q, k, head_dim),
+                    _ => self.scores::<V, E, 1, 8>(i, seen.clone(), q, k, head_dim),
+                };
             }
             for (query, scores) in self.queries.iter_mut().zip(&mut self.scores) {
                 let in_page = |key: usize| (key.clamp(start, end) - start).clamp(seen.start, seen.end);
@@ -120,18 +122,18 @@ impl Group<'_, '_> {
                 softmax::<V>(query, &mut scores[seen.clone()]);
             }
             let keys = from - start..to - start;
-            match self.queries.len() {
-                QUERIES => self.values::<V, E, QUERIES>(0, keys, v, head_dim),
-                n => {
-                    for i in 0..n {
-                        self.values::<V, E, 1>(i, keys.clone(), v, head_dim);
-                    }
-                }
+            let mut i = 0;
+            while i < n {
+                i += match n - i {
+                    QUERIES if V::MANY_REGISTERS => self.values::<V, E, QUERIES>(i, keys.clone(), v, head_dim),
+                    4.. => self.values::<V, E, 4>(i, keys.clone(), v, head_dim),
+                    _ => self.values::<V, E, 1>(i, keys.clone(), v, head_dim),
+                };
             }
         }
     }
 
-    /// Scores of `Q` queries from query `first` on, `N` vectors of keys at a time.
+    /// Scores of `Q` queries from query `first` on, `N` vectors of keys at a time. Returns `Q`.
     #[inline(always)]
     unsafe fn scores<V: Simd, E: Element, const Q: usize, const N: usize>(
         &mut self,
@@ -140,7 +142,7 @@ impl Group<'_, '_> {
         q: &[f32],
         k: &[E],
         head_dim: usize,
-    ) {
+    ) -> usize {
         // SAFETY: the caller's promise.
         unsafe {
             for key in keys.step_by(N * V::LANES) {
@@ -165,9 +167,10 @@ impl Group<'_, '_> {
                 }
             }
         }
+        Q
     }
 
-    /// Add the values of a page, weighted, to the outputs of `Q` queries from query `first` on.
+    /// Add the values of a page, weighted, to the outputs of `Q` queries from query `first` on. Returns `Q`.
     #[inline(always)]
     unsafe fn values<V: Simd, E: Element, const Q: usize>(
         &mut self,
@@ -175,7 +178,7 @@ impl Group<'_, '_> {
         keys: std::ops::Range<usize>,
         v: &[E],
         head_dim: usize,
-    ) {
+    ) -> usize {
         // SAFETY: the caller's promise; vectors end at head_dim.
         unsafe {
             let mut d = 0;
@@ -206,6 +209,7 @@ impl Group<'_, '_> {
                 }
             }
         }
+        Q
     }
 
     #[inline(always)]

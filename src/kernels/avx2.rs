@@ -189,6 +189,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type Block = PanelBlock;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 2;
+    const TILES: usize = 1;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
@@ -323,6 +324,7 @@ unsafe impl Products for SmallProducts {
     type Block = SmallBlock;
     const BLOCK: usize = 32;
     const ROWS: usize = 2;
+    const TILES: usize = 1;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
@@ -388,6 +390,7 @@ unsafe impl Products for SmallProducts {
 // SAFETY: each method is what its name says, of 8 lanes.
 unsafe impl Simd for __m256 {
     const LANES: usize = 8;
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

@@ -214,6 +214,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type Block = PanelBlock;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
+    const TILES: usize = 3;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
@@ -342,6 +343,7 @@ unsafe impl Products for SmallProducts {
     type Block = SmallBlock;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
+    const TILES: usize = 3;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
@@ -418,6 +420,7 @@ unsafe impl Products for SmallProducts {
 // SAFETY: each method is what its name says, of 16 lanes.
 unsafe impl Simd for __m512 {
     const LANES: usize = 16;
+    const MANY_REGISTERS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

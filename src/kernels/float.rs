@@ -81,6 +81,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type Block = [f32; FLOATS];
     const BLOCK: usize = FLOATS;
     const ROWS: usize = 4;
+    const TILES: usize = 1;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[f32]; T]) -> [f32; T] {

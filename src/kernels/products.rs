@@ -3,7 +3,7 @@
 //! ```text
 //! decode:   for each weight row, for each 4 tokens:   out[token, row] = dot(row, x[token])
 //! prefill:  for each panel of 32 weight rows:         unpack it, into cache
-//!               for each 2 tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
+//!               for each few tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
 //!               turn the sums from (row, token) to (token, row)
 //! ```
 //! A panel is read once from memory, in order, and used for every token. While it is multiplied, the next one is
@@ -40,6 +40,8 @@ pub unsafe trait Products {
     const BLOCK: usize;
     /// Rows that are multiplied together: a divisor of 32.
     const ROWS: usize;
+    /// Tiles that are: at most 3.
+    const TILES: usize;
 
     /// One weight row with `T` tokens.
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[Self::Row]; T]) -> [f32; T];
@@ -123,17 +125,21 @@ pub unsafe fn prefill<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usi
                 P::unpack(weights.row(first + row), panel.add(row), PANEL);
             }
             std::slice::from_raw_parts_mut(sums, tiles * TILE_STRIDE).fill(0.0);
-            let mut ahead = Ahead::new::<P>(weights, first + PANEL, tiles.div_ceil(2) * blocks);
-            for t in (0..tiles).step_by(2) {
+            let steps = tiles.div_ceil(P::TILES) * blocks * count.div_ceil(P::ROWS);
+            let mut ahead = Ahead::new(weights, first + PANEL, steps);
+            for t in (0..tiles).step_by(P::TILES) {
                 for block in 0..blocks {
-                    ahead.fetch::<P>();
                     for row in (0..count).step_by(P::ROWS) {
+                        ahead.fetch::<P>();
                         let w = panel.add(block * PANEL + row);
                         let out = sums.add(t * TILE_STRIDE + row * TILE);
-                        if t + 1 < tiles {
-                            P::multiply(w, [&tile(t)[block], &tile(t + 1)[block]], out, TILE_STRIDE);
-                        } else {
-                            P::multiply(w, [&tile(t)[block]], out, TILE_STRIDE);
+                        match P::TILES.min(tiles - t) {
+                            1 => P::multiply(w, [&tile(t)[block]], out, TILE_STRIDE),
+                            2 => P::multiply(w, [&tile(t)[block], &tile(t + 1)[block]], out, TILE_STRIDE),
+                            _ => {
+                                let x = [&tile(t)[block], &tile(t + 1)[block], &tile(t + 2)[block]];
+                                P::multiply(w, x, out, TILE_STRIDE)
+                            }
                         }
                     }
                 }
@@ -163,7 +169,7 @@ struct Ahead {
 }
 
 impl Ahead {
-    fn new<P: Products>(weights: Weights<'_>, row: usize, steps: usize) -> Self {
+    fn new(weights: Weights<'_>, row: usize, steps: usize) -> Self {
         let row_bytes = weights.format.row_bytes(weights.cols);
         // It may lie behind the last row: prefetching never faults, and there the next task's rows lie.
         let next = weights.bytes.as_ptr().wrapping_add(row * row_bytes);

@@ -10,6 +10,8 @@ use half::f16;
 /// (`#[target_feature]`), into which they are inlined. Pointers are read and written for `LANES` elements.
 pub unsafe trait Simd: Copy {
     const LANES: usize;
+    /// 32 of them rather than 16.
+    const MANY_REGISTERS: bool;
 
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;

@@ -17,7 +17,8 @@ pub fn scales_and_mins(packed: &[u8; 12]) -> (u64, u64) {
 
 #[inline(always)]
 pub unsafe fn f32_of(half: blocks::Half) -> f32 {
-    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half.bits() as i32))) }
+    // A broadcast: inserting two bytes would wait for what the register held.
+    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_set1_epi16(half.bits() as i16))) }
 }
 
 /// The lines of a block that lie about 2 KB further on. Reading ahead of the end is harmless: a prefetch never faults.
