@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! decode:   for each weight row, for each 4 tokens:   out[token, row] = dot(row, x[token])
+//!           rows of either half in turn: two runs of addresses keep more reads under way than one
 //! prefill:  for each panel of 32 weight rows:         unpack it, into cache
 //!               for each few tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
 //!               turn the sums from (row, token) to (token, row)
@@ -66,10 +67,11 @@ pub unsafe trait Products {
 pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
     let lines = x.len() / tokens;
     let row = |token: usize| view::<P::Row>(&x[token * lines..(token + 1) * lines]);
-    let mut strip = [[0f32; STRIP]; TOGETHER];
+    let mut strips = [[[0f32; STRIP]; TOGETHER]; 2];
     let rows = weights.n_rows();
-    for first in (0..rows).step_by(STRIP) {
-        let count = STRIP.min(rows - first);
+    let half = rows.div_ceil(2);
+    for first in (0..half).step_by(STRIP) {
+        let count = STRIP.min(half - first);
         let mut token = 0;
         while token < tokens {
             let together = match tokens - token {
@@ -78,21 +80,31 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
                 _ => TOGETHER,
             };
             for i in 0..count {
-                let w = weights.row(first + i);
-                // SAFETY: the caller's promise.
-                unsafe {
-                    match together {
-                        1 => [strip[0][i]] = P::dot(w, [row(token)]),
-                        2 => [strip[0][i], strip[1][i]] = P::dot(w, [row(token), row(token + 1)]),
-                        _ => {
-                            let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
-                            [strip[0][i], strip[1][i], strip[2][i], strip[3][i]] = P::dot(w, x);
+                for (side, strip) in strips.iter_mut().enumerate() {
+                    let at = side * half + first + i;
+                    if at >= rows {
+                        continue;
+                    }
+                    let w = weights.row(at);
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        match together {
+                            1 => [strip[0][i]] = P::dot(w, [row(token)]),
+                            2 => [strip[0][i], strip[1][i]] = P::dot(w, [row(token), row(token + 1)]),
+                            _ => {
+                                let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
+                                [strip[0][i], strip[1][i], strip[2][i], strip[3][i]] = P::dot(w, x);
+                            }
                         }
                     }
                 }
             }
-            for (t, strip) in strip.iter().enumerate().take(together) {
-                out(token + t, first, &strip[..count]);
+            for (side, strip) in strips.iter().enumerate() {
+                let at = side * half + first;
+                let count = count.min(rows.saturating_sub(at));
+                for (t, strip) in strip.iter().enumerate().take(together) {
+                    out(token + t, at, &strip[..count]);
+                }
             }
             token += together;
         }
