@@ -6,7 +6,7 @@
 //!     m' = max(m, s);  p = exp(s - m');  out = out * exp(m - m') + p V;  the sum of p likewise
 //! ```
 //! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). A few queries share
-//! each load of K and V; what a query gets does not depend on which share with it: for keys that it does not see, p is 0.
+//! each load of K, and of V where all of them see it; what a query gets does not depend on which share with it.
 
 use half::f16;
 
@@ -115,20 +115,32 @@ impl Group<'_, '_> {
                     _ => self.scores::<V, E, 1, 8>(i, seen.clone(), q, k, head_dim),
                 };
             }
-            for (query, scores) in self.queries.iter_mut().zip(&mut self.scores) {
-                let in_page = |key: usize| (key.clamp(start, end) - start).clamp(seen.start, seen.end);
-                scores[seen.start..in_page(query.keys.start)].fill(f32::NEG_INFINITY);
-                scores[in_page(query.keys.end)..seen.end].fill(f32::NEG_INFINITY);
+            let in_page = |key: usize| (key.clamp(start, end) - start).clamp(seen.start, seen.end);
+            let mut own = [(0, 0); QUERIES];
+            for ((query, scores), own) in self.queries.iter_mut().zip(&mut self.scores).zip(&mut own) {
+                *own = (in_page(query.keys.start), in_page(query.keys.end));
+                scores[seen.start..own.0].fill(f32::NEG_INFINITY);
+                scores[own.1..seen.end].fill(f32::NEG_INFINITY);
                 softmax::<V>(query, &mut scores[seen.clone()]);
             }
-            let keys = from - start..to - start;
+            // Values that only some of the queries see are added to those alone: 0 times an infinity is not 0.
+            let own = &own[..n];
+            let first = own.iter().map(|own| own.0).max().unwrap_or(0);
+            let last = own.iter().map(|own| own.1).min().unwrap_or(0);
+            let shared = if first < last { first..last } else { seen.end..seen.end };
+            for (i, own) in own.iter().enumerate() {
+                self.values::<V, E, 1>(i, own.0..own.1.min(shared.start), v, head_dim);
+            }
             let mut i = 0;
             while i < n {
                 i += match n - i {
-                    QUERIES if V::MANY_REGISTERS => self.values::<V, E, QUERIES>(i, keys.clone(), v, head_dim),
-                    4.. => self.values::<V, E, 4>(i, keys.clone(), v, head_dim),
-                    _ => self.values::<V, E, 1>(i, keys.clone(), v, head_dim),
+                    QUERIES if V::MANY_REGISTERS => self.values::<V, E, QUERIES>(i, shared.clone(), v, head_dim),
+                    4.. => self.values::<V, E, 4>(i, shared.clone(), v, head_dim),
+                    _ => self.values::<V, E, 1>(i, shared.clone(), v, head_dim),
                 };
+            }
+            for (i, own) in own.iter().enumerate() {
+                self.values::<V, E, 1>(i, own.0.max(shared.end)..own.1, v, head_dim);
             }
         }
     }
@@ -179,6 +191,9 @@ impl Group<'_, '_> {
         v: &[E],
         head_dim: usize,
     ) -> usize {
+        if keys.is_empty() {
+            return Q;
+        }
         // SAFETY: the caller's promise; vectors end at head_dim.
         unsafe {
             let mut d = 0;
