@@ -63,8 +63,8 @@ pub trait Kernel: Send + Sync {
     /// `out = silu(gate) * up`.
     fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
 
-    /// Scaled dot-product attention of queries that share one KV head. `pages` are consecutive; of each query's keys
-    /// they hold at least one.
+    /// Scaled dot-product attention of queries that share one KV head, over `pages`, which are consecutive. A query that
+    /// sees nothing in them gets a `sum` of 0, and no numbers for `out`.
     fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize);
 }
 
@@ -125,7 +125,7 @@ impl<'a> Weights<'a> {
 pub struct Query<'a> {
     /// (head_dim)
     pub q: &'a [f32],
-    /// The absolute positions that it sees; at least one.
+    /// The absolute positions that it sees.
     pub keys: Range<usize>,
     /// (head_dim)
     pub out: &'a mut [f32],
