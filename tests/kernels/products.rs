@@ -1,0 +1,409 @@
+//! Matrix products.
+//!
+//! The specification is the sum, in f64, of what `dequantize` makes of a block times the activations. A kernel may be
+//! off it by what it does to activations (`rounding`, one table for all of them) and by the rounding of f32 sums.
+use candle_phi::kernels::{Format, Kernel, Line, Phase, Weights, dequantize, view_mut};
+use half::{bf16, f16};
+
+use crate::random::{Matrix, Random, halves, quants, scales};
+use crate::{all, same};
+
+const PHASES: [Phase; 2] = [Phase::Decode, Phase::Prefill];
+const FLOATS: [Format; 3] = [Format::F32, Format::F16, Format::BF16];
+
+/// What a kernel does to activations, and to weights, before it multiplies them.
+#[derive(Copy, Clone, PartialEq, Debug)]
+enum Rounding {
+    /// Nothing.
+    F32,
+    /// Activations become 8-bit integers, with a scale for so many features.
+    Int8(usize),
+    /// Activations and weights are rounded to 8 significant bits.
+    Bf16,
+}
+
+fn rounding(kernel: &str, format: Format, phase: Phase) -> Rounding {
+    match (kernel, phase, format) {
+        (_, _, Format::F32 | Format::F16) | ("portable", _, _) => Rounding::F32,
+        ("amx", Phase::Prefill, _) => Rounding::Bf16,
+        (_, _, Format::Q4_K | Format::Q5_K | Format::Q6_K) => Rounding::Int8(256),
+        (_, _, Format::Q8_0) => Rounding::Int8(32),
+        _ => Rounding::F32,
+    }
+}
+
+/// Of the sum of the magnitudes of all products: what rounding f32 sums may cost. Each addition costs half a unit in
+/// the last place (2^-24) of the sum so far; kernels add up in many chains, so that few of them meet the whole sum.
+const SUMS: f64 = 16.0 / (1 << 24) as f64;
+/// What is smaller than this may count as 0 where activations become integers.
+const NOTHING: f64 = 1e-30;
+
+/// One result, and how far from it a kernel may be.
+#[derive(Copy, Clone, Default)]
+struct Expected {
+    value: f64,
+    /// The sum of the magnitudes of what is added up.
+    terms: f64,
+    /// Int8: at most half a step is lost of each activation, a step being 1/127 of the greatest of those that share it.
+    int8: f64,
+    /// What is lost is spread evenly, from minus half a step to half a step: 1/12 of the step squared.
+    int8_variance: f64,
+    /// Bf16: at most 2^-9 is lost of each factor.
+    bf16: f64,
+    bf16_variance: f64,
+}
+
+impl Expected {
+    fn limit(&self, rounding: Rounding) -> f64 {
+        let sums = SUMS * self.terms;
+        match rounding {
+            Rounding::F32 => sums,
+            Rounding::Int8(_) => sums + 1.0001 * self.int8,
+            Rounding::Bf16 => sums + 1.01 * self.bf16,
+        }
+    }
+
+    fn variance(&self, rounding: Rounding) -> f64 {
+        match rounding {
+            Rounding::F32 => 0.0,
+            Rounding::Int8(_) => self.int8_variance,
+            Rounding::Bf16 => self.bf16_variance,
+        }
+    }
+}
+
+/// `x W^T`, (tokens, rows).
+fn expected(matrix: &Matrix, x: &[f32]) -> Vec<Expected> {
+    let cols = matrix.cols;
+    let share = if matrix.format == Format::Q8_0 { 32 } else { 256 };
+    let mut offsets = matrix.clone();
+    for block in offsets.blocks_mut() {
+        block[quants(matrix.format)].fill(0);
+    }
+    let (rows, offsets) = (dequantized(matrix.weights()), dequantized(offsets.weights()));
+    let mut results = Vec::new();
+    for x in x.chunks_exact(cols) {
+        for (w, offset) in rows.chunks_exact(cols).zip(offsets.chunks_exact(cols)) {
+            let mut sum = Expected::default();
+            for start in (0..cols).step_by(share) {
+                let end = cols.min(start + share);
+                let (mut magnitude, mut squares, mut greatest) = (0.0, 0.0, 0f64);
+                for i in start..end {
+                    let (w, offset, x) = (w[i] as f64, offset[i] as f64, x[i] as f64);
+                    sum.value += w * x;
+                    // `scale * q` and `min`, or 32 * scale, are multiplied apart: what cancels in w does not in them.
+                    let has_offset = matches!(matrix.format, Format::Q4_K | Format::Q5_K | Format::Q6_K);
+                    sum.terms += (w.abs() + if has_offset { 2.0 * offset.abs() } else { 0.0 }) * x.abs();
+                    sum.bf16 += (w * x).abs() / 256.0;
+                    sum.bf16_variance += (w * x).powi(2) * 2.0 / 12.0 / 65536.0;
+                    magnitude += w.abs();
+                    squares += w * w;
+                    greatest = greatest.max(x.abs());
+                }
+                let step = if greatest <= NOTHING { 2.0 * greatest } else { greatest / 127.0 };
+                sum.int8 += step / 2.0 * magnitude;
+                sum.int8_variance += step * step / 12.0 * squares;
+            }
+            results.push(sum);
+        }
+    }
+    results
+}
+
+/// (rows, cols)
+fn dequantized(weights: Weights<'_>) -> Vec<f32> {
+    let mut values = vec![0f32; weights.n_rows() * weights.cols];
+    for (row, values) in values.chunks_exact_mut(weights.cols).enumerate() {
+        dequantize(weights.row(row), values);
+    }
+    values
+}
+
+/// `x W^T`, (tokens, rows), of activations (tokens, cols).
+fn product(kernel: &dyn Kernel, weights: Weights<'_>, phase: Phase, x: &[f32]) -> Vec<f32> {
+    let (rows, tokens) = (weights.n_rows(), x.len() / weights.cols);
+    let tile = kernel.tile(weights.format, weights.cols, phase);
+    let mut lines = vec![Line::ZERO; tokens.div_ceil(tile.tokens) * tile.lines];
+    view_mut::<f32>(&mut lines).fill(f32::NAN); // places of a tile that no token takes hold anything
+    for (token, x) in x.chunks_exact(weights.cols).enumerate() {
+        let tile_lines = &mut lines[token / tile.tokens * tile.lines..][..tile.lines];
+        kernel.pack(weights.format, phase, x, token % tile.tokens, tile_lines);
+    }
+    let mut results = vec![None; tokens * rows];
+    kernel.matmul(weights, phase, &lines, tokens, &mut |token, first, values| {
+        let places = &mut results[token * rows..(token + 1) * rows][first..first + values.len()];
+        for (place, value) in places.iter_mut().zip(values) {
+            assert_eq!(place.replace(*value), None, "{}: token {token}, rows from {first}, twice", kernel.name());
+        }
+    });
+    results.into_iter().map(|value| value.expect("a result for every row and token")).collect()
+}
+
+/// Asserts that every result is within its limit; gives the mean square of the errors, each relative to the variance
+/// that rounding the activations gives it.
+fn assert_near(kernel: &dyn Kernel, matrix: &Matrix, phase: Phase, x: &[f32], expected: &[Expected]) -> f64 {
+    let rounding = rounding(kernel.name(), matrix.format, phase);
+    let rows = matrix.weights().n_rows();
+    let results = product(kernel, matrix.weights(), phase, x);
+    assert_eq!(results.len(), expected.len());
+    let mut squares = 0.0;
+    for (i, (result, expected)) in results.iter().zip(expected).enumerate() {
+        let (error, limit) = ((*result as f64 - expected.value).abs(), expected.limit(rounding));
+        assert!(
+            error <= limit,
+            "{} {:?} {phase:?}, {} features, token {}, row {}: {result} is {error:e} off {}, limit {limit:e}",
+            kernel.name(),
+            matrix.format,
+            matrix.cols,
+            i / rows,
+            i % rows,
+            expected.value,
+        );
+        squares += error * error / expected.variance(rounding).max(f64::MIN_POSITIVE);
+    }
+    squares / results.len() as f64
+}
+
+/// Numbers of features that rows of a format may have.
+fn widths(format: Format) -> Vec<usize> {
+    let any = [1, 7, 20, 33, 100, 32, 64, 96, 256, 512, 1024, 3072, 8192];
+    any.into_iter().filter(|cols| cols % format.block_len() == 0).collect()
+}
+
+/// Every kernel in each of its phases.
+fn runs() -> Vec<(Box<dyn Kernel>, Phase)> {
+    PHASES.into_iter().flat_map(|phase| all().map(move |kernel| (kernel, phase))).collect()
+}
+
+#[test]
+fn products_are_as_near_as_the_rounding_of_activations_allows() {
+    for format in Format::ALL {
+        let runs = runs();
+        let mut means = vec![0.0; runs.len()];
+        let widths = widths(format);
+        for cols in widths.iter().copied() {
+            let mut random = Random::new(cols as u64);
+            let tokens = if cols > 1024 { 17 } else { 35 };
+            let matrix = Matrix::random(format, 35, cols, &mut random);
+            let mut x = random.normals(tokens * cols);
+            // As in the real model, some features are far greater than the others.
+            x.iter_mut().step_by(397).for_each(|x| *x *= 50.0);
+            let expected = expected(&matrix, &x);
+            for ((kernel, phase), mean) in runs.iter().zip(&mut means) {
+                let tokens = if *phase == Phase::Decode { 8 } else { tokens };
+                let (x, expected) = (&x[..tokens * cols], &expected[..tokens * 35]);
+                *mean += assert_near(&**kernel, &matrix, *phase, x, expected) / widths.len() as f64;
+            }
+        }
+        for ((kernel, phase), mean) in runs.iter().zip(means) {
+            let name = kernel.name();
+            if rounding(name, format, *phase) != Rounding::F32 {
+                assert!(mean.sqrt() < 1.1, "{name} {format:?} {phase:?}: {} times the error of rounding", mean.sqrt());
+                assert!(mean.sqrt() > 0.5, "{name} {format:?} {phase:?}: more exact than the table says");
+            }
+        }
+    }
+}
+
+/// Activations that 8 bits hold exactly: in every 32 features the greatest is 127 times a power of two that 256 features
+/// share, the others are integers times it.
+fn integers(cols: usize, random: &mut Random) -> Vec<f32> {
+    let mut x = vec![0f32; cols];
+    for share in x.chunks_mut(256) {
+        let step = 1.0 / (1 << random.below(2)) as f32;
+        for part in share.chunks_mut(32) {
+            part.fill_with(|| step * random.integer(15));
+            let greatest = random.below(part.len());
+            part[greatest] = step * if random.below(2) == 0 { 127.0 } else { -127.0 };
+        }
+    }
+    x
+}
+
+#[test]
+fn integers_are_multiplied_exactly() {
+    for format in Format::ALL {
+        for cols in widths(format) {
+            let mut random = Random::new(cols as u64);
+            let mut matrix = Matrix::new(format, 37, cols, &mut random, |random| 1.0 / (1 << random.below(2)) as f32);
+            for block in matrix.blocks_mut() {
+                let weight = random.integer(127);
+                match format {
+                    Format::F32 => block.copy_from_slice(&weight.to_le_bytes()),
+                    Format::F16 => block.copy_from_slice(&f16::from_f32(weight).to_le_bytes()),
+                    Format::BF16 => block.copy_from_slice(&bf16::from_f32(weight).to_le_bytes()),
+                    // Small enough for f32 to hold every sum.
+                    Format::Q6_K => {
+                        block[scales(format)].iter_mut().for_each(|scale| *scale = (*scale as i8 / 8) as u8)
+                    }
+                    _ => (),
+                }
+            }
+            let x: Vec<f32> = (0..19).flat_map(|_| integers(cols, &mut random)).collect();
+            let expected: Vec<f32> = expected(&matrix, &x).iter().map(|expected| expected.value as f32).collect();
+            for (kernel, phase) in runs() {
+                if rounding(kernel.name(), format, phase) == Rounding::Bf16 && format != Format::BF16 {
+                    continue; // a scale times a quant has more than 8 bits
+                }
+                let results = product(&*kernel, matrix.weights(), phase, &x);
+                assert!(
+                    results == expected,
+                    "{} {format:?} {phase:?}, {cols} features: {results:?}, expected {expected:?}",
+                    kernel.name()
+                );
+            }
+        }
+    }
+}
+
+/// The greatest and smallest quants and scales together with activations of 127 steps: 16-bit sums that are too narrow
+/// saturate or wrap here. And half floats that are 0, denormal, or the greatest there are.
+#[test]
+fn extreme_blocks_are_multiplied_as_any_other() {
+    const TINY: f32 = 1.0 / (1 << 24) as f32; // the smallest half float
+    const MOST: f32 = 65504.0; // the greatest
+    let pairs = [
+        (1.0, 1.0),
+        (1.0, -1.0),
+        (0.0, 1.0),
+        (1.0, 0.0),
+        (0.0, 0.0),
+        (-0.0, -0.0),
+        (TINY, TINY),
+        (1023.0 * TINY, -1.0),
+        (MOST, MOST),
+        (-MOST, MOST),
+    ];
+    let bytes = [0x00, 0xff, 0x7f, 0x80, 0x55, 0xaa];
+    for format in Format::ALL.into_iter().filter(|format| !FLOATS.contains(format)) {
+        let cols = format.block_len();
+        let mut matrix = Matrix::zeros(format, bytes.len() * bytes.len() * pairs.len(), cols);
+        for (i, block) in matrix.blocks_mut().enumerate() {
+            block[quants(format)].fill(bytes[i % bytes.len()]);
+            block[scales(format)].fill(bytes[i / bytes.len() % bytes.len()]);
+            let (d, min) = pairs[i / bytes.len() / bytes.len()];
+            for (at, half) in halves(format).iter().zip([d, min]) {
+                block[*at..at + 2].copy_from_slice(&f16::from_f32(half).to_le_bytes());
+            }
+        }
+        let signs: [fn(usize) -> bool; 7] =
+            [|_| false, |_| true, |i| i % 2 == 0, |i| i % 4 < 2, |i| i % 8 < 4, |i| i % 32 < 16, |i| i % 64 < 32];
+        let x: Vec<f32> = signs
+            .iter()
+            .flat_map(|negative| (0..cols).map(move |i| if negative(i) { -127.0 } else { 127.0 }))
+            .collect();
+        let mut expected = expected(&matrix, &x);
+        expected.iter_mut().for_each(|expected| expected.int8 = 0.0); // these activations are held exactly
+        for (kernel, phase) in runs() {
+            assert_near(&*kernel, &matrix, phase, &x, &expected);
+        }
+    }
+}
+
+#[test]
+fn extreme_activations_are_multiplied_as_any_other() {
+    for format in Format::ALL {
+        let mut random = Random::new(5);
+        let cols = 512;
+        let matrix = Matrix::random(format, 33, cols, &mut random);
+        let mut x = Vec::new();
+        // Nothing, denormal, tiny, huge; then blocks of nothing between others, and a single feature.
+        for scale in [0.0, -0.0, 1e-44, 1e-39, 1e-35, 1e-29, 1e-20, 1e20, 1e32] {
+            x.extend(random.normals(cols).iter().map(|x| x * scale));
+        }
+        x.extend(random.normals(cols).iter().enumerate().map(|(i, x)| if i / 32 % 2 == 0 { 0.0 } else { *x }));
+        x.extend(random.normals(cols).iter().enumerate().map(|(i, x)| if i < 256 { 0.0 } else { *x }));
+        x.extend((0..cols).map(|i| if i == 300 { 1.0 } else { 0.0 }));
+        let mut expected = expected(&matrix, &x);
+        // Products of small numbers are denormal: each is off by up to half of the smallest number.
+        expected.iter_mut().for_each(|expected| expected.terms += 1e-36);
+        for (kernel, phase) in runs() {
+            assert_near(&*kernel, &matrix, phase, &x, &expected);
+            let results = product(&*kernel, matrix.weights(), phase, &x);
+            assert!(results[..2 * 33].iter().all(|result| *result == 0.0), "{} {format:?}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_shows_in_its_token_and_in_no_other() {
+    for format in Format::ALL {
+        let mut random = Random::new(6);
+        let (cols, tokens) = (512, 20);
+        let matrix = Matrix::random(format, 33, cols, &mut random);
+        let clean = random.normals(tokens * cols);
+        for (kernel, phase) in runs() {
+            let name = kernel.name();
+            let before = product(&*kernel, matrix.weights(), phase, &clean);
+            for (token, wrong) in [(0, f32::NAN), (1, f32::INFINITY), (17, f32::NEG_INFINITY), (19, -f32::NAN)] {
+                let mut x = clean.clone();
+                x[token * cols + random.below(cols)] = wrong;
+                let after = product(&*kernel, matrix.weights(), phase, &x);
+                for (i, (before, after)) in before.chunks_exact(33).zip(after.chunks_exact(33)).enumerate() {
+                    if i == token {
+                        let hidden = after.iter().filter(|result| result.is_finite()).count();
+                        assert_eq!(hidden, 0, "{name} {format:?} {phase:?}: results that hide a {wrong} of token {i}");
+                    } else {
+                        assert!(same(before, after), "{name} {format:?} {phase:?}: {wrong} of token {token} is in {i}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Widths at which the order of sums could depend on how the work is cut: several blocks, and an odd rest.
+fn odd_widths(format: Format) -> &'static [usize] {
+    match format.block_len() {
+        1 => &[100, 321],
+        32 => &[96, 512],
+        _ => &[256, 768],
+    }
+}
+
+#[test]
+fn a_token_has_the_same_bits_among_any_others() {
+    for (format, cols) in
+        Format::ALL.into_iter().flat_map(|format| odd_widths(format).iter().map(move |c| (format, *c)))
+    {
+        let mut random = Random::new(7);
+        let rows = 9;
+        let matrix = Matrix::random(format, rows, cols, &mut random);
+        let x = random.normals(100 * cols);
+        for (kernel, phase) in runs() {
+            let alone: Vec<f32> =
+                x.chunks_exact(cols).flat_map(|x| product(&*kernel, matrix.weights(), phase, x)).collect();
+            let most = if phase == Phase::Decode { 8 } else { 33 };
+            for count in (1..=most).chain([100]) {
+                // From any token on: each comes to every place of a tile.
+                let first = random.below(101 - count);
+                let together = product(&*kernel, matrix.weights(), phase, &x[first * cols..(first + count) * cols]);
+                let alone = &alone[first * rows..(first + count) * rows];
+                assert!(same(&together, alone), "{} {format:?} {phase:?}: {count} from {first}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_among_any_others() {
+    for (format, cols) in
+        Format::ALL.into_iter().flat_map(|format| odd_widths(format).iter().map(move |c| (format, *c)))
+    {
+        let mut random = Random::new(8);
+        let (rows, tokens) = (70, 5);
+        let matrix = Matrix::random(format, rows, cols, &mut random);
+        let x = random.normals(tokens * cols);
+        for (kernel, phase) in runs() {
+            let whole = product(&*kernel, matrix.weights(), phase, &x);
+            for count in 1..=rows {
+                let first = random.below(rows - count + 1);
+                let part = product(&*kernel, matrix.weights().rows(first..first + count), phase, &x);
+                for (part, whole) in part.chunks_exact(count).zip(whole.chunks_exact(rows)) {
+                    let whole = &whole[first..first + count];
+                    assert!(same(part, whole), "{} {format:?} {phase:?}: rows {count} from {first}", kernel.name());
+                }
+            }
+        }
+    }
+}
