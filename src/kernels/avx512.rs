@@ -19,12 +19,12 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::blocks::{self, Block, blocks};
+use super::blocks::{self, Block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{self, f32_of, prefetch, scales_and_mins};
+use super::x86::{self, f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -45,7 +45,7 @@ impl Avx512 {
     }
 }
 
-kernel!(Avx512, "avx512", "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c", __m512, SuperProducts, SmallProducts, pack_row);
+kernel!(Avx512, "avx512", "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c", __m512, SuperProducts, SmallProducts, pack_row, pack::pack_tile::<4>);
 
 /// One token for decode, groups 1 and 2 of each half swapped where weights come so.
 #[inline(always)]
