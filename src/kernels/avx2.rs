@@ -17,12 +17,12 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::blocks::{self, Block, blocks};
+use super::blocks::{self, Block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{self, f32_of, prefetch, scales_and_mins};
+use super::x86::{self, f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX2, FMA and F16C.
@@ -37,7 +37,7 @@ impl Avx2 {
     }
 }
 
-kernel!(Avx2, "avx2", "avx2,fma,f16c", __m256, SuperProducts, SmallProducts, pack::pack_row);
+kernel!(Avx2, "avx2", "avx2,fma,f16c", __m256, SuperProducts, SmallProducts, pack::pack_row, pack::pack_tile::<4>);
 
 /// The integer parts of a super-block, `w = d * scale * q - dmin * min`.
 pub struct Super {

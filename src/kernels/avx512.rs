@@ -19,12 +19,12 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::blocks::{self, Block, blocks};
+use super::blocks::{self, Block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{self, f32_of, prefetch, scales_and_mins};
+use super::x86::{self, f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -52,7 +52,8 @@ kernel!(
     __m512,
     SuperProducts,
     SmallProducts,
-    pack_row
+    pack_row,
+    pack::pack_tile::<4>
 );
 
 /// One token for decode, groups 1 and 2 of each half swapped where weights come so.

@@ -1,9 +1,12 @@
 //! The frame of a fast kernel: `Kernel` for a type that holds the permission to use an instruction set.
 
-/// `kernel!(Type, "name", "features", Vector, super-block products, small-block products)`: every method enters a
-/// function that is compiled for the features, and everything below is inlined into it.
+/// `kernel!(Type, "name", "features", Vector, super-block products, small-block products, packing of a row, packing
+/// into a tile)`: every method enters a function that is compiled for the features, and everything below is inlined.
 macro_rules! kernel {
-    ($kernel:ident, $name:literal, $features:literal, $V:ty, $super:ident, $small:ident, $pack_row:path) => {
+    (
+        $kernel:ident, $name:literal, $features:literal, $V:ty, $super:ident, $small:ident,
+        $pack_row:path, $pack_tile:path
+    ) => {
         impl crate::kernels::Kernel for $kernel {
             fn name(&self) -> &'static str {
                 $name
@@ -20,7 +23,7 @@ macro_rules! kernel {
                 #[target_feature(enable = $features)]
                 fn pack(format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]) {
                     match phase {
-                        Phase::Prefill => pack::pack_tile(format, x, at, tile),
+                        Phase::Prefill => $pack_tile(format, x, at, tile),
                         Phase::Decode => $pack_row(format, x, tile),
                     }
                 }

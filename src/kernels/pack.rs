@@ -6,7 +6,8 @@
 //! Q8_0, for each 32 features:        d = max|x| / 127;  q = round(x / d);  the sum of q
 //! ```
 //! In a tile the tokens are the lanes of a vector: 4 consecutive features of token 0, the same of token 1, ... A weight
-//! row then meets it as broadcast groups of 4 weights, and needs no transposition.
+//! row then meets it as broadcast groups of 4 weights, and needs no transposition. (Runs of 8 features suit instructions
+//! that multiply small matrices.)
 //!
 //! The code is plain Rust, inlined into each kernel and vectorized there.
 
@@ -108,7 +109,7 @@ pub struct SmallRow {
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
 pub struct TileBlock {
-    /// `q[i][4 * token + j]` is feature `4 * i + j`.
+    /// Features in runs of R: number `R * i + j` of a token is byte `R * (16 * i + token) + j`.
     pub q: [[i8; 64]; 64],
     /// `sums[i][2 * token + j]` is the sum of group `2 * i + j`.
     pub sums: [[i16; 32]; 8],
@@ -189,15 +190,15 @@ pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
     }
 }
 
-/// Token `at` of a tile for prefill; the others of the tile are left as they are.
+/// Token `at` of a tile for prefill, 8-bit features in runs of `RUN`; the others of the tile are left as they are.
 #[inline(always)]
-pub fn pack_tile(format: Format, x: &[f32], at: usize, tile: &mut [Line]) {
+pub fn pack_tile<const RUN: usize>(format: Format, x: &[f32], at: usize, tile: &mut [Line]) {
     match Scheme::of(format) {
         Scheme::Super { groups } => {
             let mut q = [0; SUPER];
             for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<TileBlock>(tile)) {
                 block.d[at] = quantize(x, &mut q);
-                spread(&q, at, &mut block.q);
+                spread::<RUN>(&q, at, &mut block.q);
                 for (group, q) in q.chunks_exact(SUPER / groups).enumerate() {
                     block.sums[group / 2][2 * at + group % 2] = sum(q) as i16;
                 }
@@ -208,7 +209,7 @@ pub fn pack_tile(format: Format, x: &[f32], at: usize, tile: &mut [Line]) {
             for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<SmallTile>(tile)) {
                 block.d[at] = quantize(x, &mut q);
                 block.sums[at] = sum(&q);
-                spread(&q, at, &mut block.q);
+                spread::<RUN>(&q, at, &mut block.q);
             }
         }
         Scheme::Float => {
@@ -222,8 +223,9 @@ pub fn pack_tile(format: Format, x: &[f32], at: usize, tile: &mut [Line]) {
 }
 
 #[inline(always)]
-fn spread(q: &[i8], at: usize, to: &mut [[i8; 64]]) {
-    for (q, to) in q.as_chunks::<4>().0.iter().zip(to) {
-        to[4 * at..4 * at + 4].copy_from_slice(q);
+fn spread<const RUN: usize>(q: &[i8], at: usize, to: &mut [[i8; 64]]) {
+    let runs = to.as_flattened_mut().as_chunks_mut::<RUN>().0;
+    for (q, runs) in q.as_chunks::<RUN>().0.iter().zip(runs.as_chunks_mut::<TILE>().0) {
+        runs[at] = *q;
     }
 }

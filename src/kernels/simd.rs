@@ -22,9 +22,9 @@ pub unsafe trait Simd: Copy {
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
     unsafe fn div(self, other: Self) -> Self;
-    /// `other` where either is not a number.
+    /// Not a number where `other` is not; where only `self` is not, `other` or that.
     unsafe fn max(self, other: Self) -> Self;
-    /// `other` where either is not a number.
+    /// As `max`.
     unsafe fn min(self, other: Self) -> Self;
     /// `self * a + b`, rounded once.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;

@@ -4,17 +4,6 @@ use std::arch::x86_64::*;
 
 use super::blocks::{self, Block};
 
-/// Scales and mins of Q4_K and Q5_K: 8 of 6 bits each in 12 bytes, to bytes in two u64.
-#[inline(always)]
-pub fn scales_and_mins(packed: &[u8; 12]) -> (u64, u64) {
-    let word = |i: usize| u32::from_le_bytes([packed[i], packed[i + 1], packed[i + 2], packed[i + 3]]);
-    let (a, b, c) = (word(0), word(4), word(8));
-    let high_scales = c & 0x0f0f_0f0f | (a >> 6 & 0x0303_0303) << 4;
-    let high_mins = c >> 4 & 0x0f0f_0f0f | (b >> 6 & 0x0303_0303) << 4;
-    let join = |low: u32, high: u32| (low & 0x3f3f_3f3f) as u64 | (high as u64) << 32;
-    (join(a, high_scales), join(b, high_mins))
-}
-
 #[inline(always)]
 pub unsafe fn f32_of(half: blocks::Half) -> f32 {
     // A broadcast: inserting two bytes would wait for what the register held.

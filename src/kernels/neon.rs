@@ -1,0 +1,878 @@
+//! NEON: 8-bit products for quantized weights, f32 for the others.
+//!
+//! ```text
+//! decode, for each weight row and super-block, 128 weights at a time:
+//!     sum32 = q . x                      of each group of a scale, four groups side by side
+//!     total += scale * sum32
+//!     out   += dx * (d * total - dmin * (mins . sums of x))
+//! prefill, for 32 weight rows unpacked to bytes in cache, each super-block, each 4 rows x 8 tokens:
+//!     for each group of a scale:  sum32 = q . x;  total += scale * sum32
+//!     out += dx * (d * total - dmin * (mins . sums of x))
+//! ```
+//! 1. The products `q . x` are taken with what the CPU has: `smmla` (i8mm), `sdot` (dotprod) or `smull`. They are exact,
+//!    and everything around them is written once: **the results have the same bits on every CPU.**
+//! 2. Integers are signed here, so that `Q6_K`, whose mins are 32 times its scales, is multiplied without mins.
+//! 3. Scales are applied to integers: of 4 sums at a time, since a 32-bit multiplication is slow on most of these CPUs.
+//! 4. The intrinsics of `sdot` and `smmla` are not stable yet: they are assembled here.
+
+use std::arch::aarch64::*;
+use std::arch::{asm, is_aarch64_feature_detected};
+use std::marker::PhantomData;
+
+use half::f16;
+
+use super::blocks::{self, Block, blocks, scales_and_mins};
+use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
+use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
+use super::products::{self, Products};
+use super::simd::Simd;
+use super::{Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
+
+/// NEON, which every aarch64 CPU has.
+#[derive(Copy, Clone)]
+pub struct Base(());
+
+/// NEON with dotprod: ARMv8.4, and from Cortex-A55 and A75 on.
+#[derive(Copy, Clone)]
+pub struct DotProd(());
+
+/// NEON with dotprod and i8mm: ARMv8.6, and from Cortex-A510 and A710 on.
+#[derive(Copy, Clone)]
+pub struct I8mm(());
+
+impl Base {
+    pub fn new() -> Option<Self> {
+        is_aarch64_feature_detected!("neon").then_some(Base(()))
+    }
+}
+
+impl DotProd {
+    pub fn new() -> Option<Self> {
+        (is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod")).then_some(DotProd(()))
+    }
+}
+
+impl I8mm {
+    pub fn new() -> Option<Self> {
+        (DotProd::new().is_some() && is_aarch64_feature_detected!("i8mm")).then_some(I8mm(()))
+    }
+}
+
+/// The kernel `neon` with the best products of this CPU.
+pub fn neon() -> Option<Box<dyn Kernel>> {
+    if let Some(kernel) = I8mm::new() {
+        Some(Box::new(kernel))
+    } else if let Some(kernel) = DotProd::new() {
+        Some(Box::new(kernel))
+    } else {
+        Some(Box::new(Base::new()?))
+    }
+}
+
+type BaseSuper<B> = SuperProducts<Base, B>;
+type BaseSmall = SmallProducts<Base>;
+type DotSuper<B> = SuperProducts<DotProd, B>;
+type DotSmall = SmallProducts<DotProd>;
+type I8mmSuper<B> = SuperProducts<I8mm, B>;
+type I8mmSmall = SmallProducts<I8mm>;
+
+kernel!(Base, "neon", "neon", float32x4_t, BaseSuper, BaseSmall, pack::pack_row, pack::pack_tile::<4>);
+kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotSuper, DotSmall, pack::pack_row, pack::pack_tile::<4>);
+kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmSuper, I8mmSmall, pack::pack_row, pack::pack_tile::<8>);
+
+/// How bytes are multiplied and their products summed.
+///
+/// # Safety
+/// As for [`Simd`].
+pub unsafe trait Bytes {
+    /// Features of a token that lie side by side in a tile.
+    const RUN: usize;
+
+    /// Lane k: the sum of `w * x` over the bytes `4 k .. 4 k + 4` of one or two vectors.
+    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t;
+
+    /// 4 rows with 8 tokens over 16 or 32 features: the weights of each row, the first token's features in the tile.
+    /// Of the products of a weight and a feature, `FIT` fit into 16 bits. The order of the results is that of `factors`.
+    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8];
+
+    /// What multiplies results `2 i` and `2 i + 1` of `multiply`, given a factor of each row.
+    #[inline(always)]
+    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+        rows
+    }
+
+    /// From the order of `multiply` to: row 0 with tokens 0 to 3, with tokens 4 to 7, row 1, ...
+    #[inline(always)]
+    unsafe fn by_row(sums: [int32x4_t; 8]) -> [int32x4_t; 8] {
+        sums
+    }
+}
+
+// SAFETY: reads 16 or 32 bytes of each row, and of 8 tokens.
+unsafe impl Bytes for Base {
+    const RUN: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
+        const { assert!(N <= 2) }; // 2 * 128 * 127 fits into 16 bits
+        unsafe {
+            let mut low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x[0]));
+            let mut high = vmull_high_s8(w[0], x[0]);
+            for i in 1..N {
+                low = vmlal_s8(low, vget_low_s8(w[i]), vget_low_s8(x[i]));
+                high = vmlal_high_s8(high, w[i], x[i]);
+            }
+            vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+        unsafe {
+            let mut sums = [vdupq_n_s32(0); 8];
+            // Two rows at a time: their sums of 16 and of 32 bits take 16 registers.
+            for pair in 0..2 {
+                let (mut low32, mut high32) = ([vdupq_n_s32(0); 4], [vdupq_n_s32(0); 4]);
+                for start in (0..features / 4).step_by(FIT) {
+                    let (mut low, mut high) = ([vdupq_n_s16(0); 4], [vdupq_n_s16(0); 4]);
+                    for step in start..(start + FIT).min(features / 4) {
+                        let x = x.add(4 * TILE * step);
+                        let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
+                        for r in 0..2 {
+                            let w = w[2 * pair + r].cast::<i32>().add(step);
+                            let w = vreinterpretq_s8_s32(vld1q_dup_s32(w));
+                            for v in 0..2 {
+                                low[2 * r + v] = vmlal_s8(low[2 * r + v], vget_low_s8(w), vget_low_s8(x[v]));
+                                high[2 * r + v] = vmlal_high_s8(high[2 * r + v], w, x[v]);
+                            }
+                        }
+                    }
+                    for i in 0..4 {
+                        (low32[i], high32[i]) = (vpadalq_s16(low32[i], low[i]), vpadalq_s16(high32[i], high[i]));
+                    }
+                }
+                for i in 0..4 {
+                    sums[4 * pair + i] = vpaddq_s32(low32[i], high32[i]);
+                }
+            }
+            sums
+        }
+    }
+}
+
+/// Lane k of `sum` and the products of `w` and `x`, bytes `4 k .. 4 k + 4`.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn sdot(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: registers only; the instruction is there.
+    unsafe {
+        asm!(
+            "sdot {sum:v}.4s, {w:v}.16b, {x:v}.16b",
+            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// As `sdot`, with the bytes `4 LANE .. 4 LANE + 4` of `w` for every lane.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn sdot_lane<const LANE: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "sdot {sum:v}.4s, {x:v}.16b, {w:v}.4b[{lane}]",
+            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x, lane = const LANE,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// `sum` and the products of two rows with two tokens, 8 bytes of each: row 0 with token 0 and 1, row 1 with them.
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+fn smmla(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "smmla {sum:v}.4s, {w:v}.16b, {x:v}.16b",
+            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// 4 rows with 8 tokens over 4 features, those of lane `LANE` of each row.
+#[inline(always)]
+unsafe fn dot_step<const LANE: usize>(sums: &mut [int32x4_t; 8], w: [int8x16_t; 4], x: *const i8) {
+    unsafe {
+        let x = x.add(4 * TILE * LANE);
+        let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
+        for r in 0..4 {
+            for v in 0..2 {
+                sums[2 * r + v] = sdot_lane::<LANE>(sums[2 * r + v], w[r], x[v]);
+            }
+        }
+    }
+}
+
+// SAFETY: as for `Base`.
+unsafe impl Bytes for DotProd {
+    const RUN: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
+        unsafe {
+            let mut sum = vdupq_n_s32(0);
+            for i in 0..N {
+                sum = sdot(sum, w[i], x[i]);
+            }
+            sum
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+        unsafe {
+            let mut sums = [vdupq_n_s32(0); 8];
+            for k in (0..features).step_by(16) {
+                let w = w.map(|w| vld1q_s8(w.add(k)));
+                let x = x.add(TILE * k);
+                dot_step::<0>(&mut sums, w, x);
+                dot_step::<1>(&mut sums, w, x);
+                dot_step::<2>(&mut sums, w, x);
+                dot_step::<3>(&mut sums, w, x);
+            }
+            sums
+        }
+    }
+}
+
+/// The first halves of two vectors, and the second ones.
+#[inline(always)]
+unsafe fn zip_halves(a: int32x4_t, b: int32x4_t) -> (int32x4_t, int32x4_t) {
+    unsafe {
+        let (a, b) = (vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b));
+        (vreinterpretq_s32_s64(vzip1q_s64(a, b)), vreinterpretq_s32_s64(vzip2q_s64(a, b)))
+    }
+}
+
+// SAFETY: as for `Base`.
+unsafe impl Bytes for I8mm {
+    const RUN: usize = 8;
+
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
+        unsafe { DotProd::dot(w, x) }
+    }
+
+    /// Rows 0 and 1 with tokens 0 and 1 (row by row), with tokens 2 and 3, ..., rows 2 and 3 likewise.
+    #[inline(always)]
+    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+        unsafe {
+            let mut sums = [vdupq_n_s32(0); 8];
+            for k in (0..features).step_by(16) {
+                let w = w.map(|w| vreinterpretq_s32_s8(vld1q_s8(w.add(k))));
+                let (first, second) = (zip_halves(w[0], w[1]), zip_halves(w[2], w[3]));
+                for (i, w) in [[first.0, second.0], [first.1, second.1]].into_iter().enumerate() {
+                    let x = x.add(TILE * (k + 8 * i));
+                    for tokens in 0..4 {
+                        let x = vld1q_s8(x.add(16 * tokens));
+                        for r in 0..2 {
+                            let sum = &mut sums[4 * r + tokens];
+                            *sum = smmla(*sum, vreinterpretq_s8_s32(w[r]), x);
+                        }
+                    }
+                }
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+        unsafe {
+            let (first, second) = (zip_halves(rows[0], rows[1]).0, zip_halves(rows[2], rows[3]).0);
+            [first, first, second, second]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn by_row(sums: [int32x4_t; 8]) -> [int32x4_t; 8] {
+        unsafe {
+            let [a, b, c, d, e, f, g, h] = sums;
+            let ((a, c), (b, d)) = (zip_halves(a, b), zip_halves(c, d));
+            let ((e, g), (f, h)) = (zip_halves(e, f), zip_halves(g, h));
+            [a, b, c, d, e, f, g, h]
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn f32_of(half: blocks::Half) -> f32 {
+    unsafe { vgetq_lane_f32::<0>(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half.bits())))) }
+}
+
+/// The lines of a block that lie about 2 KB further on. Reading ahead of the end is harmless: a prefetch never faults.
+#[inline(always)]
+unsafe fn prefetch<B: Block>(block: &B) {
+    unsafe {
+        let ahead = (block as *const B).cast::<u8>().wrapping_add(2048);
+        for line in 0..size_of::<B>().div_ceil(64) {
+            let line = ahead.wrapping_add(64 * line);
+            asm!("prfm pldl1keep, [{}]", in(reg) line.addr(), options(nomem, nostack, preserves_flags));
+        }
+    }
+}
+
+/// The integer parts of a super-block, `w = d * scale * q - dmin * min`.
+pub struct Super {
+    /// Of groups `4 i .. 4 i + 4`.
+    scales: [int32x4_t; 4],
+    /// Where groups are of 32.
+    mins: int16x8_t,
+    d: f32,
+    dmin: f32,
+}
+
+pub trait SuperBlock: Block {
+    /// 8, with mins, or 16, without them.
+    const GROUPS: usize;
+
+    unsafe fn scales(&self) -> Super;
+
+    /// Weights `128 * i .. 128 * (i + 1)` as signed bytes.
+    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8];
+}
+
+#[inline(always)]
+unsafe fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
+    unsafe {
+        let (scales, mins) = scales_and_mins(packed);
+        let bytes_to_i16 = |bytes| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(bytes)));
+        let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
+        let zero = vdupq_n_s32(0);
+        let scales = [vmovl_s16(vget_low_s16(scales)), vmovl_high_s16(scales), zero, zero];
+        Super { scales, mins, d: f32_of(d), dmin: f32_of(dmin) }
+    }
+}
+
+/// The low nibbles of `16 N` bytes, and the high ones.
+#[inline(always)]
+unsafe fn nibbles<const N: usize>(qs: *const u8) -> ([uint8x16_t; N], [uint8x16_t; N]) {
+    unsafe {
+        let (mut low, mut high) = ([vdupq_n_u8(0); N], [vdupq_n_u8(0); N]);
+        for i in 0..N {
+            let q = vld1q_u8(qs.add(16 * i));
+            (low[i], high[i]) = (vandq_u8(q, vdupq_n_u8(15)), vshrq_n_u8::<4>(q));
+        }
+        (low, high)
+    }
+}
+
+/// The bits of every byte that `mask` shows after moving them left (`by` > 0) or right.
+#[inline(always)]
+unsafe fn moved(bits: uint8x16_t, by: i8, mask: u8) -> uint8x16_t {
+    unsafe { vandq_u8(vshlq_u8(bits, vdupq_n_s8(by)), vdupq_n_u8(mask)) }
+}
+
+impl SuperBlock for blocks::Q4_K {
+    const GROUPS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn scales(&self) -> Super {
+        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
+    }
+
+    #[inline(always)]
+    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
+        unsafe {
+            let (low, high) = nibbles::<4>(self.qs.as_ptr().add(64 * i));
+            let q = [low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]];
+            q.map(|q| vreinterpretq_s8_u8(q))
+        }
+    }
+}
+
+impl SuperBlock for blocks::Q5_K {
+    const GROUPS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn scales(&self) -> Super {
+        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
+    }
+
+    #[inline(always)]
+    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
+        unsafe {
+            let (low, high) = nibbles::<4>(self.qs.as_ptr().add(64 * i));
+            let mut q = [low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]];
+            // Bit j of every byte is the fifth bit of group j.
+            let fifth = [vld1q_u8(self.qh.as_ptr()), vld1q_u8(self.qh.as_ptr().add(16))];
+            for group in 0..4 {
+                for side in 0..2 {
+                    let fifth = moved(fifth[side], 4 - (4 * i + group) as i8, 16);
+                    q[2 * group + side] = vorrq_u8(q[2 * group + side], fifth);
+                }
+            }
+            q.map(|q| vreinterpretq_s8_u8(q))
+        }
+    }
+}
+
+impl SuperBlock for blocks::Q6_K {
+    const GROUPS: usize = 16;
+
+    #[inline(always)]
+    unsafe fn scales(&self) -> Super {
+        unsafe {
+            let scales = vld1q_s8(self.scales.as_ptr());
+            let (a, b) = (vmovl_s8(vget_low_s8(scales)), vmovl_high_s8(scales));
+            let wide = |half| (vmovl_s16(vget_low_s16(half)), vmovl_high_s16(half));
+            let ((a, b), (c, d)) = (wide(a), wide(b));
+            Super { scales: [a, b, c, d], mins: vdupq_n_s16(0), d: f32_of(self.d), dmin: 0.0 }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
+        unsafe {
+            let (low, high) = nibbles::<4>(self.ql.as_ptr().add(64 * i));
+            let q = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
+            // Two bits of every byte belong to each of the four groups of 32.
+            let bits = [vld1q_u8(self.qh.as_ptr().add(32 * i)), vld1q_u8(self.qh.as_ptr().add(32 * i + 16))];
+            let mut signed = [vdupq_n_s8(0); 8];
+            for group in 0..4 {
+                for side in 0..2 {
+                    let bits = moved(bits[side], 4 - 2 * group as i8, 48);
+                    let q = vreinterpretq_s8_u8(vorrq_u8(q[2 * group + side], bits));
+                    // w = d * scale * (q - 32)
+                    signed[2 * group + side] = vsubq_s8(q, vdupq_n_s8(32));
+                }
+            }
+            signed
+        }
+    }
+}
+
+/// 256 unpacked weights of one row.
+#[derive(Copy, Clone)]
+#[repr(C, align(16))]
+pub struct PanelBlock {
+    q: [i8; SUPER],
+    scales: [i32; 16],
+    mins: [i16; 8],
+    d: f32,
+    dmin: f32,
+}
+
+/// Products with super-blocks of `B`, bytes multiplied as `D` does.
+pub struct SuperProducts<D, B>(PhantomData<(D, B)>);
+
+/// Lane k: the sum of the lanes of `sums[k]`.
+#[inline(always)]
+unsafe fn add_up(sums: [int32x4_t; 4]) -> int32x4_t {
+    unsafe { vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])) }
+}
+
+// SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
+unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
+    type V = float32x4_t;
+    type Row = RowBlock;
+    type Tile = TileBlock;
+    type Block = PanelBlock;
+    const BLOCK: usize = SUPER;
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
+        unsafe {
+            let row = blocks::<B>(weights.bytes);
+            assert!(x.iter().all(|x| x.len() >= row.len()));
+            let mut sums = [vdupq_n_f32(0.0); T];
+            for (i, block) in row.iter().enumerate() {
+                prefetch(block);
+                let w = block.scales();
+                let mut totals = [vdupq_n_s32(0); T];
+                for half in 0..2 {
+                    let q = block.quants(half);
+                    for t in 0..T {
+                        let x = x[t].get_unchecked(i).q.as_ptr().add(128 * half);
+                        let at = |j: usize| vld1q_s8(x.add(16 * j));
+                        if B::GROUPS == 8 {
+                            let group = |j: usize| D::dot([q[2 * j], q[2 * j + 1]], [at(2 * j), at(2 * j + 1)]);
+                            let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                            totals[t] = vmlaq_s32(totals[t], sum32, w.scales[half]);
+                        } else {
+                            let group = |j: usize| D::dot([q[j]], [at(j)]);
+                            let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                            totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half]);
+                            let sum32 = add_up([group(4), group(5), group(6), group(7)]);
+                            totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
+                        }
+                    }
+                }
+                for t in 0..T {
+                    let x = x[t].get_unchecked(i);
+                    sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(totals[t]), w.d * x.d);
+                    if B::GROUPS == 8 {
+                        let x_sums = vld1q_s16(x.sums.as_ptr());
+                        let mins = vmull_s16(vget_low_s16(w.mins), vget_low_s16(x_sums));
+                        let mins = vmlal_high_s16(mins, w.mins, x_sums);
+                        sums[t] = vfmsq_n_f32(sums[t], vcvtq_f32_s32(mins), w.dmin * x.d);
+                    }
+                }
+            }
+            let mut out = [0f32; T];
+            for t in 0..T {
+                out[t] = sums[t].sum();
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(weights: Weights<'_>, to: *mut PanelBlock, stride: usize) {
+        unsafe {
+            for (i, block) in blocks::<B>(weights.bytes).iter().enumerate() {
+                prefetch(block);
+                let (w, to) = (block.scales(), to.add(i * stride));
+                for half in 0..2 {
+                    let q = block.quants(half);
+                    for j in 0..8 {
+                        vst1q_s8((&raw mut (*to).q).cast::<i8>().add(128 * half + 16 * j), q[j]);
+                    }
+                }
+                for j in 0..B::GROUPS / 4 {
+                    vst1q_s32((&raw mut (*to).scales).cast::<i32>().add(4 * j), w.scales[j]);
+                }
+                vst1q_s16((&raw mut (*to).mins).cast(), w.mins);
+                ((*to).d, (*to).dmin) = (w.d, w.dmin);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const T: usize>(rows: *const PanelBlock, x: [&TileBlock; T], out: *mut f32, stride: usize) {
+        unsafe {
+            for t in 0..T {
+                for half in 0..2 {
+                    multiply_half_tile::<D, B>(rows, x[t], half, out.add(t * stride + 8 * half));
+                }
+            }
+        }
+    }
+}
+
+/// 4 rows with 8 of the 16 tokens of a tile.
+#[inline(always)]
+unsafe fn multiply_half_tile<D: Bytes, B: SuperBlock>(
+    rows: *const PanelBlock,
+    x: &TileBlock,
+    half: usize,
+    out: *mut f32,
+) {
+    const ROWS: [usize; 4] = [0, 1, 2, 3];
+    unsafe {
+        let features = SUPER / B::GROUPS;
+        let q = x.q.as_ptr().cast::<i8>().add(8 * D::RUN * half);
+        let mut totals = [vdupq_n_s32(0); 8];
+        for group in 0..B::GROUPS {
+            let w = ROWS.map(|r| (&raw const (*rows.add(r)).q).cast::<i8>().add(group * features));
+            // 8 * 31 * 127 (Q5_K) and 4 * 32 * 127 (Q6_K) fit into 16 bits.
+            let sums32 = D::multiply::<8>(w, q.add(group * features * TILE), features);
+            let scale = |r| vld1q_dup_s32((&raw const (*rows.add(r)).scales).cast::<i32>().add(group));
+            let scales = D::factors(ROWS.map(scale));
+            for i in 0..8 {
+                totals[i] = vmlaq_s32(totals[i], sums32[i], scales[i / 2]);
+            }
+        }
+        let totals = D::by_row(totals);
+        let mut min_totals = [vdupq_n_s32(0); 8];
+        if B::GROUPS == 8 {
+            let mins = ROWS.map(|r| vld1q_s16((*rows.add(r)).mins.as_ptr()));
+            let sums = x.sums.as_ptr().cast::<i16>().add(2 * 8 * half);
+            mins_step::<0, 1>(&mut min_totals, mins, sums);
+            mins_step::<2, 3>(&mut min_totals, mins, sums);
+            mins_step::<4, 5>(&mut min_totals, mins, sums);
+            mins_step::<6, 7>(&mut min_totals, mins, sums);
+        }
+        for v in 0..2 {
+            let dx = vld1q_f32(x.d.as_ptr().add(8 * half + 4 * v));
+            for r in ROWS {
+                let row = &*rows.add(r);
+                let mut sum = vmulq_n_f32(vcvtq_f32_s32(totals[2 * r + v]), row.d);
+                if B::GROUPS == 8 {
+                    sum = vfmsq_n_f32(sum, vcvtq_f32_s32(min_totals[2 * r + v]), row.dmin);
+                }
+                let out = out.add(r * TILE + 4 * v);
+                vst1q_f32(out, vfmaq_f32(vld1q_f32(out), sum, dx));
+            }
+        }
+    }
+}
+
+/// The mins of groups `G` and `H = G + 1` of 4 rows, times the sums of 8 tokens.
+#[inline(always)]
+unsafe fn mins_step<const G: i32, const H: i32>(totals: &mut [int32x4_t; 8], mins: [int16x8_t; 4], sums: *const i16) {
+    unsafe {
+        let int16x8x2_t(g, h) = vld2q_s16(sums.add(G as usize * TILE));
+        for r in 0..4 {
+            let low = vmlal_laneq_s16::<G>(totals[2 * r], vget_low_s16(g), mins[r]);
+            totals[2 * r] = vmlal_laneq_s16::<H>(low, vget_low_s16(h), mins[r]);
+            let high = vmlal_high_laneq_s16::<G>(totals[2 * r + 1], g, mins[r]);
+            totals[2 * r + 1] = vmlal_high_laneq_s16::<H>(high, h, mins[r]);
+        }
+    }
+}
+
+/// 32 weights of one row.
+#[derive(Copy, Clone)]
+#[repr(C, align(16))]
+pub struct SmallBlock {
+    q: [i8; 32],
+    d: f32,
+}
+
+/// Products with blocks of `Q8_0`, bytes multiplied as `D` does.
+pub struct SmallProducts<D>(PhantomData<D>);
+
+// SAFETY: as for `SuperProducts`.
+unsafe impl<D: Bytes> Products for SmallProducts<D> {
+    type V = float32x4_t;
+    type Row = SmallRow;
+    type Tile = SmallTile;
+    type Block = SmallBlock;
+    const BLOCK: usize = 32;
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
+        unsafe {
+            let row = blocks::<blocks::Q8_0>(weights.bytes);
+            assert!(x.iter().all(|x| x.len() >= row.len()));
+            let mut sums = [vdupq_n_f32(0.0); T];
+            for (i, block) in row.iter().enumerate() {
+                prefetch(block);
+                let q = [vld1q_s8(block.qs.as_ptr()), vld1q_s8(block.qs.as_ptr().add(16))];
+                let d = f32_of(block.d);
+                for t in 0..T {
+                    let x = x[t].get_unchecked(i);
+                    let sum32 = D::dot(q, [vld1q_s8(x.q.as_ptr()), vld1q_s8(x.q.as_ptr().add(16))]);
+                    sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(sum32), d * x.d);
+                }
+            }
+            let mut out = [0f32; T];
+            for t in 0..T {
+                out[t] = sums[t].sum();
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(weights: Weights<'_>, to: *mut SmallBlock, stride: usize) {
+        unsafe {
+            for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
+                prefetch(block);
+                *to.add(i * stride) = SmallBlock { q: block.qs, d: f32_of(block.d) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const T: usize>(rows: *const SmallBlock, x: [&SmallTile; T], out: *mut f32, stride: usize) {
+        unsafe {
+            for t in 0..T {
+                for half in 0..2 {
+                    let q = x[t].q.as_ptr().cast::<i8>().add(8 * D::RUN * half);
+                    let w = [0, 1, 2, 3].map(|r| (&raw const (*rows.add(r)).q).cast::<i8>());
+                    // 2 * 128 * 127 fits into 16 bits.
+                    let sums32 = D::by_row(D::multiply::<2>(w, q, 32));
+                    for r in 0..4 {
+                        for v in 0..2 {
+                            let dx = vld1q_f32(x[t].d.as_ptr().add(8 * half + 4 * v));
+                            let out = out.add(t * stride + r * TILE + 8 * half + 4 * v);
+                            let d = vmulq_n_f32(dx, (*rows.add(r)).d);
+                            vst1q_f32(out, vfmaq_f32(vld1q_f32(out), vcvtq_f32_s32(sums32[2 * r + v]), d));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// SAFETY: each method is what its name says, of 4 lanes.
+unsafe impl Simd for float32x4_t {
+    const LANES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        unsafe { vdupq_n_f32(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { vld1q_f32(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        unsafe { vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { vst1q_f32(to, self) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { vaddq_f32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        unsafe { vsubq_f32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        unsafe { vmulq_f32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        unsafe { vdivq_f32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        unsafe { vmaxq_f32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        unsafe { vminq_f32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+        unsafe { vfmaq_f32(b, self, a) }
+    }
+
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        unsafe { vrndnq_f32(self) }
+    }
+
+    #[inline(always)]
+    unsafe fn exp2_of_integer(self) -> Self {
+        unsafe {
+            let biased = vaddq_s32(vcvtq_s32_f32(self), vdupq_n_s32(127));
+            vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe {
+            let two = vpaddq_f32(self, self);
+            vgetq_lane_f32::<0>(vpaddq_f32(two, two))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        unsafe { vmaxvq_f32(self) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        unsafe { asm!("prfm pldl2keep, [{}]", in(reg) at.addr(), options(nomem, nostack, preserves_flags)) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose4(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        unsafe {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| vld1q_f32(from.add(i * from_stride)));
+            // Pairs of columns (0, 2) and (1, 3), then of rows.
+            let pairs = |a, b| (vreinterpretq_f64_f32(vtrn1q_f32(a, b)), vreinterpretq_f64_f32(vtrn2q_f32(a, b)));
+            let ((ab02, ab13), (cd02, cd13)) = (pairs(a, b), pairs(c, d));
+            let rows = [vzip1q_f64(ab02, cd02), vzip1q_f64(ab13, cd13), vzip2q_f64(ab02, cd02), vzip2q_f64(ab13, cd13)];
+            for (i, row) in rows.into_iter().enumerate() {
+                vst1q_f32(to.add(i * to_stride), vreinterpretq_f32_f64(row));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The three, where this CPU has them.
+    fn kernels() -> Vec<Box<dyn Kernel>> {
+        fn boxed<K: Kernel + 'static>(kernel: K) -> Box<dyn Kernel> {
+            Box::new(kernel)
+        }
+        [Base::new().map(boxed), DotProd::new().map(boxed), I8mm::new().map(boxed)].into_iter().flatten().collect()
+    }
+
+    /// The bits of `x W^T`.
+    fn product(kernel: &dyn Kernel, weights: Weights<'_>, phase: Phase, x: &[f32]) -> Vec<u32> {
+        let (rows, tokens) = (weights.n_rows(), x.len() / weights.cols);
+        let tile = kernel.tile(weights.format, weights.cols, phase);
+        let mut lines = vec![Line::ZERO; tokens.div_ceil(tile.tokens) * tile.lines];
+        for (token, x) in x.chunks_exact(weights.cols).enumerate() {
+            let to = &mut lines[token / tile.tokens * tile.lines..][..tile.lines];
+            kernel.pack(weights.format, phase, x, token % tile.tokens, to);
+        }
+        let mut bits = vec![0; tokens * rows];
+        kernel.matmul(weights, phase, &lines, tokens, &mut |token, row, values| {
+            let to = &mut bits[token * rows + row..][..values.len()];
+            to.iter_mut().zip(values).for_each(|(to, value)| *to = value.to_bits());
+        });
+        bits
+    }
+
+    #[test]
+    fn all_products_have_the_same_bits() {
+        let mut state = 1u32;
+        let mut random = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 16
+        };
+        let half_of_one = half::f16::from_f32(0.01).to_le_bytes();
+        let (cols, rows, tokens) = (512, 37, 21);
+        for format in [Format::Q4_K, Format::Q5_K, Format::Q6_K, Format::Q8_0, Format::F16] {
+            // Where the half floats are in a block.
+            let halves: &[usize] = match format {
+                Format::Q6_K => &[208],
+                Format::Q4_K | Format::Q5_K => &[0, 2],
+                _ => &[0],
+            };
+            let mut bytes: Vec<u8> = (0..rows * format.row_bytes(cols)).map(|_| random() as u8).collect();
+            for block in bytes.chunks_exact_mut(format.block_bytes()) {
+                halves.iter().for_each(|&at| block[at..at + 2].copy_from_slice(&half_of_one));
+            }
+            let weights = Weights { format, cols, bytes: &bytes };
+            let x: Vec<f32> = (0..tokens * cols).map(|_| random() as f32 / 32768.0 - 1.0).collect();
+            for phase in [Phase::Prefill, Phase::Decode] {
+                let results: Vec<_> = kernels().iter().map(|k| product(k.as_ref(), weights, phase, &x)).collect();
+                for result in &results {
+                    assert!(result.iter().any(|&bits| bits != 0) && *result == results[0], "{format:?} {phase:?}");
+                }
+            }
+        }
+    }
+}
