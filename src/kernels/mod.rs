@@ -25,6 +25,8 @@ mod scratch;
 mod simd;
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -139,7 +141,7 @@ pub fn available() -> Vec<&'static str> {
     NAMES.into_iter().filter(|name| by_name(name).is_some()).collect()
 }
 
-const NAMES: [&str; 3] = ["portable", "avx2", "avx512"];
+const NAMES: [&str; 4] = ["portable", "avx2", "avx512", "amx"];
 
 /// The kernel of this name, if there is one and this CPU can run it.
 pub fn by_name(name: &str) -> Option<Box<dyn Kernel>> {
@@ -152,6 +154,8 @@ pub fn by_name(name: &str) -> Option<Box<dyn Kernel>> {
         "avx2" => avx2::Avx2::new().map(boxed),
         #[cfg(target_arch = "x86_64")]
         "avx512" => avx512::Avx512::new().map(boxed),
+        #[cfg(target_arch = "x86_64")]
+        "amx" => amx::Amx::new().map(boxed),
         _ => None,
     }
 }
