@@ -145,7 +145,6 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
     let lines = x.len() / tiles;
     let (rows, steps) = (weights.n_rows(), weights.cols.div_ceil(STEP));
     let row_bytes = weights.format.row_bytes(weights.cols);
-    let block_bytes = weights.format.row_bytes(weights.cols.min(BLOCK * STEP));
     assert!(lines >= steps * Line::count(size_of::<Pairs>()));
     let mut scratch = Scratch::take(PANEL * BLOCK + PANEL * tiles);
     let (panel, sums) = scratch.split_at_mut(PANEL * BLOCK);
@@ -160,12 +159,15 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
             let count = PANEL.min(rows - first);
             for from in (0..steps).step_by(BLOCK) {
                 let to = steps.min(from + BLOCK);
+                let cols = from * STEP..weights.cols.min(to * STEP);
+                let bytes = weights.format.row_bytes(cols.start)..weights.format.row_bytes(cols.end);
                 for row in 0..count {
+                    let start = (first + row) * row_bytes;
                     // It may lie behind the last row: prefetching never faults, and there the next task's rows lie.
-                    let next = if to < steps { (first + row, to) } else { (first + PANEL + row, 0) };
-                    let next = next.0 * row_bytes + weights.format.row_bytes(next.1 * STEP);
-                    prefetch(weights.bytes.as_ptr().wrapping_add(next), block_bytes);
-                    let part = weights.row(first + row).part(from * STEP..weights.cols.min(to * STEP));
+                    let next = if to < steps { start + bytes.end } else { start + PANEL * row_bytes };
+                    prefetch(weights.bytes.as_ptr().wrapping_add(next), bytes.len());
+                    let part = &weights.bytes[start + bytes.start..start + bytes.end];
+                    let part = Weights { format: weights.format, cols: cols.len(), bytes: part };
                     unpack(part, panel.add(row / STRIP * STRIP * BLOCK + row % STRIP));
                 }
                 for tile in (0..tiles).step_by(2) {

@@ -37,10 +37,12 @@ unsafe impl Tiles for Emulated {
     }
 
     unsafe fn load<const TILE: usize>(from: *const Line) {
+        // SAFETY: the trait asks for 16 lines.
         registers(|tiles| tiles[TILE] = unsafe { from.cast::<[[u8; 64]; 16]>().read() });
     }
 
     unsafe fn store<const TILE: usize>(to: *mut Line) {
+        // SAFETY: the trait asks for 16 lines.
         registers(|tiles| unsafe { to.cast::<[[u8; 64]; 16]>().write(tiles[TILE]) });
     }
 

@@ -47,13 +47,16 @@ static CONFIG: Config = {
 /// so they carry values from one instruction to the next; `asm!` keeps these in order, and stores to memory before them.
 macro_rules! tile {
     ($instruction:literal $(, $($operand:tt)+)?) => {
-        asm!(
-            $instruction,
-            $($($operand)+,)?
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, preserves_flags)
-        )
+        // SAFETY: what its user in `Tiles` asks for; the state of the tiles is all that changes, or memory as it says.
+        unsafe {
+            asm!(
+                $instruction,
+                $($($operand)+,)?
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, preserves_flags)
+            )
+        }
     };
 }
 
@@ -61,32 +64,32 @@ macro_rules! tile {
 unsafe impl Tiles for Hardware {
     #[inline(always)]
     unsafe fn configure() {
-        unsafe { tile!("ldtilecfg [{}]", in(reg) &raw const CONFIG) }
+        tile!("ldtilecfg [{}]", in(reg) &raw const CONFIG)
     }
 
     #[inline(always)]
     unsafe fn release() {
-        unsafe { tile!("tilerelease") }
+        tile!("tilerelease")
     }
 
     #[inline(always)]
     unsafe fn zero<const TILE: usize>() {
-        unsafe { tile!("tilezero tmm{t}", t = const TILE) }
+        tile!("tilezero tmm{t}", t = const TILE)
     }
 
     #[inline(always)]
     unsafe fn load<const TILE: usize>(from: *const Line) {
-        unsafe { tile!("tileloadd tmm{t}, [{} + {}]", in(reg) from, in(reg) size_of::<Line>(), t = const TILE) }
+        tile!("tileloadd tmm{t}, [{} + {}]", in(reg) from, in(reg) size_of::<Line>(), t = const TILE)
     }
 
     #[inline(always)]
     unsafe fn store<const TILE: usize>(to: *mut Line) {
-        unsafe { tile!("tilestored [{} + {}], tmm{t}", in(reg) to, in(reg) size_of::<Line>(), t = const TILE) }
+        tile!("tilestored [{} + {}], tmm{t}", in(reg) to, in(reg) size_of::<Line>(), t = const TILE)
     }
 
     #[inline(always)]
     unsafe fn dot<const SUMS: usize, const W: usize, const X: usize>() {
-        unsafe { tile!("tdpbf16ps tmm{s}, tmm{w}, tmm{x}", s = const SUMS, w = const W, x = const X) }
+        tile!("tdpbf16ps tmm{s}, tmm{w}, tmm{x}", s = const SUMS, w = const W, x = const X)
     }
 }
 

@@ -21,20 +21,27 @@ pub unsafe fn unpack(weights: Weights<'_>, to: *mut Line) {
     // SAFETY: the caller has room for every step, whole lines of it, and the features of `Simd`.
     unsafe {
         let step = |i: usize| to.add(i * STRIP).cast::<__m512i>();
+        // Super-blocks are 256 features: there is one at most.
         match weights.format {
-            Format::Q4_K => blocks(weights.bytes).iter().for_each(|block| unpack_q4_k(block, step)),
-            Format::Q5_K => blocks(weights.bytes).iter().for_each(|block| unpack_q5_k(block, step)),
-            Format::Q6_K => blocks(weights.bytes).iter().for_each(|block| unpack_q6_k(block, step)),
+            Format::Q4_K => unpack_q4_k(&blocks(weights.bytes)[0], step),
+            Format::Q5_K => unpack_q5_k(&blocks(weights.bytes)[0], step),
+            Format::Q6_K => unpack_q6_k(&blocks(weights.bytes)[0], step),
             Format::Q8_0 => {
                 for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
-                    let d = f32_of(block.d);
+                    // Not `f32_of`: a load of 16 bits alone waits for what the register held before.
+                    let d = _mm512_cvtph_ps(_mm256_set1_epi16(block.d.bits() as i16));
                     *step(i) = scaled(_mm256_loadu_si256(block.qs.as_ptr().cast()), d, d);
                 }
             }
             Format::BF16 => {
-                for (i, bytes) in weights.bytes.chunks(2 * STEP).enumerate() {
-                    *step(i) = _mm512_setzero_si512();
-                    step(i).cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+                let (whole, rest) = weights.bytes.as_chunks::<{ 2 * STEP }>();
+                for (i, bytes) in whole.iter().enumerate() {
+                    *step(i) = _mm512_loadu_si512(bytes.as_ptr().cast());
+                }
+                if !rest.is_empty() {
+                    let mut padded = [0; 2 * STEP];
+                    padded[..rest.len()].copy_from_slice(rest);
+                    *step(whole.len()) = _mm512_loadu_si512(padded.as_ptr().cast());
                 }
             }
             _ => {
@@ -48,12 +55,12 @@ pub unsafe fn unpack(weights: Weights<'_>, to: *mut Line) {
     }
 }
 
-/// 32 bytes, each half times a factor.
+/// 32 bytes, each half times its factors.
 #[inline(always)]
-unsafe fn scaled(q: __m256i, low: f32, high: f32) -> __m512i {
+unsafe fn scaled(q: __m256i, low: __m512, high: __m512) -> __m512i {
     // SAFETY: as for `Simd`.
     unsafe {
-        let scale = |q, d| _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), _mm512_set1_ps(d));
+        let scale = |q, d| _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), d);
         bf16(scale(_mm256_castsi256_si128(q), low), scale(_mm256_extracti128_si256(q, 1), high))
     }
 }
@@ -132,7 +139,7 @@ unsafe fn unpack_q6_k(block: &blocks::Q6_K, step: impl Fn(usize) -> *mut __m512i
             let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
             let high = _mm256_and_si256(high, _mm256_set1_epi8(48));
             let q = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
-            let scale = |i: usize| d * block.scales[2 * group + i] as f32;
+            let scale = |i: usize| _mm512_set1_ps(d * block.scales[2 * group + i] as f32);
             *step(group) = scaled(q, scale(0), scale(1));
         }
     }
