@@ -150,7 +150,7 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
     let (panel, sums) = scratch.split_at_mut(PANEL * BLOCK);
     // A strip of the panel is (step, row), a line each; sums are (tile, row), a line for 16 tokens.
     let (panel, sums) = (panel.as_mut_ptr(), sums.as_mut_ptr());
-    let mut turned = [0f32; TILE * PANEL]; // (token, row)
+    let mut turned = [[0f32; PANEL]; TILE];
     // SAFETY: a block has at most BLOCK steps, a panel PANEL rows, of which some behind the last are multiplied too,
     // whatever they hold, but not handed out; activations are as long as was asserted. The rest is the caller's promise.
     unsafe {
@@ -183,19 +183,27 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
                     }
                     if to == steps {
                         for tile in tile..tiles.min(tile + 2) {
-                            let sums = sums.add(tile % 2 * PANEL).cast::<f32>();
-                            for row in (0..count).step_by(4) {
-                                for token in (0..TILE).step_by(4) {
-                                    let to = turned.as_mut_ptr().add(token * PANEL + row);
-                                    __m512::transpose4(sums.add(row * TILE + token), TILE, to, PANEL);
-                                }
-                            }
-                            for token in 0..TILE.min(tokens - tile * TILE) {
-                                out(tile * TILE + token, first, &turned[token * PANEL..][..count]);
+                            turn(sums.add(tile % 2 * PANEL).cast(), count, &mut turned);
+                            for (token, results) in turned.iter().take(tokens - tile * TILE).enumerate() {
+                                out(tile * TILE + token, first, &results[..count]);
                             }
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Sums (row, token) of `rows` rows to (token, row).
+#[inline(always)]
+unsafe fn turn(sums: *const f32, rows: usize, to: &mut [[f32; PANEL]; TILE]) {
+    for row in (0..rows).step_by(4) {
+        for token in (0..TILE).step_by(4) {
+            // SAFETY: at most PANEL rows of TILE sums; the rest is as for `Simd`.
+            unsafe {
+                let to = to.as_mut_ptr().cast::<f32>().add(token * PANEL + row);
+                __m512::transpose4(sums.add(row * TILE + token), TILE, to, PANEL);
             }
         }
     }
