@@ -5,6 +5,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;
+        let (amx_tile, amx_bf16) = amx();
         vec![
             ("sse4.2", has!("sse4.2")),
             ("avx2", has!("avx2")),
@@ -15,6 +16,8 @@ pub fn features() -> Vec<(&'static str, bool)> {
             ("avx512bw", has!("avx512bw")),
             ("avx512vnni", has!("avx512vnni")),
             ("avx512bf16", has!("avx512bf16")),
+            ("amx-tile", amx_tile),
+            ("amx-bf16", amx_bf16),
         ]
     }
     #[cfg(target_arch = "aarch64")]
@@ -30,4 +33,22 @@ pub fn features() -> Vec<(&'static str, bool)> {
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     Vec::new()
+}
+
+/// Whether there are the tiles of AMX, eight of 16 rows of 64 bytes, and their bf16 products. (The standard library cannot
+/// be asked yet. The bits are those of Intel's manual, volume 1, chapter 18.)
+#[cfg(target_arch = "x86_64")]
+pub fn amx() -> (bool, bool) {
+    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+    // AVX-512 is found only where XGETBV may be used.
+    if !std::arch::is_x86_feature_detected!("avx512f") || __cpuid(0).eax < 0x1d {
+        return (false, false);
+    }
+    let extensions = __cpuid_count(7, 0).edx;
+    // SAFETY: see above.
+    let saved = unsafe { _xgetbv(0) } >> 17 & 3 == 3;
+    let shape = __cpuid_count(0x1d, 1);
+    let usual = shape.ebx == 8 << 16 | 64 && shape.ecx & 0xffff == 16;
+    let tile = extensions >> 24 & 1 == 1 && saved && usual;
+    (tile, tile && extensions >> 22 & 1 == 1)
 }

@@ -5,6 +5,9 @@
 //! chosen at run time. What they share is written once: `products` (the shapes of a matrix product), `pack`
 //! (activations), `float` and `attention` (over the vectors of `simd`).
 
+#![allow(clippy::needless_range_loop)] // several arrays of registers at a time, by constant indices
+#![allow(clippy::undocumented_unsafe_blocks)] // instructions: `simd` gives the reason, once for all
+
 pub mod blocks;
 mod cpu;
 pub mod kv;
@@ -24,6 +27,8 @@ mod scratch;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod simd;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -141,7 +146,7 @@ pub fn available() -> Vec<&'static str> {
     NAMES.into_iter().filter(|name| by_name(name).is_some()).collect()
 }
 
-const NAMES: [&str; 4] = ["portable", "neon", "avx2", "avx512"];
+const NAMES: [&str; 5] = ["portable", "neon", "avx2", "avx512", "amx"];
 
 /// The kernel of this name, if there is one and this CPU can run it.
 pub fn by_name(name: &str) -> Option<Box<dyn Kernel>> {
@@ -156,6 +161,8 @@ pub fn by_name(name: &str) -> Option<Box<dyn Kernel>> {
         "avx512" => avx512::Avx512::new().map(boxed),
         #[cfg(target_arch = "aarch64")]
         "neon" => neon::neon(),
+        #[cfg(target_arch = "x86_64")]
+        "amx" => amx::Amx::new().map(boxed),
         _ => None,
     }
 }

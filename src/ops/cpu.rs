@@ -122,7 +122,7 @@ impl Linear<'_> {
         let mut packed = Scratch::take(tokens.div_ceil(tile.tokens) * tile.lines);
         self.pack(&mut packed, tile, tokens, input);
         let (packed, features) = (&packed[..], self.weights.rows);
-        let rows_per_task = self.rows_per_task(tokens);
+        let rows_per_task = self.rows_per_task();
         let target = Disjoint::new(out.data);
         let tasks = features.div_ceil(rows_per_task);
         self.spread(tokens * features * weights.cols, tasks, |task| {
@@ -166,12 +166,11 @@ impl Linear<'_> {
 
     /// Enough tasks that an unlucky thread does not keep the others waiting and that a cancellation is seen soon; long
     /// enough that memory is read in long runs, and in prefill whole panels.
-    fn rows_per_task(&self, tokens: usize) -> usize {
-        let share = self.weights.rows / (16 * self.pool.n_threads());
+    fn rows_per_task(&self) -> usize {
+        let share = |parts: usize| self.weights.rows / (parts * self.pool.n_threads());
         match self.phase {
-            Phase::Decode => share.next_multiple_of(8).clamp(8, 256),
-            Phase::Prefill if tokens <= 64 => share.next_multiple_of(32).clamp(32, 256),
-            Phase::Prefill => share.next_multiple_of(32).clamp(32, 128),
+            Phase::Decode => share(16).next_multiple_of(8).clamp(8, 256),
+            Phase::Prefill => share(8).next_multiple_of(64).clamp(64, 256),
         }
     }
 }
