@@ -43,5 +43,6 @@ pub mod schedule;
 pub mod stock;
 pub mod stop;
 pub mod stream;
+pub mod task;
 pub mod threads;
 pub mod tokenizer;

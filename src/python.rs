@@ -25,11 +25,13 @@ mod raised {
     import_exception!(candle_phi.errors, BusyError);
     import_exception!(candle_phi.errors, ClosedError);
     import_exception!(candle_phi.errors, ContextLengthError);
+    import_exception!(candle_phi.errors, DownloadError);
     import_exception!(candle_phi.errors, ForkError);
     import_exception!(candle_phi.errors, InternalError);
     import_exception!(candle_phi.errors, InvalidModelError);
     import_exception!(candle_phi.errors, ModelNotFoundError);
     import_exception!(candle_phi.errors, NotInThisVersionError);
+    import_exception!(candle_phi.errors, OfflineError);
     import_exception!(candle_phi.errors, UnsupportedModelError);
 }
 
@@ -45,6 +47,8 @@ impl From<Error> for PyErr {
                 raised::ContextLengthError::new_err((message, prompt_tokens, n_ctx))
             }
             Error::Busy(_) => raised::BusyError::new_err(message),
+            Error::Download { url, status, host, .. } => raised::DownloadError::new_err((message, url, status, host)),
+            Error::Offline(_) => raised::OfflineError::new_err(message),
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
