@@ -62,10 +62,10 @@ pub enum Token {
 pub struct Hub {
     cache_dir: PathBuf,
     revision: String,
-    token: Token,
+    pub token: Token,
     local_files_only: bool,
     /// By scheme, and `no`: what to take where the environment names no proxy.
-    system_proxies: BTreeMap<String, String>,
+    pub system_proxies: BTreeMap<String, String>,
 }
 
 /// What the Hub has in a repository.

@@ -1,5 +1,5 @@
-//! Work that takes long, in a thread of its own, while the caller waits as a reader of a stream does: looking up every
-//! 50 ms, told how far the work is, and free to leave at any time.
+//! Work that takes long, in a thread of its own, while the caller waits as a reader of a stream does: looking up now and
+//! then, told how far the work is, and free to leave at any time.
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::panic;
 use crate::threads::{Cancel, lock};
 
-/// How often the waiting caller looks up.
-const POLL: Duration = Duration::from_millis(50);
+/// How often the waiting caller looks up: less than 20 times a second, which is what a progress callback is promised.
+const POLL: Duration = Duration::from_millis(60);
 
 /// What is being done.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -94,8 +94,8 @@ impl Task {
     }
 }
 
-/// Does `work` in a thread of its own and returns what it returns. While it waits it asks `watch` about every 50 ms,
-/// and holds no lock then; a Break ends the wait at once, and the work at its next look at the task.
+/// Does `work` in a thread of its own and returns what it returns. While it waits it asks `watch` every 60 ms and
+/// once more when the work went well, and holds no lock then; a Break ends the wait at once, and the work at its next look at the task.
 pub fn run<T: Send + 'static, B>(
     work: impl FnOnce(&Task) -> Result<T> + Send + 'static,
     mut watch: impl FnMut(Progress) -> ControlFlow<B>,
@@ -113,7 +113,14 @@ pub fn run<T: Send + 'static, B>(
         .map_err(|error| Error::Internal(format!("no thread to work in: {error}")))?;
     loop {
         match receiver.recv_timeout(POLL) {
-            Ok(result) => return result.map(ControlFlow::Continue),
+            Ok(result) => {
+                let result = result?;
+                let progress = *lock(&task.progress);
+                return Ok(match watch(progress) {
+                    ControlFlow::Continue(()) => ControlFlow::Continue(result),
+                    ControlFlow::Break(reason) => ControlFlow::Break(reason),
+                });
+            }
             Err(RecvTimeoutError::Timeout) => {
                 let progress = *lock(&task.progress);
                 if let ControlFlow::Break(reason) = watch(progress) {

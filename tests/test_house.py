@@ -49,7 +49,18 @@ def test_every_allow_has_its_reason() -> None:
 
 
 def test_python_modules_import_only_downwards() -> None:
-    order = ["errors", "_engine", "options", "messages", "results", "stream", "model", "cli"]
+    order = [
+        "errors",
+        "_engine",
+        "options",
+        "progress",
+        "hub",
+        "messages",
+        "results",
+        "stream",
+        "model",
+        "cli",
+    ]
     for path in PYTHON:
         if path.stem not in order:
             continue

@@ -310,17 +310,20 @@ impl Patience {
             Retry::Unreachable if self.reached => self.pause,
             Retry::No | Retry::Unreachable => return Err(failure.error),
         };
-        self.pause = (self.pause * 2).min(Self::LONGEST);
-        if Instant::now() + self.pause > self.since + self.limit + pause {
+        if Instant::now() + pause > self.since + self.limit {
             return Err(failure.error);
         }
+        self.pause = (self.pause * 2).min(Self::LONGEST);
         task.report(Phase::Wait, done, total);
         task.sleep(pause)
     }
 }
 
 fn error(message: String, url: &str, status: Option<u16>, page: &str) -> Error {
-    let way_out = format!("; {page} opened in a browser gives the file too, and Phi('file.gguf') opens it");
+    let way_out = match status {
+        Some(401 | 404) => String::new(), // a browser would be told the same
+        _ => format!("; {page} opened in a browser gives the file too, and Phi('file.gguf') opens it"),
+    };
     // what follows a ? may be a signature that is as good as a key
     let url = url.split(['?', '#']).next().unwrap_or(url);
     let url = clean(&match url
