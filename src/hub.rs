@@ -103,14 +103,12 @@ impl Hub {
     pub fn cached(&self, repo: &str, filename: Option<&str>) -> Result<Option<PathBuf>> {
         let repo = choice::repo(repo);
         name::check_repo(repo)?;
+        filename.map_or(Ok(()), check_file)?;
         let repository = self.repository(repo);
         let Some(commit) = repository.commit(&self.revision) else { return Ok(None) };
         let wanted = choice::filename(repo, filename);
         let parts = match wanted {
-            Some(name) if !name::is_glob(name) => {
-                check_file(name)?;
-                name::parts(name)
-            }
+            Some(name) if !name::is_glob(name) => name::parts(name),
             _ => match choice::among(&repository.files(&commit), wanted) {
                 Ok(parts) => parts,
                 Err(_) => return Ok(None),

@@ -60,7 +60,7 @@ class FakeHub:
         self.files = files
         self.requests: list[Request] = []
         self.sent = 0
-        """Bytes of contents."""
+        """Bytes that the second host has sent."""
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             piece = reply.body[sent : max(end, sent)]
             self.wfile.write(piece)
             sent += len(piece)
-            self.hub.sent += len(piece)
+            self.hub.sent += len(piece) if self.where == "cdn" else 0
             if self._stops(reply, sent) or self.hub._end.wait(reply.slow):
                 return
 

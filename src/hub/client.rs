@@ -277,43 +277,42 @@ impl Client {
 
     /// How long to go on where nothing arrives.
     pub fn patience(&self) -> Patience {
-        Patience { limit: self.download_timeout * 3, since: Instant::now(), pause: Patience::FIRST, reached: false }
+        Patience { timeout: self.download_timeout, since: Instant::now(), tries: 0, reached: false }
     }
 }
 
 /// Tries that failed, since something arrived last.
 pub struct Patience {
-    limit: Duration,
+    /// How long a transfer may stand still. Pauses are parts of it: 0.25 s to 5 s of the usual 10 s, 30 s in all.
+    timeout: Duration,
     since: Instant,
-    pause: Duration,
+    tries: u32,
     /// Whether anything has arrived at all.
     reached: bool,
 }
 
 impl Patience {
-    const FIRST: Duration = Duration::from_millis(250);
-    const LONGEST: Duration = Duration::from_secs(5);
-
     /// Something arrived.
     pub fn renew(&mut self) {
-        *self = Patience { since: Instant::now(), pause: Self::FIRST, reached: true, ..*self };
+        *self = Patience { since: Instant::now(), tries: 0, reached: true, ..*self };
     }
 
     /// Waits before the next try, or gives up with the failure's error.
     pub fn wait(&mut self, failure: Failure, task: &Task, done: u64, total: Option<u64>) -> Result<()> {
+        let usual = (self.timeout / 40 * 2u32.saturating_pow(self.tries)).min(self.timeout / 2);
         let pause = match failure.retry {
             Retry::After(asked) => {
                 self.since += asked; // that is not the network's fault
                 asked
             }
-            Retry::Soon => self.pause,
-            Retry::Unreachable if self.reached => self.pause,
+            Retry::Soon => usual,
+            Retry::Unreachable if self.reached => usual,
             Retry::No | Retry::Unreachable => return Err(failure.error),
         };
-        if Instant::now() + pause > self.since + self.limit {
+        if Instant::now() + pause > self.since + self.timeout * 3 {
             return Err(failure.error);
         }
-        self.pause = (self.pause * 2).min(Self::LONGEST);
+        self.tries = (self.tries + 1).min(8); // from there on the pause is as long as it gets
         task.report(Phase::Wait, done, total);
         task.sleep(pause)
     }
