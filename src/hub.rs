@@ -129,15 +129,13 @@ impl Hub {
 
     /// Why the network may not be used, if so.
     fn offline(&self, what: &str) -> Result<()> {
-        let why = if self.local_files_only {
-            "local_files_only is set"
-        } else if environment::offline() {
-            "HF_HUB_OFFLINE is set"
-        } else {
-            return Ok(());
-        };
+        let why = if self.local_files_only { Some("local_files_only") } else { environment::offline() };
+        let Some(why) = why else { return Ok(()) };
         let cache = self.cache_dir.display();
-        Err(Error::Offline(format!("{what} is not in the cache {cache} at revision {:?}, and {why}", self.revision)))
+        Err(Error::Offline(format!(
+            "{what} is not in the cache {cache} at revision {:?}, and {why} is set",
+            self.revision
+        )))
     }
 
     #[cfg(not(feature = "hub"))]

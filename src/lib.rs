@@ -20,6 +20,8 @@
 //!     StopStrings::push   stop        what may become a stop string waits
 //! ```
 //!
+//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs.
+//!
 //! Imports go down this list, never up.
 
 pub mod cache;
@@ -31,6 +33,7 @@ pub mod generate;
 pub mod gguf;
 pub mod hub;
 pub mod kernels;
+pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod panic;

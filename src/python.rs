@@ -20,7 +20,7 @@ use crate::sampling::Sampling;
 use crate::stream::TextStream;
 use crate::task::{self, Phase, Progress, Task};
 use crate::tokenizer::Tokenizer;
-use crate::{hub, kernels, panic, threads};
+use crate::{hub, kernels, memory, panic, threads};
 
 mod raised {
     use pyo3::import_exception;
@@ -402,6 +402,11 @@ fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(report)
 }
 
+#[pyfunction]
+fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64)> {
+    detached(py, || memory::needed(&path, n_ctx, kv_cache))
+}
+
 #[pyclass(frozen, module = "candle_phi._engine")]
 struct Hub(hub::Hub);
 
@@ -480,7 +485,7 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Model, Stream, doctor};
+    use super::{Hub, Model, Stream, doctor, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -144,7 +144,9 @@ class FakeHub:
             {"rfilename": name, "size": len(content), "lfs": {"sha256": self.sha256(name), "size": len(content)}}
             for name, content in self.files.items()
         ]
-        return Reply(200, {"content-type": "application/json"}, json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
+        return Reply(
+            200, {"content-type": "application/json"}, json.dumps({"sha": COMMIT, "siblings": siblings}).encode()
+        )
 
     def _cdn(self, request: Request) -> Reply:
         wanted = urlsplit(request.path).path.removeprefix("/")

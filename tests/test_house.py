@@ -55,6 +55,7 @@ def test_python_modules_import_only_downwards() -> None:
         "options",
         "progress",
         "hub",
+        "memory",
         "messages",
         "results",
         "stream",

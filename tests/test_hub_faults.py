@@ -1,5 +1,7 @@
-"""What can go wrong between the Hub and the disk. Each case ends in the right file or in one clear exception; never in a
-wrong file under its final name; and the next call, with nothing wrong any more, always ends in the right file."""
+"""What can go wrong between the Hub and the disk.
+
+Each case ends in the right file or in one clear exception, and never in a wrong file under its final name; and the next
+call, with nothing wrong any more, always ends in the right file."""
 
 import hashlib
 import random

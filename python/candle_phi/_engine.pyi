@@ -4,7 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias, final
 
-__all__ = ["DEFAULT_FILE", "DEFAULT_REPO", "KNOWN_MODELS", "Hub", "Model", "Stream", "__version__", "doctor"]
+__all__ = [
+    "DEFAULT_FILE",
+    "DEFAULT_REPO",
+    "KNOWN_MODELS",
+    "Hub",
+    "Model",
+    "Stream",
+    "__version__",
+    "doctor",
+    "memory_needed",
+]
 
 __version__: str
 DEFAULT_REPO: str
@@ -130,6 +140,9 @@ class Stream:
 
 def doctor() -> dict[str, object]:
     """What this build finds on this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
+
+def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int]:
+    """Bytes of a file's weights, and of the keys and values of `n_ctx` tokens (None: of 4096)."""
 
 _CachedFile: TypeAlias = tuple[str, str, str, list[str], Path, int]
 """repository, file, commit, branches and tags, path, size"""

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from . import __version__, _engine, hub, options
 from ._engine import DEFAULT_FILE, DEFAULT_REPO
-from .errors import NotInThisVersionError, PhiError
+from .errors import DownloadError, NotInThisVersionError, PhiError
 from .model import Phi
 from .results import Result
 
@@ -185,7 +185,8 @@ def _run_parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         description="Streams the answer of a Phi-3-family model.",
-        epilog="Other commands: pull, list, verify, rm, doctor, tokenize. A command's name as prompt: candle-phi run list.",
+        epilog="Other commands: pull, list, verify, rm, doctor, tokenize. "
+        "A command's name as prompt: candle-phi run list.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -249,7 +250,12 @@ def _open(typed: argparse.Namespace) -> Phi:
     if path == "demo":
         return _asked(lambda: Phi.demo(**given))
     given |= {name: getattr(typed, name) for name in options.HUB if name in typed}
-    return _asked(lambda: Phi.from_pretrained(path, **given))
+    try:
+        return _asked(lambda: Phi.from_pretrained(path, **given))
+    except DownloadError as error:
+        if "model" not in typed:
+            error.args = (f"{error}; --model demo works without a download",)
+        raise
 
 
 def _asked(call: Callable[[], _T]) -> _T:

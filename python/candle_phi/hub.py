@@ -172,15 +172,15 @@ def verify(
         InvalidModelError: some are damaged. The message names them.
         ModelNotFoundError: there is no such file in the cache.
     """
-    given = options.checked(options.HUB, {name: value for name, value in locals().items() if name != "repo_id" or value})
+    given = options.checked(
+        options.HUB, {name: value for name, value in locals().items() if name != "repo_id" or value}
+    )
     hub = _hub(cache_dir=given["cache_dir"], proxies=_system_proxies())
     with watching(repo_id or "cache", progress, given["on_progress"]) as watch:
         return [_cached_file(*file) for file in hub.verify(repo_id, filename, watch)]
 
 
-def remove(
-    repo_id: str, filename: str | None = None, *, cache_dir: str | os.PathLike[str] | None = None
-) -> int:
+def remove(repo_id: str, filename: str | None = None, *, cache_dir: str | os.PathLike[str] | None = None) -> int:
     """Removes a repository from the cache, or the files of it that have this name or match this pattern.
 
     Returns:

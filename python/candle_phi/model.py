@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
 
-from . import _engine, hub, options
+from . import _engine, hub, memory, options
 from ._engine import DEFAULT_REPO
 from .errors import ModelNotFoundError, NotInThisVersionError
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
@@ -105,6 +105,7 @@ class Phi:
         _check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
+        memory.warn(path, checked["n_ctx"], checked["kv_cache"])
         with watching("", False, on_progress) as watch:
             self._model = _engine.Model(path, watch=watch, **checked)
         # how to open it again: what to call, with which path, with which options
@@ -149,17 +150,22 @@ class Phi:
         """
         options.checked(options.MODEL, model_options)
         repo_id = options.path("repo_id", repo_id)
-        place = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only, "progress": progress}
-        place["on_progress"] = model_options.get("on_progress")
-        options.checked(options.HUB, place | {"filename": filename, "revision": revision})
+        place: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "progress": progress,
+            "on_progress": model_options.get("on_progress"),
+        }
+        options.checked(options.HUB, {**place, "filename": filename, "revision": revision})
         tokenizer = model_options.get("tokenizer")
         if tokenizer is not None and _is_repository(tokenizer):
-            model_options["tokenizer"] = hub.download(os.fspath(tokenizer), "tokenizer.json", **place)  # type: ignore[arg-type]  # checked above
+            model_options["tokenizer"] = hub.download(os.fspath(tokenizer), "tokenizer.json", **place)
         if not _is_repository(repo_id):
             if revision or cache_dir:
                 raise ValueError(f"revision and cache_dir are for the Hub's repositories, and {repo_id!r} is a path")
             return cls(repo_id if filename is None else os.path.join(repo_id, filename), **model_options)
-        path = hub.download(repo_id, filename, revision=revision, **place)  # type: ignore[arg-type]  # checked above
+        path = hub.download(repo_id, filename, revision=revision, **place)
         return cls(path, **model_options)
 
     @property

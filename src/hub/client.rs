@@ -198,8 +198,9 @@ impl Client {
             ),
             _ if text.contains("UnknownIssuer") => (
                 format!(
-                    "{host}{through} shows a certificate of an unknown issuer: where a company's firewall reads along, \
-                     set SSL_CERT_FILE to a file with its certificate"
+                    "{host}{through} shows a certificate of an unknown issuer{}: where a company's firewall reads \
+                     along, set SSL_CERT_FILE to a file with its certificate",
+                    tls::named()
                 ),
                 Retry::No,
             ),

@@ -44,8 +44,9 @@ pub fn token_is_explicit() -> bool {
     is_true("HF_HUB_DISABLE_IMPLICIT_TOKEN")
 }
 
-pub fn offline() -> bool {
-    is_true("HF_HUB_OFFLINE") || is_true("TRANSFORMERS_OFFLINE")
+/// The variable that forbids the network, if one does.
+pub fn offline() -> Option<&'static str> {
+    ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(|name| is_true(name))
 }
 
 /// How long the Hub may take to say what a file is.

@@ -10,7 +10,13 @@ use super::environment;
 use crate::error::{Error, Result};
 
 /// Variables that name certificates, which then replace the platform's.
-pub const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"];
+const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"];
+
+/// What an error says of the variables that are set.
+pub fn named() -> String {
+    let set: Vec<_> = VARIABLES.into_iter().filter(|name| env::var_os(name).is_some_and(|v| !v.is_empty())).collect();
+    if set.is_empty() { String::new() } else { format!(" (to what {} names)", set.join(" and ")) }
+}
 
 pub fn roots() -> Result<RootCerts> {
     let mut certificates = Vec::new();
