@@ -122,8 +122,8 @@ def download(
     if found is not None:
         return found
     hub = _hub(**place, local_files_only=local_files_only, proxies=_system_proxies())
-    label = filename or SHORT_NAMES.get(repo_id, (None, repo_id))[1]
-    with watching(label, given["progress"], given["on_progress"]) as watch:
+    known = {name: file for short, repo, file in _engine.KNOWN_MODELS for name in (short, repo)}
+    with watching(filename or known.get(repo_id, repo_id), given["progress"], given["on_progress"]) as watch:
         return hub.download(repo_id, filename, watch)
 
 

@@ -93,7 +93,9 @@ class _Bar:
         parts = [
             {"wait": "waiting", "verify": "checking"}.get(p.phase, ""),
             f"{100 * p.done // p.total if p.total else 100:3} %",
-            f"{p.done / 1e6:.0f} of {p.total / 1e6:.0f} MB",
+            f"{p.done / 1e9:.2f} of {p.total / 1e9:.2f} GB"
+            if p.total >= 1e9
+            else f"{p.done / 1e6:.0f} of {p.total / 1e6:.0f} MB",
         ]
         (first, before), (last, done) = self._recent[0], self._recent[-1]
         if p.phase != "wait" and last > first and done > before:
