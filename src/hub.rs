@@ -91,6 +91,8 @@ impl Hub {
         let cache_dir = cache_dir.or_else(environment::cache_dir).ok_or_else(|| {
             Error::download("there is no home folder to keep downloads in: set HF_HOME or pass cache_dir".into())
         })?;
+        // Windows takes long paths where they are absolute
+        let cache_dir = std::path::absolute(&cache_dir).unwrap_or(cache_dir);
         Ok(Hub { cache_dir, revision, token, local_files_only, system_proxies })
     }
 

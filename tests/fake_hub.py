@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class FakeProxy:
-    """A proxy for CONNECT, which may want a password or refuse."""
+    """A proxy for CONNECT, which may want a password or refuse; and for SOCKS 5."""
 
     def __init__(self, *, password: str | None = None, refuse: bool = False) -> None:
         self.password = password
@@ -242,7 +242,16 @@ class FakeProxy:
             threading.Thread(target=self._connect, args=(client,), daemon=True).start()
 
     def _connect(self, client: socket.socket) -> None:
-        head = b""
+        head = client.recv(2)
+        if head[:1] == b"\5":
+            client.recv(head[1])
+            client.sendall(b"\5\0")  # no password
+            _, _, _, kind = client.recv(4)
+            host = client.recv(client.recv(1)[0]).decode() if kind == 3 else socket.inet_ntoa(client.recv(4))
+            (port,) = struct.unpack(">H", client.recv(2))
+            self.targets.append(f"{host}:{port}")
+            self._tunnel(client, host, port, b"\5\0\0\1" + bytes(6))
+            return
         while b"\r\n\r\n" not in head:
             piece = client.recv(4096)
             if not piece:
@@ -256,14 +265,16 @@ class FakeProxy:
             client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
         else:
             host, _, port = target.rpartition(":")
-            server = socket.create_connection((host, int(port)))
-            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            self._tunnel(client, host, int(port), b"HTTP/1.1 200 Connection established\r\n\r\n")
+        client.close()
+
+    def _tunnel(self, client: socket.socket, host: str, port: int, done: bytes) -> None:
+        with client, socket.create_connection((host, port)) as server:
+            client.sendall(done)
             back = threading.Thread(target=_pipe, args=(server, client), daemon=True)
             back.start()
             _pipe(client, server)
             back.join()
-            server.close()
-        client.close()
 
 
 def _pipe(source: socket.socket, sink: socket.socket) -> None:

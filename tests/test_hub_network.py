@@ -137,6 +137,14 @@ def test_a_proxy(trusted: Path, proxy: FakeProxy, monkeypatch: pytest.MonkeyPatc
     assert {target.split(":")[0] for target in proxy.targets} == {"127.0.0.1", "localhost"}
 
 
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_a_socks_proxy(trusted: Path, proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"{scheme}://{proxy.address}")
+    assert fetched()
+    hosts = {target.split(":")[0] for target in proxy.targets}
+    assert hosts == ({"127.0.0.1", "localhost"} if scheme == "socks5h" else {"127.0.0.1"})  # h: it looks names up
+
+
 def test_the_systems_proxy(trusted: Path, proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": f"http://{proxy.address}"})
     monkeypatch.setenv("NO_PROXY", "localhost")

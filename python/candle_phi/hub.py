@@ -117,7 +117,7 @@ def download(
     """
     given = options.checked(options.HUB, locals())
     repo_id, filename = given["repo_id"], given["filename"]
-    place = {"revision": given["revision"], "cache_dir": given["cache_dir"], "token": token}
+    place = {"revision": given["revision"], "cache_dir": given["cache_dir"], "token": given["token"]}
     found = _hub(**place).cached(repo_id, filename)
     if found is not None:
         return found
@@ -142,7 +142,7 @@ def cached(
 def info(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Info:
     """The files of a repository and their sizes. Asks the Hub."""
     given = options.checked(options.HUB, locals())
-    hub = _hub(revision=given["revision"], token=token, proxies=_system_proxies())
+    hub = _hub(revision=given["revision"], token=given["token"], proxies=_system_proxies())
     repo, commit, files = hub.info(given["repo_id"])
     return Info(repo, commit, tuple(File(*file) for file in files))
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,10 @@ def warn(path: str, n_ctx: int | None, kv_cache: str) -> None:
     """Logs a warning that names both numbers if a model needs more memory than is free; never raises."""
     free = available()
     with contextlib.suppress(OSError, ValueError, PhiError):  # opening it says what is wrong with it
-        if free is None or os.path.getsize(path) < free // 8:  # far from it: no need to read the header twice
+        split = re.search(r"-of-(\d{5})\.gguf$", path)
+        if (
+            free is None or os.path.getsize(path) * int(split[1] if split else 1) < free // 8
+        ):  # far from it: no need to read the header twice
             return
         weights, context = _engine.memory_needed(path, n_ctx, kv_cache)
         if weights + context > free:

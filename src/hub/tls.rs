@@ -76,8 +76,22 @@ fn platform() -> RootCerts {
 #[cfg(all(unix, not(target_vendor = "apple")))]
 fn platform() -> RootCerts {
     let found = rustls_native_certs::load_native_certs().certs;
-    if found.is_empty() {
-        return RootCerts::WebPki;
+    or_built_in(found.iter().map(|certificate| Certificate::from_der(certificate).to_owned()).collect())
+}
+
+#[cfg(all(unix, not(target_vendor = "apple")))]
+fn or_built_in(found: Vec<Certificate<'static>>) -> RootCerts {
+    if found.is_empty() { RootCerts::WebPki } else { RootCerts::from(found) }
+}
+
+#[cfg(all(test, unix, not(target_vendor = "apple")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_without_certificates_takes_those_that_are_built_in() {
+        assert!(matches!(or_built_in(Vec::new()), RootCerts::WebPki));
+        let one = vec![Certificate::from_der(b"of the system")];
+        assert!(matches!(or_built_in(one), RootCerts::Specific(certificates) if certificates.len() == 1));
     }
-    RootCerts::from(found.iter().map(|certificate| Certificate::from_der(certificate).to_owned()))
 }
