@@ -44,9 +44,8 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against th
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest candle_phi._engine
 
-bench: ## the benchmarks, which the next version has
-	@if [ -f benches/tokens_per_second.py ]; then $(MAKE) build && $(BIN)/python benches/tokens_per_second.py; \
-	else echo "there are no benchmarks in this version"; fi
+bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
+	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
 
 # What is missing or too old, in one line.
 require:

@@ -4,29 +4,114 @@
 use std::collections::VecDeque;
 
 use candle_core::{DType, Device, Tensor};
+use half::f16;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernels::KvSlice;
+pub use crate::kernels::PAGE;
+use crate::kernels::kv::SHARED;
 
-/// Positions in a page. Also the blocks in which attention walks the context: pages start at multiples of it, so that
-/// sums are split at the same places however the prompt was chunked.
-pub const PAGE: usize = 128;
+/// How keys and values are stored.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum KvType {
+    F16,
+    F32,
+    /// 8 bits, and an f16 scale for every 32 features of a position.
+    Q8_0,
+}
+
+impl KvType {
+    /// Bytes of `heads` times `head_dim` features.
+    pub fn bytes(self, heads: usize, head_dim: usize) -> usize {
+        heads
+            * match self {
+                KvType::F16 => 2 * head_dim,
+                KvType::F32 => 4 * head_dim,
+                KvType::Q8_0 => head_dim + 2 * head_dim.div_ceil(SHARED),
+            }
+    }
+}
 
 /// What every layer of a cache is like.
 #[derive(Clone, Debug)]
 pub struct KvShape {
     pub n_head_kv: usize,
     pub head_dim: usize,
-    pub dtype: DType,
+    pub kv_type: KvType,
     /// Only so many of the newest positions will be looked at; None: all of them.
     pub window: Option<usize>,
-    pub device: Device,
+    /// Where Candle computes; None: the kernels do.
+    pub device: Option<Device>,
 }
 
-/// Keys and values of `PAGE` consecutive positions from `start`: (n_head_kv, PAGE, head_dim) each.
+/// Keys and values of `PAGE` consecutive positions from `start`.
 pub struct Page {
     pub start: usize,
-    pub k: Tensor,
-    pub v: Tensor,
+    pub k: KvBuffer,
+    pub v: KvBuffer,
+}
+
+/// The keys of a page, or its values, of all heads.
+pub enum KvBuffer {
+    /// For the kernels: head after head.
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+    Q8 {
+        q: Vec<i8>,
+        scales: Vec<f16>,
+    },
+    /// For Candle: (n_head_kv, PAGE, head_dim).
+    Candle(Tensor),
+}
+
+impl KvBuffer {
+    fn zeros(shape: &KvShape) -> Result<Self> {
+        let KvShape { n_head_kv, head_dim, kv_type, .. } = shape;
+        let values = n_head_kv * PAGE * head_dim;
+        if let Some(device) = &shape.device {
+            let dtype = match kv_type {
+                KvType::F16 => DType::F16,
+                KvType::F32 => DType::F32,
+                KvType::Q8_0 => return Err(Error::Value("kv_cache 'q8_0' is for the device 'cpu'".into())),
+            };
+            return Ok(KvBuffer::Candle(Tensor::zeros((*n_head_kv, PAGE, *head_dim), dtype, device)?));
+        }
+        Ok(match kv_type {
+            KvType::F16 => KvBuffer::F16(vec![f16::ZERO; values]),
+            KvType::F32 => KvBuffer::F32(vec![0.0; values]),
+            KvType::Q8_0 => {
+                let scales = n_head_kv * PAGE * head_dim.div_ceil(SHARED);
+                KvBuffer::Q8 { q: vec![0; values], scales: vec![f16::ZERO; scales] }
+            }
+        })
+    }
+
+    /// What one head of `heads` holds, for the kernels.
+    pub fn head(&self, head: usize, heads: usize) -> Result<KvSlice<'_>> {
+        Ok(match self {
+            KvBuffer::F16(x) => KvSlice::F16(share(x, head, heads)),
+            KvBuffer::F32(x) => KvSlice::F32(share(x, head, heads)),
+            KvBuffer::Q8 { q, scales } => KvSlice::Q8 { q: share(q, head, heads), scales: share(scales, head, heads) },
+            KvBuffer::Candle(_) => return Err(elsewhere()),
+        })
+    }
+
+    /// The tensor, for Candle.
+    pub fn tensor(&self) -> candle_core::Result<&Tensor> {
+        match self {
+            KvBuffer::Candle(tensor) => Ok(tensor),
+            _ => candle_core::bail!("a KV page of the kernels met Candle"),
+        }
+    }
+}
+
+fn share<T>(all: &[T], part: usize, parts: usize) -> &[T] {
+    let length = all.len() / parts;
+    &all[part * length..][..length]
+}
+
+fn elsewhere() -> Error {
+    Error::Internal("a KV page of Candle met the kernels".into())
 }
 
 /// The cache of one layer.
@@ -57,6 +142,11 @@ impl KvLayer {
         self.pages.front().map_or(self.len, |page| page.start)
     }
 
+    /// The page of a position that is held.
+    pub fn page_of(&self, position: usize) -> &Page {
+        &self.pages[(position - self.start()) / PAGE]
+    }
+
     /// The pages held, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Page> {
         self.pages.iter()
@@ -72,7 +162,7 @@ impl KvLayer {
     }
 
     /// The page of position `len`, the place in it, and how many positions it has room for from there.
-    pub fn next_page(&mut self) -> Result<(&Page, usize, usize)> {
+    pub fn next_page(&mut self) -> Result<(&mut Page, usize, usize)> {
         let at = self.len % PAGE;
         if at == 0 {
             let page = match self.spare.pop() {
@@ -81,7 +171,8 @@ impl KvLayer {
             };
             self.pages.push_back(page);
         }
-        Ok((&self.pages[self.pages.len() - 1], at, PAGE - at))
+        let newest = self.pages.len() - 1;
+        Ok((&mut self.pages[newest], at, PAGE - at))
     }
 
     pub fn advance(&mut self, positions: usize) {
@@ -94,9 +185,7 @@ impl KvLayer {
     }
 
     fn new_page(&self) -> Result<Page> {
-        let KvShape { n_head_kv, head_dim, dtype, device, .. } = &self.shape;
-        let zeros = || Tensor::zeros((*n_head_kv, PAGE, *head_dim), *dtype, device);
-        Ok(Page { start: self.len, k: zeros()?, v: zeros()? })
+        Ok(Page { start: self.len, k: KvBuffer::zeros(&self.shape)?, v: KvBuffer::zeros(&self.shape)? })
     }
 }
 
@@ -105,7 +194,7 @@ mod tests {
     use super::*;
 
     fn layer(window: Option<usize>) -> KvLayer {
-        KvLayer::new(KvShape { n_head_kv: 1, head_dim: 2, dtype: DType::F16, window, device: Device::Cpu })
+        KvLayer::new(KvShape { n_head_kv: 1, head_dim: 2, kv_type: KvType::F16, window, device: None })
     }
 
     fn fill(layer: &mut KvLayer, mut positions: usize) {

@@ -4,14 +4,16 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
+use crate::bandwidth;
+use crate::cache::KvType;
 use crate::chat::{Message, Template};
 use crate::error::{Error, Result};
 use crate::generate::{Generation, Request};
 use crate::gguf::Gguf;
 use crate::kernels::{self, Kernel};
-use crate::model::{Model, Want};
+use crate::model::{Model, Phase, Want};
 use crate::ops::Backend;
 use crate::phi3::Phi3;
 use crate::schedule::Scheduler;
@@ -206,7 +208,22 @@ impl Engine {
         }
         parts.model.check_length(ids.len())?;
         let model = parts.model.clone();
-        run_once(&self.scheduler, move |cancel| model.sequence()?.forward(&ids, want, cancel), keep_waiting)
+        run_once(
+            &self.scheduler,
+            move |cancel| Ok(model.sequence()?.forward(&ids, Phase::Prefill, want, cancel)?.to_vec()),
+            keep_waiting,
+        )
+    }
+
+    /// Bytes per second at which `n_threads` threads read the weights and do nothing else. Takes about a second.
+    pub fn bandwidth(&self) -> Result<f64> {
+        bandwidth::measure(&self.parts()?.gguf, self.info.n_threads)
+    }
+
+    /// Bytes that decoding the last of so many positions reads: of weights, and of keys and values.
+    pub fn bytes_per_token(&self, positions: usize) -> Result<(usize, usize)> {
+        let parts = self.parts()?;
+        Ok((bandwidth::weight_bytes(&parts.gguf), parts.model.kv_bytes(positions)))
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
@@ -224,18 +241,19 @@ impl Engine {
 }
 
 fn load_model(gguf: &Gguf, options: &LoadOptions) -> Result<Arc<dyn Model>> {
-    let kv_dtype = match options.kv_cache.as_str() {
-        "f16" => DType::F16,
-        "f32" => DType::F32,
-        "q8_0" => {
-            return Err(Error::NotInThisVersion("kv_cache='q8_0' is not in this version: use 'f16' or 'f32'".into()));
-        }
+    let kv_type = match options.kv_cache.as_str() {
+        "f16" => KvType::F16,
+        "f32" => KvType::F32,
+        "q8_0" => KvType::Q8_0,
         other => return Err(Error::Value(format!("kv_cache must be 'f16', 'f32' or 'q8_0', not {other:?}"))),
     };
     match options.engine.as_str() {
         "native" => {
             let backend = backend(options)?;
-            Ok(Arc::new(Phi3::load(gguf, backend, kv_dtype)?))
+            if kv_type == KvType::Q8_0 && matches!(backend, Backend::Candle(_)) {
+                return Err(Error::Value(format!("kv_cache 'q8_0' is for device 'cpu', not '{}'", options.device)));
+            }
+            Ok(Arc::new(Phi3::load(gguf, backend, kv_type)?))
         }
         "candle" => {
             let taken = [

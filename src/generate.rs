@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::detokenizer::Detokenizer;
 use crate::error::Result;
-use crate::model::{Model, Sequence, Want};
+use crate::model::{Model, Phase, Sequence, Want};
 use crate::sampling::{Distribution, Sampler, Sampling};
 use crate::stop::StopStrings;
 use crate::threads::Cancel;
@@ -116,8 +116,19 @@ impl Generation {
 
     /// The next id. The first step computes the whole prompt. Not to be called again after `End` or an error.
     pub fn step(&mut self, cancel: &Cancel) -> Result<Step> {
-        let logits = self.logits(cancel)?;
-        let id = self.sampler.sample(&logits)?;
+        let start = Instant::now();
+        let sequence = match &mut self.sequence {
+            Some(sequence) => sequence,
+            None => self.sequence.insert(self.model.clone().sequence()?),
+        };
+        let (ids, phase, time) = match &self.last {
+            Some(id) => (std::slice::from_ref(id), Phase::Decode, &mut self.decode_time),
+            None => (&self.request.prompt[..], Phase::Prefill, &mut self.prefill_time),
+        };
+        let logits = sequence.forward(ids, phase, Want::Last, cancel)?;
+        *time += start.elapsed();
+        self.decode_passes += usize::from(self.last.is_some());
+        let id = self.sampler.sample(logits)?;
         if !self.request.ignore_eos && self.tokenizer.stop_ids().contains(&id) {
             return Ok(self.end(FinishReason::Stop));
         }
@@ -125,7 +136,7 @@ impl Generation {
         self.generated += 1;
         self.pending.ids.push(id);
         if let Some(top) = self.request.top_logprobs {
-            let distribution = Distribution::new(&logits);
+            let distribution = Distribution::new(logits);
             let top = distribution.top(top).into_iter().map(|id| (id, distribution.logprob(id))).collect();
             self.pending.logprobs.push(TokenLogprob { id, logprob: distribution.logprob(id), top });
         }
@@ -141,22 +152,6 @@ impl Generation {
         }
         let has_text = !self.pending.text.is_empty();
         Ok(Step::Token(if has_text { self.rest() } else { None }))
-    }
-
-    fn logits(&mut self, cancel: &Cancel) -> Result<Vec<f32>> {
-        let start = Instant::now();
-        let sequence = match &mut self.sequence {
-            Some(sequence) => sequence,
-            None => self.sequence.insert(self.model.clone().sequence()?),
-        };
-        let (ids, time) = match &self.last {
-            Some(id) => (std::slice::from_ref(id), &mut self.decode_time),
-            None => (&self.request.prompt[..], &mut self.prefill_time),
-        };
-        let logits = sequence.forward(ids, Want::Last, cancel)?;
-        *time += start.elapsed();
-        self.decode_passes += usize::from(self.last.is_some());
-        Ok(logits)
     }
 
     fn end(&mut self, reason: FinishReason) -> Step {

@@ -18,12 +18,14 @@
 //!     Sampler::sample     sampling    logits -> id
 //!     Detokenizer::push   detokenizer ids -> text, once its bytes are whole
 //!     StopStrings::push   stop        what may become a stop string waits
+//! Engine::bandwidth       bandwidth   how fast the weights can be read at all: for benchmarks
 //! ```
 //!
 //! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs.
 //!
 //! Imports go down this list, never up.
 
+pub mod bandwidth;
 pub mod cache;
 pub mod chat;
 pub mod detokenizer;

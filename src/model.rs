@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+pub use crate::kernels::Phase;
 use crate::threads::Cancel;
 
 /// Loaded weights, shared by any number of sequences.
@@ -24,6 +25,9 @@ pub trait Model: Send + Sync {
     /// Positions the file was made for.
     fn context_length(&self) -> usize;
 
+    /// Bytes of keys and values that the last of so many positions reads.
+    fn kv_bytes(&self, positions: usize) -> usize;
+
     /// What goes wrong, if anything, when a sequence of so many positions is asked for.
     fn check_length(&self, _positions: usize) -> Result<()> {
         Ok(())
@@ -35,9 +39,10 @@ pub trait Model: Send + Sync {
 
 /// One sequence of tokens and its KV cache.
 pub trait Sequence: Send {
-    /// Append `ids` and compute the logits of the last of them, (n_vocab), or of each, (ids, n_vocab). After an error
-    /// or a cancellation the sequence is of no more use.
-    fn forward(&mut self, ids: &[u32], want: Want, cancel: &Cancel) -> Result<Vec<f32>>;
+    /// Append `ids` and compute the logits of the last of them, (n_vocab), or of each, (ids, n_vocab). Prompts are
+    /// prefilled, generated ids decoded: within a phase the logits have the same bits however ids are grouped. After an
+    /// error or a cancellation the sequence is of no more use.
+    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]>;
 }
 
 /// The positions whose logits are wanted.

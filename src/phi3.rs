@@ -7,15 +7,15 @@ mod config;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Storage, Tensor};
 
-use crate::cache::{KvLayer, KvShape};
+use crate::cache::{KvLayer, KvShape, KvType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::kernels::Weights;
+use crate::kernels::{Phase, Weights};
 use crate::model::{Model, Sequence, Want};
-use crate::ops::{AttentionShape, Backend, Matrix, Ops};
-use crate::rope::Rope;
+use crate::ops::{AttentionShape, Backend, Matrix, Norm, Ops};
+use crate::rope::{Angles, Rope};
 use crate::threads::Cancel;
 
 pub use config::Config;
@@ -28,40 +28,40 @@ const PREFILL_CHUNK: usize = 256;
 pub struct Phi3 {
     pub config: Config,
     backend: Backend,
-    kv_dtype: DType,
+    kv_type: KvType,
     rope: Rope,
     attention: AttentionShape,
     token_embd: Matrix,
     layers: Vec<Layer>,
-    output_norm: Tensor,
+    output_norm: Norm,
     /// None: tied to `token_embd`.
     output: Option<Matrix>,
 }
 
 struct Layer {
-    attn_norm: Tensor,
+    attn_norm: Norm,
     /// q, k and v, one after the other.
     attn_qkv: Matrix,
     attn_output: Matrix,
-    ffn_norm: Tensor,
+    ffn_norm: Norm,
     /// gate, then up.
     ffn_up: Matrix,
     ffn_down: Matrix,
 }
 
 impl Phi3 {
-    /// Take the weights where they lie. `kv_dtype` is F16 or F32.
-    pub fn load(gguf: &Gguf, backend: Backend, kv_dtype: DType) -> Result<Self> {
+    /// Take the weights where they lie.
+    pub fn load(gguf: &Gguf, backend: Backend, kv_type: KvType) -> Result<Self> {
         let config = Config::read(gguf)?;
         let matrix = |name: &str| Matrix::load(config::tensor(gguf, name)?, &backend);
-        let vector = |name: &str| vector(gguf, name, &backend);
+        let norm = |name: &str| Ok::<_, Error>(Norm { weight: vector(gguf, name, &backend)?, eps: config.rms_eps });
         let layers = (0..config.n_layers)
             .map(|i| {
                 Ok(Layer {
-                    attn_norm: vector(&format!("blk.{i}.attn_norm.weight"))?,
+                    attn_norm: norm(&format!("blk.{i}.attn_norm.weight"))?,
                     attn_qkv: matrix(&format!("blk.{i}.attn_qkv.weight"))?,
                     attn_output: matrix(&format!("blk.{i}.attn_output.weight"))?,
-                    ffn_norm: vector(&format!("blk.{i}.ffn_norm.weight"))?,
+                    ffn_norm: norm(&format!("blk.{i}.ffn_norm.weight"))?,
                     ffn_up: matrix(&format!("blk.{i}.ffn_up.weight"))?,
                     ffn_down: matrix(&format!("blk.{i}.ffn_down.weight"))?,
                 })
@@ -77,46 +77,93 @@ impl Phi3 {
             },
             token_embd: matrix("token_embd.weight")?,
             layers,
-            output_norm: vector("output_norm.weight")?,
+            output_norm: norm("output_norm.weight")?,
             output: gguf.tensor("output.weight").map(|tensor| Matrix::load(tensor, &backend)).transpose()?,
-            kv_dtype,
+            kv_type,
             config,
             backend,
         })
     }
 
-    /// One pass over the positions `start .. start + ids.len()`; the logits of the last, or of each.
-    fn pass(&self, ids: &[u32], cache: &mut Cache, want: Option<Want>, ops: Ops<'_>) -> Result<Option<Tensor>> {
-        let (eps, start) = (self.config.rms_eps, cache.len());
-        let (cos, sin) = self.rope.table(start..start + ids.len(), cache.long, self.backend.device())?;
-        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
-        let head_dim = self.config.head_dim;
-
-        let mut x = ops.embed(&self.token_embd, ids)?; // (tokens, hidden)
+    /// One pass over the positions `start .. start + ids.len()`. The logits of the last of them, or of each, are added
+    /// to `logits`.
+    fn pass(
+        &self,
+        ids: &[u32],
+        cache: &mut Cache,
+        Buffers { angles, x, qkv, heads, gate_up, out }: &mut Buffers,
+        want: Option<Want>,
+        ops: Ops<'_>,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
+        let (start, shape) = (cache.len(), self.attention);
+        self.rope.fill(angles, start..start + ids.len(), cache.long);
+        ops.embed(&self.token_embd, ids, x)?;
         for (layer, kv) in self.layers.iter().zip(&mut cache.layers) {
-            let h = ops.rms_norm(&x, &layer.attn_norm, eps)?;
-            let qkv = ops.linear(&h, &layer.attn_qkv)?; // (tokens, q ‖ k ‖ v)
-            let q = ops.rope(&qkv.narrow(1, 0, q_dim)?, head_dim, &cos, &sin)?;
-            let k = ops.rope(&qkv.narrow(1, q_dim, kv_dim)?, head_dim, &cos, &sin)?;
-            let v = qkv.narrow(1, q_dim + kv_dim, kv_dim)?;
-            ops.append(kv, &k, &v)?;
-            let h = ops.attention(&q, kv, self.attention)?;
-            x = ops.add(&x, &ops.linear(&h, &layer.attn_output)?)?;
+            ops.norm_linear(x, &layer.attn_norm, &layer.attn_qkv, qkv)?;
+            ops.rope(angles, shape, qkv)?;
+            ops.append(qkv, shape, kv)?;
+            ops.attention(qkv, kv, shape, heads)?;
+            ops.linear_add(heads, &layer.attn_output, x)?;
 
-            let h = ops.rms_norm(&x, &layer.ffn_norm, eps)?;
-            let h = ops.swiglu(&ops.linear(&h, &layer.ffn_up)?)?; // (tokens, feed_forward)
-            x = ops.add(&x, &ops.linear(&h, &layer.ffn_down)?)?;
+            ops.norm_linear(x, &layer.ffn_norm, &layer.ffn_up, gate_up)?;
+            ops.swiglu_linear_add(gate_up, &layer.ffn_down, x)?;
             ops.check()?;
         }
+        let last; // (1, hidden)
         let x = match want {
-            None => return Ok(None),
-            Some(Want::Last) => x.narrow(0, ids.len() - 1, 1)?,
-            Some(Want::Every) => x,
+            None => return Ok(()),
+            Some(Want::Last) if ids.len() > 1 => {
+                last = x.narrow(0, ids.len() - 1, 1)?;
+                &last
+            }
+            Some(_) => x,
         };
-        let h = ops.rms_norm(&x, &self.output_norm, eps)?;
-        let logits = ops.linear(&h, self.output.as_ref().unwrap_or(&self.token_embd))?;
+        if out.dim(0)? != x.dim(0)? {
+            *out = Tensor::zeros((x.dim(0)?, self.config.n_vocab), DType::F32, x.device())?;
+        }
+        ops.norm_linear(x, &self.output_norm, self.output.as_ref().unwrap_or(&self.token_embd), out)?;
         ops.check()?;
-        Ok(Some(logits))
+        match &*out.storage_and_layout().0 {
+            Storage::Cpu(storage) => logits.extend_from_slice(storage.as_slice()?),
+            _ => logits.extend(out.flatten_all()?.to_vec1::<f32>()?),
+        }
+        Ok(())
+    }
+}
+
+/// What the operations of a pass write to. Passes over as many tokens, as those of decoding are, use the same memory.
+struct Buffers {
+    angles: Angles,
+    /// (tokens, hidden)
+    x: Tensor,
+    /// (tokens, q, k and v)
+    qkv: Tensor,
+    /// (tokens, n_head * head_dim)
+    heads: Tensor,
+    /// (tokens, 2 * feed_forward)
+    gate_up: Tensor,
+    /// Logits: (tokens or 1, n_vocab)
+    out: Tensor,
+}
+
+impl Buffers {
+    fn new(model: &Phi3, tokens: usize) -> Result<Self> {
+        let Config { hidden, feed_forward, n_vocab, .. } = model.config;
+        let (q_dim, kv_dim) = (model.attention.q_dim(), model.attention.kv_dim());
+        let zeros = |features| Tensor::zeros((tokens, features), DType::F32, model.backend.device());
+        Ok(Buffers {
+            angles: Angles::default(),
+            x: zeros(hidden)?,
+            qkv: zeros(q_dim + 2 * kv_dim)?,
+            heads: zeros(q_dim)?,
+            gate_up: zeros(2 * feed_forward)?,
+            out: Tensor::zeros((1, n_vocab), DType::F32, model.backend.device())?,
+        })
+    }
+
+    fn tokens(&self) -> Result<usize> {
+        Ok(self.x.dim(0)?)
     }
 }
 
@@ -149,9 +196,14 @@ impl Model for Phi3 {
         self.config.context_length
     }
 
+    fn kv_bytes(&self, positions: usize) -> usize {
+        let seen = positions.min(self.config.sliding_window.unwrap_or(positions));
+        seen * 2 * self.config.n_layers * self.kv_type.bytes(self.config.n_head_kv, self.config.head_dim)
+    }
+
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
-        let cache = Cache::new(&self);
-        Ok(Box::new(Phi3Sequence { cache, ids: Vec::new(), model: self }))
+        let (cache, buffers) = (Cache::new(&self), Buffers::new(&self, 1)?);
+        Ok(Box::new(Phi3Sequence { cache, buffers, ids: Vec::new(), logits: Vec::new(), model: self }))
     }
 }
 
@@ -166,9 +218,12 @@ impl Cache {
         let shape = KvShape {
             n_head_kv: model.config.n_head_kv,
             head_dim: model.config.head_dim,
-            dtype: model.kv_dtype,
+            kv_type: model.kv_type,
             window: model.config.sliding_window,
-            device: model.backend.device().clone(),
+            device: match &model.backend {
+                Backend::Cpu { .. } => None,
+                Backend::Candle(device) => Some(device.clone()),
+            },
         };
         Cache { layers: model.layers.iter().map(|_| KvLayer::new(shape.clone())).collect(), long: false }
     }
@@ -187,38 +242,42 @@ impl Cache {
 struct Phi3Sequence {
     model: Arc<Phi3>,
     cache: Cache,
+    buffers: Buffers,
     /// Every id so far: a sequence that outgrows the short rope factors is computed anew.
     ids: Vec<u32>,
+    logits: Vec<f32>,
 }
 
 impl Sequence for Phi3Sequence {
-    fn forward(&mut self, ids: &[u32], want: Want, cancel: &Cancel) -> Result<Vec<f32>> {
+    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
         let n_vocab = self.model.config.n_vocab;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= n_vocab) {
             return Err(Error::Value(format!("token id {id} is outside the vocabulary of {n_vocab}")));
         }
-        let ops = self.model.backend.ops(cancel);
         let wanted_from = self.ids.len(); // positions before it are only computed again
         self.ids.extend_from_slice(ids);
         let long = self.model.rope.is_long(self.ids.len());
         if long != self.cache.long {
             self.cache.restart(long);
         }
-        let mut logits = Vec::new();
+        self.logits.clear();
         while self.cache.len() < self.ids.len() {
             let start = self.cache.len();
-            let border = if start < wanted_from { wanted_from } else { self.ids.len() };
+            let (border, phase) =
+                if start < wanted_from { (wanted_from, Phase::Prefill) } else { (self.ids.len(), phase) };
             let end = border.min(start + PREFILL_CHUNK);
             let wanted = match want {
                 Want::Every => start >= wanted_from,
                 Want::Last => end == self.ids.len(),
             };
-            let chunk = &self.ids[start..end];
-            if let Some(tensor) = self.model.pass(chunk, &mut self.cache, wanted.then_some(want), ops)? {
-                logits.extend(tensor.flatten_all()?.to_vec1::<f32>()?);
+            if self.buffers.tokens()? != end - start {
+                self.buffers = Buffers::new(&self.model, end - start)?;
             }
+            let ops = self.model.backend.ops(phase, cancel);
+            let (chunk, want) = (&self.ids[start..end], wanted.then_some(want));
+            self.model.pass(chunk, &mut self.cache, &mut self.buffers, want, ops, &mut self.logits)?;
         }
-        Ok(logits)
+        Ok(&self.logits)
     }
 }
 

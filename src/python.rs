@@ -232,6 +232,14 @@ impl Model {
         })
     }
 
+    fn bandwidth(&self, py: Python<'_>) -> PyResult<f64> {
+        detached(py, || self.0.bandwidth())
+    }
+
+    fn bytes_per_token(&self, positions: usize) -> PyResult<(usize, usize)> {
+        Ok(self.0.bytes_per_token(positions)?)
+    }
+
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
         presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name

@@ -1,11 +1,7 @@
 //! Rotary position embedding tables: plain RoPE and LongRoPE (Ding et al., 2024), as Hugging Face computes them.
 //!
 //! `inv_freq[i] = 1 / (factor[i] * base^(2i / d))`; cos and sin are multiplied by the attention factor. Which set of
-//! factors holds is the sequence's business: `phi3.rs` asks for a table of either.
-
-use candle_core::{Device, Tensor};
-
-use crate::error::Result;
+//! factors holds is the sequence's business: `phi3.rs` asks for either.
 
 /// LongRoPE: what a file with two sets of factors says.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,19 +48,33 @@ impl Rope {
         self.long.as_ref().is_some_and(|long| positions > long.original_context)
     }
 
-    /// cos and sin for `positions`, (positions, rotated / 2) each.
-    pub fn table(&self, positions: std::ops::Range<usize>, long: bool, device: &Device) -> Result<(Tensor, Tensor)> {
+    /// cos and sin for `positions`.
+    pub fn fill(&self, angles: &mut Angles, positions: std::ops::Range<usize>, long: bool) {
         let inv_freq = match &self.long {
             Some(l) if long => &l.inv_freq,
             _ => &self.short,
         };
-        let shape = (positions.len(), inv_freq.len());
-        let angles = positions.flat_map(|position| inv_freq.iter().map(move |f| position as f32 * f));
-        let (cos, sin) = angles
-            .map(|angle| (libm::cosf(angle) * self.attn_factor, libm::sinf(angle) * self.attn_factor))
-            .unzip::<f32, f32, Vec<_>, Vec<_>>();
-        Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
+        angles.half = inv_freq.len();
+        angles.cos.clear();
+        angles.sin.clear();
+        for position in positions {
+            for f in inv_freq {
+                let angle = position as f32 * f;
+                angles.cos.push(libm::cosf(angle) * self.attn_factor);
+                angles.sin.push(libm::sinf(angle) * self.attn_factor);
+            }
+        }
     }
+}
+
+/// The angles of the positions of one pass.
+#[derive(Default)]
+pub struct Angles {
+    /// Half the features of a head that turn.
+    pub half: usize,
+    /// (positions, half)
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
 }
 
 fn inv_freq(rotated: usize, base: f32, factors: &[f32]) -> Vec<f32> {
@@ -97,10 +107,11 @@ mod tests {
             LongRope { short: vec![1.0, 2.0], long: vec![4.0, 8.0], original_context: 16, attn_factor: 1.5 };
         let rope = Rope::new(4, 10_000.0, Some(&long_rope));
         assert!(!rope.is_long(16) && rope.is_long(17));
-        let (cos, sin) = rope.table(3..4, true, &Device::Cpu).unwrap();
+        let mut angles = Angles::default();
+        rope.fill(&mut angles, 3..4, true);
         let expected = [3.0f32 / 4.0, 3.0 / 800.0];
         for (i, angle) in expected.iter().enumerate() {
-            let (cos, sin) = (cos.to_vec2::<f32>().unwrap()[0][i], sin.to_vec2::<f32>().unwrap()[0][i]);
+            let (cos, sin) = (angles.cos[i], angles.sin[i]);
             assert!((cos - 1.5 * angle.cos()).abs() < 1e-6 && (sin - 1.5 * angle.sin()).abs() < 1e-6);
         }
     }

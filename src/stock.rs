@@ -13,7 +13,7 @@ use candle_transformers::models::quantized_phi3::ModelWeights;
 
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::model::{Model, Sequence, Want};
+use crate::model::{Model, Phase, Sequence, Want};
 use crate::phi3::Config;
 use crate::threads::{Cancel, ForkGuard, lock};
 
@@ -86,6 +86,10 @@ impl Model for Stock {
         self.config.context_length
     }
 
+    fn kv_bytes(&self, positions: usize) -> usize {
+        positions * self.config.kv_values() * size_of::<f32>()
+    }
+
     fn check_length(&self, positions: usize) -> Result<()> {
         match self.config.sliding_window {
             Some(window) if positions > window => Err(Error::UnsupportedModel(format!(
@@ -102,29 +106,30 @@ impl Model for Stock {
                 "engine 'candle' holds 1 stream at a time, and there is 1: finish or close it first".into(),
             ));
         }
-        Ok(Box::new(StockSequence { model: self, len: 0 }))
+        Ok(Box::new(StockSequence { model: self, len: 0, logits: Vec::new() }))
     }
 }
 
 struct StockSequence {
     model: Arc<Stock>,
     len: usize,
+    logits: Vec<f32>,
 }
 
 impl Sequence for StockSequence {
-    fn forward(&mut self, ids: &[u32], want: Want, cancel: &Cancel) -> Result<Vec<f32>> {
+    fn forward(&mut self, ids: &[u32], _: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
         if want == Want::Every {
             return Err(Error::UnsupportedModel(
                 "engine 'candle' computes the logits of the last position only".into(),
             ));
         }
         self.model.check_length(self.len + ids.len())?;
-        let logits = {
+        self.logits = {
             let input = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
             lock(&self.model.weights).forward(&input, self.len)?.flatten_all()?.to_vec1()?
         };
         self.len += ids.len();
-        if cancel.is_set() { Err(Error::Cancelled) } else { Ok(logits) }
+        if cancel.is_set() { Err(Error::Cancelled) } else { Ok(&self.logits) }
     }
 }
 

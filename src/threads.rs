@@ -1,8 +1,12 @@
 //! How many threads, the pool that a model computes on, and the guard against use after `fork()`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64, AtomicUsize,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
@@ -78,6 +82,10 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Worker threads of one model. The thread that calls `run` is one of them.
+///
+/// Work comes in bursts, five of them for each layer of a token, a few microseconds apart. So whoever waits looks for a
+/// moment before it sleeps, since waking takes longer than most pauses last, and yields while it looks, so that a
+/// machine with more threads than cores is not held up.
 pub struct Pool {
     shared: Arc<Shared>,
     n_threads: usize,
@@ -86,20 +94,29 @@ pub struct Pool {
     fork_guard: ForkGuard,
 }
 
+/// How long a thread looks for work, or for the end of it, before it sleeps.
+const LOOK: Duration = Duration::from_micros(100);
+
 struct Shared {
     state: Mutex<State>,
     /// There is a new job, or the pool is going away.
     start: Condvar,
     /// A worker is done with its share.
     done: Condvar,
+    /// `State::number`, to be looked at without the lock.
+    number: AtomicU64,
+    /// `State::working`, likewise.
+    working: AtomicUsize,
 }
 
 struct State {
     job: Option<Job>,
-    /// Counts jobs, so that a worker takes part in each at most once.
+    /// Counts jobs, so that a worker takes part in each at most once. It counts the end of the pool, too.
     number: u64,
     /// Workers that have taken the job up and are not done.
     working: usize,
+    /// Workers asleep.
+    asleep: usize,
     stop: bool,
 }
 
@@ -116,9 +133,11 @@ impl Pool {
     /// Starts `n_threads - 1` threads. Fewer, if the system refuses more: the work is then shared by fewer.
     pub fn new(n_threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { job: None, number: 0, working: 0, stop: false }),
+            state: Mutex::new(State { job: None, number: 0, working: 0, asleep: 0, stop: false }),
             start: Condvar::new(),
             done: Condvar::new(),
+            number: AtomicU64::new(0),
+            working: AtomicUsize::new(0),
         });
         for i in 1..n_threads {
             let shared = shared.clone();
@@ -170,14 +189,23 @@ impl Shared {
         let work: &'static (dyn Fn() + Sync) = unsafe { std::mem::transmute(work) };
         let mut state = lock(&self.state);
         state.job = Some(Job { work });
+        self.announce(&mut state);
+    }
+
+    /// Have every worker look at the state again.
+    fn announce(&self, state: &mut State) {
         state.number += 1;
-        self.start.notify_all();
+        self.number.store(state.number, Release);
+        if state.asleep > 0 {
+            self.start.notify_all();
+        }
     }
 
     /// Takes the job back and waits for the workers that are still on it.
     fn retire(&self) {
+        lock(&self.state).job = None; // from here on no worker takes it up
+        look_until(|| self.working.load(Acquire) == 0);
         let mut state = lock(&self.state);
-        state.job = None;
         while state.working > 0 {
             state = self.done.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -186,20 +214,47 @@ impl Shared {
     /// The life of a worker.
     fn work(&self) {
         let mut seen = 0;
-        let mut state = lock(&self.state);
-        while !state.stop {
-            let Some(job) = state.job.filter(|_| state.number != seen) else {
+        loop {
+            look_until(|| self.number.load(Acquire) != seen);
+            let mut state = lock(&self.state);
+            while state.number == seen {
+                state.asleep += 1;
                 state = self.start.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
+                state.asleep -= 1;
+            }
             seen = state.number;
+            if state.stop {
+                return;
+            }
+            let Some(job) = state.job else { continue };
             state.working += 1;
+            self.working.store(state.working, Release);
             drop(state);
             // SAFETY: `working` was raised under the lock while the job was there, so `retire` waits for us.
             unsafe { (*job.work)() };
-            state = lock(&self.state);
+            let mut state = lock(&self.state);
             state.working -= 1;
-            self.done.notify_all();
+            self.working.store(state.working, Release);
+            if state.working == 0 {
+                self.done.notify_all();
+            }
+        }
+    }
+}
+
+/// Looks for a moment whether `it_is_so`.
+fn look_until(it_is_so: impl Fn() -> bool) {
+    const BEFORE_YIELDING: u32 = 64;
+    let mut looks = 0;
+    let mut since = None;
+    while !it_is_so() {
+        looks += 1;
+        if looks < BEFORE_YIELDING {
+            std::hint::spin_loop();
+        } else if since.get_or_insert_with(Instant::now).elapsed() < LOOK {
+            std::thread::yield_now();
+        } else {
+            return;
         }
     }
 }
@@ -210,8 +265,9 @@ impl Drop for Pool {
         if self.fork_guard.is_forked() {
             return;
         }
-        lock(&self.shared.state).stop = true;
-        self.shared.start.notify_all();
+        let mut state = lock(&self.shared.state);
+        state.stop = true;
+        self.shared.announce(&mut state);
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use candle_phi::error::{Error, Result};
 use candle_phi::generate::{FinishReason, Generation, Request};
 use candle_phi::gguf::Gguf;
-use candle_phi::model::{Model, Sequence, Want};
+use candle_phi::model::{Model, Phase, Sequence, Want};
 use candle_phi::sampling::Sampling;
 use candle_phi::schedule::Scheduler;
 use candle_phi::stream::TextStream;
@@ -28,7 +28,11 @@ struct Scripted {
     pause: Duration,
 }
 
-struct ScriptedSequence(Arc<Scripted>, usize);
+struct ScriptedSequence {
+    model: Arc<Scripted>,
+    passes: usize,
+    logits: Vec<f32>,
+}
 
 impl Model for Scripted {
     fn engine(&self) -> &'static str {
@@ -49,26 +53,30 @@ impl Model for Scripted {
     fn context_length(&self) -> usize {
         1000
     }
+    fn kv_bytes(&self, _: usize) -> usize {
+        0
+    }
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
-        Ok(Box::new(ScriptedSequence(self, 0)))
+        Ok(Box::new(ScriptedSequence { logits: vec![0.0; self.n_vocab], model: self, passes: 0 }))
     }
 }
 
 impl Sequence for ScriptedSequence {
-    fn forward(&mut self, _: &[u32], _: Want, cancel: &Cancel) -> Result<Vec<f32>> {
-        self.0.passes.fetch_add(1, SeqCst);
-        assert!(!self.0.panics, "the model panics");
-        thread::sleep(self.0.pause);
+    fn forward(&mut self, _: &[u32], _: Phase, _: Want, cancel: &Cancel) -> Result<&[f32]> {
+        self.model.passes.fetch_add(1, SeqCst);
+        assert!(!self.model.panics, "the model panics");
+        thread::sleep(self.model.pause);
         if cancel.is_set() {
             return Err(Error::Cancelled);
         }
-        if let Some(error) = self.0.failure.clone().filter(|_| self.1 == self.0.script.len()) {
+        let script = &self.model.script;
+        if let Some(error) = self.model.failure.clone().filter(|_| self.passes == script.len()) {
             return Err(error);
         }
-        let mut logits = vec![0.0; self.0.n_vocab];
-        logits[self.0.script[self.1 % self.0.script.len()] as usize] = 9.0;
-        self.1 += 1;
-        Ok(logits)
+        self.logits.fill(0.0);
+        self.logits[script[self.passes % script.len()] as usize] = 9.0;
+        self.passes += 1;
+        Ok(&self.logits)
     }
 }
 

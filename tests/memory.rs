@@ -5,10 +5,10 @@ mod gguf_writer;
 
 use std::sync::Arc;
 
-use candle_core::DType;
+use candle_phi::cache::KvType;
 use candle_phi::gguf::Gguf;
 use candle_phi::kernels;
-use candle_phi::model::{Model, Want};
+use candle_phi::model::{Model, Phase, Want};
 use candle_phi::ops::Backend;
 use candle_phi::phi3::Phi3;
 use candle_phi::threads::{Cancel, Pool};
@@ -52,9 +52,9 @@ fn a_model_costs_no_second_copy_of_its_weights_and_no_cache_before_it_is_used() 
 
     let before = private_dirty();
     let backend = Backend::Cpu { kernel: kernels::by_name("portable").unwrap(), pool: Pool::new(2) };
-    let model = Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, DType::F16).unwrap());
+    let model = Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F16).unwrap());
     let mut sequence = model.sequence().unwrap();
-    let logits = sequence.forward(&[1, 2, 3], Want::Last, &Cancel::default()).unwrap();
+    let logits = sequence.forward(&[1, 2, 3], Phase::Prefill, Want::Last, &Cancel::default()).unwrap();
     assert!(logits.iter().all(|logit| logit.is_finite()));
     let grown = private_dirty().saturating_sub(before);
     assert!(grown < 20, "{grown} MB more of private memory; the weights are 81 MB");

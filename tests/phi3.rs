@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
+use candle_phi::cache::KvType;
 use candle_phi::error::Error;
 use candle_phi::gguf::Gguf;
 use candle_phi::kernels;
-use candle_phi::model::{Model, Want};
+use candle_phi::model::{Model, Phase, Want};
 use candle_phi::ops::Backend;
 use candle_phi::phi3::Phi3;
 use candle_phi::threads::{Cancel, Pool};
@@ -16,12 +17,12 @@ use candle_phi::threads::{Cancel, Pool};
 const FILES: [&str; 6] = ["plain", "window", "gqa", "longrope", "partial_tied", "k_official"];
 
 fn load(name: &str, backend: Backend) -> Arc<Phi3> {
-    load_with(name, backend, DType::F16)
+    load_with(name, backend, KvType::F16)
 }
 
-fn load_with(name: &str, backend: Backend, kv_dtype: DType) -> Arc<Phi3> {
+fn load_with(name: &str, backend: Backend, kv_type: KvType) -> Arc<Phi3> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.gguf"));
-    Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, kv_dtype).unwrap())
+    Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, kv_type).unwrap())
 }
 
 fn cpu(kernel: &str, n_threads: usize) -> Backend {
@@ -35,6 +36,10 @@ fn prompt(model: &Phi3, n: usize) -> Vec<u32> {
 
 /// The logits of every position when the prompt comes in pieces of these lengths.
 fn logits(model: &Arc<Phi3>, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
+    logits_of(model, ids, pieces, Phase::Prefill)
+}
+
+fn logits_of(model: &Arc<Phi3>, ids: &[u32], pieces: &[usize], phase: Phase) -> Vec<f32> {
     let mut sequence = model.clone().sequence().unwrap();
     let (mut at, mut out) = (0, Vec::new());
     for &length in pieces.iter().cycle() {
@@ -42,7 +47,7 @@ fn logits(model: &Arc<Phi3>, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
             break;
         }
         let end = ids.len().min(at + length);
-        out.extend(sequence.forward(&ids[at..end], Want::Every, &Cancel::default()).unwrap());
+        out.extend(sequence.forward(&ids[at..end], phase, Want::Every, &Cancel::default()).unwrap());
         at = end;
     }
     out
@@ -62,6 +67,24 @@ fn the_same_bits_however_the_prompt_is_cut() {
             let whole = bits(&logits(&model, &ids, &[ids.len()]));
             for pieces in [&[1][..], &[2, 3, 5, 7], &[127, 1, 1, 130], &[256]] {
                 assert!(whole == bits(&logits(&model, &ids, pieces)), "{file} with {kernel}, cut by {pieces:?}");
+            }
+        }
+    }
+}
+
+/// What a batch of sequences and the check of guessed tokens stand on: rows of a decode pass do not know of each other.
+#[test]
+fn the_same_bits_in_a_decode_pass_of_one_to_eight_tokens() {
+    for kernel in kernels::available() {
+        for (file, kv_type) in [("plain", KvType::F16), ("window", KvType::Q8_0), ("k_official", KvType::F16)] {
+            let model = load_with(file, cpu(kernel, 2), kv_type);
+            let ids = prompt(&model, 150);
+            let one = bits(&logits_of(&model, &ids, &[1], Phase::Decode));
+            for n in 2..=8 {
+                assert!(
+                    one == bits(&logits_of(&model, &ids, &[n], Phase::Decode)),
+                    "{file} with {kernel}, {n} at a time"
+                );
             }
         }
     }
@@ -102,8 +125,8 @@ fn a_sequence_that_outgrows_the_short_rope_factors_is_computed_anew() {
 #[test]
 fn candles_own_operations_agree_with_the_kernels() {
     for file in FILES {
-        let ours = load_with(file, cpu("portable", 1), DType::F32);
-        let candle = load_with(file, Backend::Candle(Device::Cpu), DType::F32);
+        let ours = load_with(file, cpu("portable", 1), KvType::F32);
+        let candle = load_with(file, Backend::Candle(Device::Cpu), KvType::F32);
         let ids = prompt(&ours, 40);
         let (a, b) = (logits(&ours, &ids, &[17, 1]), logits(&candle, &ids, &[17, 1]));
         let error = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -118,13 +141,23 @@ fn a_cancelled_pass_says_so() {
     let model = load("plain", cpu("portable", 2));
     let cancel = Cancel::default();
     cancel.set();
-    let result = model.clone().sequence().unwrap().forward(&prompt(&model, 20), Want::Last, &cancel);
+    let result = model
+        .clone()
+        .sequence()
+        .unwrap()
+        .forward(&prompt(&model, 20), Phase::Prefill, Want::Last, &cancel)
+        .map(<[f32]>::len);
     assert_eq!(result, Err(Error::Cancelled));
 }
 
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {
     let model = load("plain", cpu("portable", 1));
-    let error = model.clone().sequence().unwrap().forward(&[1, 999_999], Want::Last, &Cancel::default()).unwrap_err();
+    let error = model
+        .clone()
+        .sequence()
+        .unwrap()
+        .forward(&[1, 999_999], Phase::Prefill, Want::Last, &Cancel::default())
+        .unwrap_err();
     assert!(matches!(&error, Error::Value(message) if message.contains("999999")), "{error}");
 }

@@ -129,7 +129,7 @@ def test_usage_errors_are_one_line(arguments: list[str], says: str) -> None:
     assert says in failed(run(*arguments, *(DEMO if arguments else [])), 2)
 
 
-@pytest.mark.parametrize("name", ["chat", "serve", "batch", "bench"])
+@pytest.mark.parametrize("name", ["chat", "serve", "batch"])
 def test_reserved_commands(name: str) -> None:
     line = failed(run(name), 2)
     assert name in line

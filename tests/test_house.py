@@ -60,6 +60,7 @@ def test_python_modules_import_only_downwards() -> None:
         "results",
         "stream",
         "model",
+        "bench",
         "cli",
     ]
     for path in PYTHON:

@@ -92,6 +92,12 @@ class Model:
     def logits(self, ids: list[int], every_position: bool) -> bytes:
         """float32 in the machine's order: `n_vocab` logits after the last id, or after each."""
 
+    def bandwidth(self) -> float:
+        """Bytes per second at which `n_threads` threads read the weights and do nothing else. About a second's work."""
+
+    def bytes_per_token(self, positions: int) -> tuple[int, int]:
+        """Bytes that decoding the last of so many positions reads: of weights, and of keys and values."""
+
     def stream(
         self,
         prompt: list[int],

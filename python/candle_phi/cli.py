@@ -19,8 +19,8 @@ from .errors import DownloadError, NotInThisVersionError, PhiError
 from .model import Phi
 from .results import Result
 
-_UNBUILT = ("chat", "serve", "batch", "bench")
-_COMMANDS = ("run", "doctor", "tokenize", "pull", "list", "verify", "rm", *_UNBUILT)
+_UNBUILT = ("chat", "serve", "batch")
+_COMMANDS = ("run", "pull", "list", "verify", "rm", "bench", "doctor", "tokenize", *_UNBUILT)
 
 _MODEL_OPTIONS: Mapping[str, tuple[type, str]] = {
     "n_ctx": (int, "how many tokens the context holds (default: the file's)"),
@@ -133,6 +133,8 @@ def _dispatch(arguments: list[str]) -> None:
         _tokenize(arguments[1:])
     elif command in _HUB_COMMANDS:
         _HUB_COMMANDS[command](arguments[1:])
+    elif command == "bench":
+        _bench(arguments[1:])
     elif command == "run":
         _run("candle-phi run", arguments[1:], any_word=True)
     else:
@@ -185,7 +187,7 @@ def _run_parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         description="Streams the answer of a Phi-3-family model.",
-        epilog="Other commands: pull, list, verify, rm, doctor, tokenize. "
+        epilog="Other commands: pull, list, verify, rm, bench, doctor, tokenize. "
         "A command's name as prompt: candle-phi run list.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -393,6 +395,66 @@ def _hub_parser(command: str, text: str, *names: str, model: bool = False, optio
         parser.add_argument("filename", metavar="FILE", nargs="?", default=None, help="a file's name, or a pattern")
     _add(parser, {name: _HUB_OPTIONS[name] for name in names or _HUB_OPTIONS})
     return parser
+
+
+def _bench(arguments: list[str]) -> None:
+    from . import bench  # not at import: no other command needs what it needs
+
+    parser = _Parser(
+        prog="candle-phi bench",
+        description="Measures a model on this machine: speeds, load time, memory, and how fast the memory is.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--json", action="store_true", default=False, help="print one JSON object, with all samples")
+    parser.add_argument(
+        "--repeat", type=_count, default=5, metavar="N", help="how many rounds the medians are of (default: 5)"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=lambda text: [_count(n) for n in text.split(",")],
+        default=bench.PROMPTS,
+        metavar="N,...",
+        help="prompt lengths to time, in tokens (default: 32,128,512)",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=lambda text: [_count(n, least=0) for n in text.split(",")],
+        default=bench.CONTEXTS,
+        metavar="N,...",
+        help="prompt lengths after which to time decoding (default: 0,1500)",
+    )
+    _add_model(parser)
+    typed = parser.parse(arguments)
+    shown = sys.stderr is not None and sys.stderr.isatty()
+
+    def on_round(number: int) -> None:
+        if shown:
+            sys.stderr.write(f"\rround {number} of {typed.repeat}")
+            sys.stderr.flush()
+
+    try:
+        report = bench.measure(
+            lambda: _open(typed),
+            repeat=typed.repeat,
+            prompts=typed.prompts,
+            contexts=typed.contexts,
+            on_round=on_round,
+        )
+    finally:
+        if shown:
+            sys.stderr.write("\r\x1b[K")
+    if typed.json:
+        _write_json(dataclasses.asdict(report))
+    else:
+        _write(bench.table(report))
+
+
+def _count(text: str, *, least: int = 1) -> int:
+    """A whole number that was typed."""
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be whole numbers from {least} to 999999999, not {text!r}")
+    return int(text)
 
 
 def _doctor(arguments: list[str]) -> None:

@@ -78,6 +78,10 @@ impl Format {
 pub struct Half([u8; 2]);
 
 impl Half {
+    pub fn bits(self) -> u16 {
+        u16::from_le_bytes(self.0)
+    }
+
     pub fn f32(self) -> f32 {
         half::f16::from_le_bytes(self.0).to_f32()
     }

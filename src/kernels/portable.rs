@@ -12,7 +12,7 @@
 use half::slice::HalfFloatSliceExt;
 
 use super::blocks::{self, Format, blocks};
-use super::{Kernel, KvPage, Query, Weights};
+use super::{Kernel, KvPage, Line, Out, PAGE, Phase, Query, Scratch, Tile, Weights, view, view_mut};
 
 /// Plain Rust.
 pub struct Portable;
@@ -27,19 +27,29 @@ impl Kernel for Portable {
         "portable"
     }
 
-    fn matmul(&self, weights: Weights<'_>, x: &[f32], out: &mut [f32]) {
-        let Weights { format, cols, bytes } = weights;
-        let rows = bytes.len() / format.row_bytes(cols);
-        let mut panel = vec![0f32; ROWS.min(rows) * cols];
+    fn tile(&self, _: Format, cols: usize, _: Phase) -> Tile {
+        Tile { tokens: 1, lines: Line::count(4 * cols) }
+    }
+
+    fn pack(&self, _: Format, _: Phase, x: &[f32], _: usize, tile: &mut [Line]) {
+        view_mut(tile)[..x.len()].copy_from_slice(x);
+    }
+
+    fn matmul(&self, weights: Weights<'_>, _: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+        let (rows, cols) = (weights.n_rows(), weights.cols);
+        let mut panel = Scratch::take(Line::count(4 * ROWS * cols));
+        let panel = view_mut::<f32>(&mut panel);
         for first in (0..rows).step_by(ROWS) {
             let count = ROWS.min(rows - first);
             for row in 0..count {
                 dequantize(weights.row(first + row), &mut panel[row * cols..][..cols]);
             }
-            for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(rows)) {
+            for (token, x) in x.chunks_exact(x.len() / tokens).enumerate() {
+                let mut sums = [0f32; ROWS];
                 for row in 0..count {
-                    out[first + row] = dot(&panel[row * cols..][..cols], x);
+                    sums[row] = dot(&panel[row * cols..][..cols], &view(x)[..cols]);
                 }
+                out(token, first, &sums[..count]);
             }
         }
     }
@@ -57,64 +67,62 @@ impl Kernel for Portable {
         }
     }
 
-    fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], page_len: usize, head_dim: usize) {
+    fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let mut states: Vec<Softmax> = queries.iter().map(|_| Softmax::new()).collect();
-        let (mut k, mut v) = (vec![0f32; page_len * head_dim], vec![0f32; page_len * head_dim]);
-        let mut scores = vec![0f32; page_len];
+        let page_len = PAGE * head_dim;
+        let mut scratch = Scratch::take(Line::count(4 * 3 * page_len));
+        let (turned, rest) = view_mut::<f32>(&mut scratch).split_at_mut(page_len);
+        let (k, v) = rest.split_at_mut(page_len);
         for query in queries.iter_mut() {
             query.out.fill(0.0);
+            (query.max, query.sum) = (f32::NEG_INFINITY, 0.0);
         }
         for page in pages {
-            page.k.widen(&mut k);
-            page.v.widen(&mut v);
-            for (query, state) in queries.iter_mut().zip(&mut states) {
-                let keys = query.keys.start.max(page.start)..query.keys.end.min(page.start + page_len);
+            page.k.widen_keys(turned, head_dim);
+            for (position, k) in k.chunks_exact_mut(head_dim).enumerate() {
+                for (k, features) in k.iter_mut().zip(turned.chunks_exact(PAGE)) {
+                    *k = features[position];
+                }
+            }
+            page.v.widen_values(v, head_dim);
+            for query in queries.iter_mut() {
+                let keys = query.keys.start.max(page.start)..query.keys.end.min(page.start + PAGE);
                 if keys.is_empty() {
                     continue;
                 }
                 let (from, to) = (keys.start - page.start, keys.end - page.start);
+                let mut scores = [0f32; PAGE];
                 let scores = &mut scores[from..to];
                 for (score, k) in scores.iter_mut().zip(k[from * head_dim..].chunks_exact(head_dim)) {
                     *score = dot(query.q, k) * scale;
                 }
-                state.extend(scores, &v[from * head_dim..to * head_dim], query.out);
+                softmax(query, scores, &v[from * head_dim..to * head_dim]);
             }
         }
-        for (query, state) in queries.iter_mut().zip(&states) {
-            query.out.iter_mut().for_each(|o| *o /= state.sum);
+        for query in queries.iter_mut() {
+            let sum = query.sum;
+            query.out.iter_mut().for_each(|o| *o /= sum);
         }
     }
 }
 
-/// The running state of an online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention).
-struct Softmax {
-    max: f32,
-    sum: f32,
-}
-
-impl Softmax {
-    fn new() -> Self {
-        Softmax { max: f32::NEG_INFINITY, sum: 0.0 }
+/// Adds the keys of one page to an online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention): `scores`
+/// become weights, the query's output the weighted sum of `values` so far.
+fn softmax(query: &mut Query<'_>, scores: &mut [f32], values: &[f32]) {
+    let max = scores.iter().fold(query.max, |max, &s| if s > max { s } else { max });
+    if max > query.max && query.sum > 0.0 {
+        let shrink = libm::expf(query.max - max);
+        query.sum *= shrink;
+        query.out.iter_mut().for_each(|o| *o *= shrink);
     }
-
-    /// Add the keys of one page: `scores` become weights, `out` the weighted sum of `values` so far.
-    fn extend(&mut self, scores: &mut [f32], values: &[f32], out: &mut [f32]) {
-        let max = scores.iter().fold(self.max, |max, &s| if s > max { s } else { max });
-        if max > self.max && self.sum > 0.0 {
-            let shrink = libm::expf(self.max - max);
-            self.sum *= shrink;
-            out.iter_mut().for_each(|o| *o *= shrink);
+    query.max = max;
+    for (score, value) in scores.iter_mut().zip(values.chunks_exact(query.out.len())) {
+        *score = libm::expf(*score - max);
+        for (out, value) in query.out.iter_mut().zip(value) {
+            *out += *score * value;
         }
-        self.max = max;
-        for (score, value) in scores.iter_mut().zip(values.chunks_exact(out.len())) {
-            *score = libm::expf(*score - max);
-            for (out, value) in out.iter_mut().zip(value) {
-                *out += *score * value;
-            }
-        }
-        self.sum += scores.iter().sum::<f32>();
     }
+    query.sum += scores.iter().sum::<f32>();
 }
 
 /// The sum of products in 16 interleaved partial sums, then pairwise: the same order whatever the vector width.
@@ -306,16 +314,6 @@ fn q6_k(b: &blocks::Q6_K, out: &mut [f32; 256]) {
                 let scale = d * b.scales[half * 8 + group * 2 + i / 16] as f32;
                 *out = scale * (q as f32 - 32.0);
             }
-        }
-    }
-}
-
-impl super::KvSlice<'_> {
-    /// The whole page as f32.
-    fn widen(self, out: &mut [f32]) {
-        match self {
-            super::KvSlice::F16(x) => x.convert_to_f32_slice(out),
-            super::KvSlice::F32(x) => out.copy_from_slice(x),
         }
     }
 }

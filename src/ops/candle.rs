@@ -1,10 +1,13 @@
 //! The same operations composed of Candle's own: for CUDA and Metal, and as an independent check on the CPU.
 
+use std::ops::Range;
+
 use candle_core::quantized::QMatMul;
 use candle_core::{D, DType, Module, Result, Tensor};
 
-use super::{AttentionShape, Matrix};
-use crate::cache::KvLayer;
+use super::{AttentionShape, Matrix, Norm};
+use crate::cache::{KvLayer, Page};
+use crate::rope::Angles;
 
 pub fn embed(table: &Matrix, ids: &[u32]) -> Result<Tensor> {
     let table = table.candle()?;
@@ -15,34 +18,47 @@ pub fn linear(x: &Tensor, weights: &Matrix) -> Result<Tensor> {
     QMatMul::from_arc(weights.candle()?.clone())?.forward(&x.contiguous()?)
 }
 
-pub fn rope(x: &Tensor, head_dim: usize, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let (tokens, features) = x.dims2()?;
-    let rotated = 2 * cos.dim(1)?;
-    let heads = x.reshape((1, tokens, features / head_dim, head_dim))?.transpose(1, 2)?; // (1, heads, tokens, head_dim)
-    let turned = candle_nn::rotary_emb::rope(&heads.narrow(D::Minus1, 0, rotated)?.contiguous()?, cos, sin)?;
+pub fn rms_norm(x: &Tensor, norm: &Norm) -> Result<Tensor> {
+    candle_nn::ops::rms_norm(&x.contiguous()?, &norm.weight, norm.eps)
+}
+
+pub fn rope(qkv: &Tensor, angles: &Angles, shape: AttentionShape) -> Result<Tensor> {
+    let (tokens, rotated, head_dim) = (qkv.dim(0)?, 2 * angles.half, shape.head_dim);
+    let table = |values: &[f32]| Tensor::from_slice(values, (tokens, angles.half), qkv.device());
+    let turned = shape.q_dim() + shape.kv_dim();
+    let heads = qkv.narrow(1, 0, turned)?.reshape((1, tokens, turned / head_dim, head_dim))?.transpose(1, 2)?;
+    let first = heads.narrow(D::Minus1, 0, rotated)?.contiguous()?; // (1, heads, tokens, rotated)
+    let first = candle_nn::rotary_emb::rope(&first, &table(&angles.cos)?, &table(&angles.sin)?)?;
     let heads = match head_dim - rotated {
-        0 => turned,
-        rest => Tensor::cat(&[&turned, &heads.narrow(D::Minus1, rotated, rest)?.contiguous()?], D::Minus1)?,
+        0 => first,
+        rest => Tensor::cat(&[&first, &heads.narrow(D::Minus1, rotated, rest)?.contiguous()?], D::Minus1)?,
     };
-    heads.transpose(1, 2)?.reshape((tokens, features))
+    let heads = heads.transpose(1, 2)?.reshape((tokens, turned))?;
+    Tensor::cat(&[&heads, &qkv.narrow(1, turned, shape.kv_dim())?], 1)
 }
 
-/// Writes rows (tokens, heads * head_dim) into a page (heads, PAGE, head_dim) from position `at` of the page.
-pub fn store(page: &Tensor, rows: &Tensor, at: usize) -> Result<()> {
-    let (heads, _, head_dim) = page.dims3()?;
-    let rows = rows.reshape((rows.dim(0)?, heads, head_dim))?.transpose(0, 1)?;
-    page.slice_set(&rows.to_dtype(page.dtype())?.contiguous()?, 1, at)
+/// Writes the keys and values of some rows of qkv into a page, from position `at` of the page on.
+pub fn append(qkv: &Tensor, rows: Range<usize>, shape: AttentionShape, page: &Page, at: usize) -> Result<()> {
+    let AttentionShape { n_head_kv, head_dim, .. } = shape;
+    let k = shape.q_dim();
+    for (from, page) in [(k, page.k.tensor()?), (k + shape.kv_dim(), page.v.tensor()?)] {
+        let heads = qkv.narrow(0, rows.start, rows.len())?.narrow(1, from, shape.kv_dim())?;
+        let heads = heads.reshape((rows.len(), n_head_kv, head_dim))?.transpose(0, 1)?;
+        page.slice_set(&heads.to_dtype(page.dtype())?.contiguous()?, 1, at)?;
+    }
+    Ok(())
 }
 
-pub fn attention(q: &Tensor, layer: &KvLayer, shape: AttentionShape) -> Result<Tensor> {
+pub fn attention(qkv: &Tensor, layer: &KvLayer, shape: AttentionShape) -> Result<Tensor> {
     let AttentionShape { n_head, n_head_kv, head_dim, window } = shape;
-    let (tokens, group) = (q.dim(0)?, n_head / n_head_kv);
-    let all = |part: fn(&crate::cache::Page) -> &Tensor| -> Result<Tensor> {
-        let pages: Vec<&Tensor> = layer.iter().map(part).collect();
+    let (tokens, group) = (qkv.dim(0)?, n_head / n_head_kv);
+    let q = qkv.narrow(1, 0, shape.q_dim())?;
+    let all = |part: fn(&Page) -> Result<&Tensor>| -> Result<Tensor> {
+        let pages: Vec<&Tensor> = layer.iter().map(part).collect::<Result<_>>()?;
         let held = layer.len() - layer.start();
         Tensor::cat(&pages, 1)?.narrow(1, 0, held)?.to_dtype(DType::F32)?.contiguous() // (n_head_kv, held, head_dim)
     };
-    let (k, v) = (all(|page| &page.k)?, all(|page| &page.v)?);
+    let (k, v) = (all(|page| page.k.tensor())?, all(|page| page.v.tensor())?);
     // (n_head_kv, group * tokens, head_dim): the query heads of one KV head, one after the other
     let q = q.reshape((tokens, n_head, head_dim))?.transpose(0, 1)?.contiguous()?;
     let q = q.reshape((n_head_kv, group * tokens, head_dim))?;

@@ -3,340 +3,274 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
-};
+use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, bail};
 
+use super::AttentionShape;
 use super::matrix::Mapped;
-use super::{AttentionShape, Matrix};
-use crate::cache::{KvLayer, PAGE};
-use crate::kernels::{self, Kernel, KvPage, KvSlice, Query};
+use crate::kernels::{self, Kernel, Line, Phase, Scratch, Tile, view_mut};
+use crate::rope::Angles;
 use crate::threads::{Cancel, Pool};
 
 /// Work below this many multiplications is done where it is: waking a thread costs about as much.
-const PARALLEL_FROM: usize = 1 << 17;
-/// Tasks per thread: enough that an unlucky thread does not keep the others waiting.
-const TASKS_PER_THREAD: usize = 8;
-/// Tokens whose queries share one task of attention.
-const QUERY_TOKENS: usize = 16;
+pub const PARALLEL_FROM: usize = 1 << 17;
 
-/// A (rows, cols) view of a tensor whose rows may lie apart, as those of a narrowed tensor do.
+/// A (rows, cols) tensor whose rows lie end to end.
 #[derive(Copy, Clone)]
-struct Rows<'a> {
-    data: &'a [f32],
-    stride: usize,
-    rows: usize,
-    cols: usize,
+pub struct Rows<'a> {
+    pub data: &'a [f32],
+    pub rows: usize,
+    pub cols: usize,
 }
 
 impl<'a> Rows<'a> {
-    fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+    pub fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let (rows, cols) = layout.shape().dims2()?;
-        let &[stride, 1] = layout.stride() else { bail!("rows must be contiguous: stride {:?}", layout.stride()) };
-        Ok(Rows { data: &storage.as_slice::<f32>()?[layout.start_offset()..], stride, rows, cols })
+        let range = contiguous(layout)?;
+        Ok(Rows { data: &storage.as_slice::<f32>()?[range], rows, cols })
     }
 
-    fn row(self, row: usize) -> &'a [f32] {
-        &self.data[row * self.stride..][..self.cols]
+    pub fn row(self, row: usize) -> &'a [f32] {
+        &self.data[row * self.cols..][..self.cols]
     }
+}
 
-    /// All of it as one slice, when the rows lie end to end.
-    fn whole(self) -> Result<&'a [f32]> {
-        if self.stride != self.cols && self.rows > 1 {
-            bail!("a contiguous tensor is due: {} columns, stride {}", self.cols, self.stride)
-        }
-        Ok(&self.data[..self.rows * self.cols])
+/// As `Rows`, to be written.
+pub struct RowsMut<'a> {
+    pub data: &'a mut [f32],
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl<'a> RowsMut<'a> {
+    pub fn of(storage: &'a mut CpuStorage, layout: &Layout) -> Result<Self> {
+        let (rows, cols) = layout.shape().dims2()?;
+        let range = contiguous(layout)?;
+        let CpuStorage::F32(data) = storage else { bail!("activations are f32") };
+        Ok(RowsMut { data: &mut data[range], rows, cols })
+    }
+}
+
+fn contiguous(layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => bail!("a contiguous tensor is due: {:?}, stride {:?}", layout.shape(), layout.stride()),
     }
 }
 
 /// A buffer that tasks write disjoint ranges of.
-struct Disjoint<'a> {
-    start: *mut f32,
+pub struct Disjoint<'a, T = f32> {
+    start: *mut T,
     len: usize,
-    buffer: PhantomData<&'a mut [f32]>,
+    buffer: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: `range` is unsafe, and its contract rules out two threads on one element.
-unsafe impl Sync for Disjoint<'_> {}
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
-impl<'a> Disjoint<'a> {
-    fn new(buffer: &'a mut [f32]) -> Self {
+impl<'a, T> Disjoint<'a, T> {
+    pub fn new(buffer: &'a mut [T]) -> Self {
         Disjoint { start: buffer.as_mut_ptr(), len: buffer.len(), buffer: PhantomData }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
     }
 
     /// # Safety
     /// No other live range overlaps this one.
     #[allow(clippy::mut_from_ref)] // that is its purpose; the contract above makes it sound
-    unsafe fn range(&self, range: Range<usize>) -> &mut [f32] {
+    pub unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: inside the buffer, as just asserted, and not aliased, as the caller promises.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 
-fn output(data: Vec<f32>, rows: usize, cols: usize) -> Result<(CpuStorage, Shape)> {
-    Ok((CpuStorage::F32(data), Shape::from((rows, cols))))
+pub struct Embed<'a> {
+    pub table: &'a Mapped,
+    pub ids: &'a [u32],
 }
 
-pub fn embed(table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-    let Matrix::Mapped(table) = table else { bail!("a matrix of another device met the CPU") };
-    let mut out = vec![0f32; ids.len() * table.cols];
-    for (&id, out) in ids.iter().zip(out.chunks_exact_mut(table.cols)) {
-        kernels::dequantize(table.weights().row(id as usize), out);
-    }
-    Tensor::from_vec(out, (ids.len(), table.cols), &candle_core::Device::Cpu)
-}
-
-pub struct RmsNorm<'a> {
-    pub kernel: &'a dyn Kernel,
-    pub eps: f32,
-}
-
-impl CustomOp2 for RmsNorm<'_> {
+impl InplaceOp1 for Embed<'_> {
     fn name(&self) -> &'static str {
-        "rms-norm"
+        "embed"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = Rows::of(x, x_l)?;
-        let weight = &w.as_slice::<f32>()?[w_l.start_offset()..][..x.cols];
-        let mut out = vec![0f32; x.rows * x.cols];
-        for (row, out) in out.chunks_exact_mut(x.cols).enumerate() {
-            self.kernel.rms_norm(x.row(row), weight, self.eps, out);
-        }
-        output(out, x.rows, x.cols)
-    }
-}
-
-pub struct Linear<'a> {
-    pub kernel: &'a dyn Kernel,
-    pub pool: &'a Pool,
-    pub cancel: &'a Cancel,
-    pub weights: &'a Mapped,
-}
-
-impl CustomOp1 for Linear<'_> {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = Rows::of(x, x_l)?;
-        let (tokens, features) = (x.rows, self.weights.rows);
-        let x = x.whole()?;
-        let mut out = vec![0f32; tokens * features];
-        let tasks = match self.pool.n_threads() {
-            1 => features.div_ceil(64), // only so that a cancellation is seen soon
-            n if tokens * features * self.weights.cols >= PARALLEL_FROM => n * TASKS_PER_THREAD.max(features / 512 / n),
-            _ => 1,
-        };
-        let rows_per_task = features.div_ceil(tasks).next_multiple_of(8);
-        let target = Disjoint::new(&mut out);
-        self.pool.run(features.div_ceil(rows_per_task), |task| {
-            if self.cancel.is_set() {
-                return;
-            }
-            let rows = task * rows_per_task..features.min((task + 1) * rows_per_task);
-            let weights = self.weights.weights().rows(rows.clone());
-            if tokens == 1 {
-                // SAFETY: every task has rows of its own.
-                return self.kernel.matmul(weights, x, unsafe { target.range(rows) });
-            }
-            let mut tile = vec![0f32; tokens * rows.len()];
-            self.kernel.matmul(weights, x, &mut tile);
-            for (token, tile) in tile.chunks_exact(rows.len()).enumerate() {
-                let start = token * features;
-                // SAFETY: as above, in every token's row.
-                unsafe { target.range(start + rows.start..start + rows.end) }.copy_from_slice(tile);
-            }
-        });
-        output(out, tokens, features)
-    }
-}
-
-pub struct Rope {
-    pub head_dim: usize,
-}
-
-impl CustomOp3 for Rope {
-    fn name(&self) -> &'static str {
-        "rope"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_l: &Layout,
-        cos: &CpuStorage,
-        cos_l: &Layout,
-        sin: &CpuStorage,
-        sin_l: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, cos, sin) = (Rows::of(x, x_l)?, Rows::of(cos, cos_l)?, Rows::of(sin, sin_l)?);
-        let half = cos.cols;
-        let mut out = Vec::with_capacity(x.rows * x.cols);
-        for row in 0..x.rows {
-            let (cos, sin) = (cos.row(row), sin.row(row));
-            for head in x.row(row).chunks_exact(self.head_dim) {
-                let (first, second) = (&head[..half], &head[half..2 * half]);
-                out.extend((0..half).map(|i| first[i] * cos[i] - second[i] * sin[i]));
-                out.extend((0..half).map(|i| second[i] * cos[i] + first[i] * sin[i]));
-                out.extend_from_slice(&head[2 * half..]);
-            }
-        }
-        output(out, x.rows, x.cols)
-    }
-}
-
-/// Writes rows (tokens, heads * head_dim) into a page (heads, PAGE, head_dim) from position `at` of the page.
-pub struct Store {
-    pub at: usize,
-}
-
-impl InplaceOp2 for Store {
-    fn name(&self) -> &'static str {
-        "store"
-    }
-
-    fn cpu_fwd(&self, page: &mut CpuStorage, page_l: &Layout, x: &CpuStorage, x_l: &Layout) -> Result<()> {
-        use half::slice::HalfFloatSliceExt;
-        let (_, page_len, head_dim) = page_l.shape().dims3()?;
-        let x = Rows::of(x, x_l)?;
-        for row in 0..x.rows {
-            for (head, x) in x.row(row).chunks_exact(head_dim).enumerate() {
-                let place = (head * page_len + self.at + row) * head_dim;
-                match page {
-                    CpuStorage::F16(page) => page[place..][..head_dim].convert_from_f32_slice(x),
-                    CpuStorage::F32(page) => page[place..][..head_dim].copy_from_slice(x),
-                    _ => bail!("a KV page holds f16 or f32"),
-                }
-            }
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout) -> Result<()> {
+        let out = RowsMut::of(out, out_l)?;
+        for (&id, out) in self.ids.iter().zip(out.data.chunks_exact_mut(self.table.cols)) {
+            kernels::dequantize(self.table.weights().row(id as usize), out);
         }
         Ok(())
     }
 }
 
-pub struct Attention<'a> {
+/// What every product with a weight matrix needs.
+pub struct Linear<'a> {
     pub kernel: &'a dyn Kernel,
     pub pool: &'a Pool,
+    pub phase: Phase,
     pub cancel: &'a Cancel,
-    pub layer: &'a KvLayer,
+    pub weights: &'a Mapped,
+}
+
+impl Linear<'_> {
+    /// `out (+)= input W^T`, where `input` writes the activations (cols) of a token.
+    fn run(&self, out: RowsMut<'_>, add: bool, input: impl Fn(usize, &mut [f32]) + Sync) {
+        let (tokens, weights) = (out.rows, self.weights.weights());
+        let tile = self.kernel.tile(weights.format, weights.cols, self.phase);
+        let mut packed = Scratch::take(tokens.div_ceil(tile.tokens) * tile.lines);
+        self.pack(&mut packed, tile, tokens, input);
+        let (packed, features) = (&packed[..], self.weights.rows);
+        let rows_per_task = self.rows_per_task(tokens);
+        let target = Disjoint::new(out.data);
+        let tasks = features.div_ceil(rows_per_task);
+        self.spread(tokens * features * weights.cols, tasks, |task| {
+            if self.cancel.is_set() {
+                return;
+            }
+            let rows = task * rows_per_task..features.min((task + 1) * rows_per_task);
+            self.kernel.matmul(weights.rows(rows.clone()), self.phase, packed, tokens, &mut |token, first, results| {
+                let start = token * features + rows.start + first;
+                // SAFETY: every task has rows of its own.
+                let out = unsafe { target.range(start..start + results.len()) };
+                if add {
+                    out.iter_mut().zip(results).for_each(|(out, result)| *out += result);
+                } else {
+                    out.copy_from_slice(results);
+                }
+            });
+        });
+    }
+
+    fn pack(&self, packed: &mut [Line], tile: Tile, tokens: usize, input: impl Fn(usize, &mut [f32]) + Sync) {
+        let weights = self.weights.weights();
+        let target = Disjoint::new(packed);
+        let tiles = tokens.div_ceil(tile.tokens);
+        self.spread(tokens * weights.cols * 16, tiles, |i| {
+            // SAFETY: every task has a tile of its own.
+            let lines = unsafe { target.range(i * tile.lines..(i + 1) * tile.lines) };
+            let mut row = Scratch::take(Line::count(4 * weights.cols));
+            let row = &mut view_mut::<f32>(&mut row)[..weights.cols];
+            for token in i * tile.tokens..tokens.min((i + 1) * tile.tokens) {
+                input(token, row);
+                self.kernel.pack(weights.format, self.phase, row, token % tile.tokens, lines);
+            }
+        });
+    }
+
+    /// Runs the tasks here, or on the pool if that is worth while.
+    fn spread(&self, work: usize, tasks: usize, task: impl Fn(usize) + Sync) {
+        if work < PARALLEL_FROM { (0..tasks).for_each(task) } else { self.pool.run(tasks, task) }
+    }
+
+    /// Enough tasks that an unlucky thread does not keep the others waiting and that a cancellation is seen soon; long
+    /// enough that memory is read in long runs, and in prefill whole panels.
+    fn rows_per_task(&self, tokens: usize) -> usize {
+        let share = self.weights.rows / (16 * self.pool.n_threads());
+        match self.phase {
+            Phase::Decode => share.next_multiple_of(8).clamp(8, 256),
+            Phase::Prefill if tokens <= 64 => share.next_multiple_of(32).clamp(32, 256),
+            Phase::Prefill => share.next_multiple_of(32).clamp(32, 128),
+        }
+    }
+}
+
+/// `out = norm(x) W^T`
+pub struct NormLinear<'a> {
+    pub linear: Linear<'a>,
+    pub eps: f32,
+}
+
+impl InplaceOp3 for NormLinear<'_> {
+    fn name(&self) -> &'static str {
+        "norm-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        out_l: &Layout,
+        x: &CpuStorage,
+        x_l: &Layout,
+        weight: &CpuStorage,
+        weight_l: &Layout,
+    ) -> Result<()> {
+        let x = Rows::of(x, x_l)?;
+        let weight = &weight.as_slice::<f32>()?[contiguous(weight_l)?];
+        self.linear.run(RowsMut::of(out, out_l)?, false, |token, row| {
+            self.linear.kernel.rms_norm(x.row(token), weight, self.eps, row);
+        });
+        Ok(())
+    }
+}
+
+/// `x += h W^T`
+pub struct LinearAdd<'a>(pub Linear<'a>);
+
+impl InplaceOp2 for LinearAdd<'_> {
+    fn name(&self) -> &'static str {
+        "linear-add"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout, h: &CpuStorage, h_l: &Layout) -> Result<()> {
+        let h = Rows::of(h, h_l)?;
+        self.0.run(RowsMut::of(x, x_l)?, true, |token, row| row.copy_from_slice(h.row(token)));
+        Ok(())
+    }
+}
+
+/// `x += (silu(gate) * up) W^T`
+pub struct SwiGluLinearAdd<'a>(pub Linear<'a>);
+
+impl InplaceOp2 for SwiGluLinearAdd<'_> {
+    fn name(&self) -> &'static str {
+        "swiglu-linear-add"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout, h: &CpuStorage, h_l: &Layout) -> Result<()> {
+        let h = Rows::of(h, h_l)?;
+        self.0.run(RowsMut::of(x, x_l)?, true, |token, row| {
+            let (gate, up) = h.row(token).split_at(h.cols / 2);
+            self.0.kernel.swiglu(gate, up, row);
+        });
+        Ok(())
+    }
+}
+
+/// Turns q and k in place.
+pub struct Rope<'a> {
+    pub pool: &'a Pool,
+    pub angles: &'a Angles,
     pub shape: AttentionShape,
 }
 
-impl CustomOp1 for Attention<'_> {
+impl InplaceOp1 for Rope<'_> {
     fn name(&self) -> &'static str {
-        "attention"
+        "rope"
     }
 
-    fn cpu_fwd(&self, q: &CpuStorage, q_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let AttentionShape { n_head, n_head_kv, head_dim, window } = self.shape;
-        let (q, group) = (Rows::of(q, q_l)?, n_head / n_head_kv);
-        let first = self.layer.len() - q.rows;
-        let guards: Vec<_> =
-            self.layer.iter().map(|page| (page.k.storage_and_layout().0, page.v.storage_and_layout().0)).collect();
-        let mut out = vec![0f32; q.rows * q.cols];
-        let target = Disjoint::new(&mut out);
-        let task = |task: usize| -> Result<()> {
-            if self.cancel.is_set() {
-                return Ok(());
-            }
-            let (block, kv_head) = (task / n_head_kv, task % n_head_kv);
-            let tokens = block * QUERY_TOKENS..q.rows.min((block + 1) * QUERY_TOKENS);
-            let sees = |token: usize| {
-                let position = first + token;
-                window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
-            };
-            let mut queries: Vec<Query> = tokens
-                .clone()
-                .flat_map(|token| (kv_head * group..(kv_head + 1) * group).map(move |head| (token, head)))
-                .map(|(token, head)| {
-                    let place = token * q.cols + head * head_dim;
-                    // SAFETY: each task has tokens and heads of its own.
-                    let out = unsafe { target.range(place..place + head_dim) };
-                    Query { q: &q.row(token)[head * head_dim..][..head_dim], keys: sees(token), out }
-                })
-                .collect();
-            let seen = sees(tokens.start).start..sees(tokens.end - 1).end;
-            let mut pages = Vec::with_capacity(guards.len());
-            for (page, (k, v)) in self.layer.iter().zip(&guards) {
-                if page.start < seen.end && page.start + PAGE > seen.start {
-                    let (k, v) = (head_of(k, kv_head, head_dim)?, head_of(v, kv_head, head_dim)?);
-                    pages.push(KvPage { start: page.start, k, v });
+    fn cpu_fwd(&self, qkv: &mut CpuStorage, qkv_l: &Layout) -> Result<()> {
+        let RowsMut { data, rows, cols } = RowsMut::of(qkv, qkv_l)?;
+        let (half, turned) = (self.angles.half, self.shape.q_dim() + self.shape.kv_dim());
+        let target = Disjoint::new(data);
+        let row = |row: usize| {
+            // SAFETY: a row a task.
+            let heads = unsafe { target.range(row * cols..row * cols + turned) };
+            let cos = &self.angles.cos[row * half..][..half];
+            let sin = &self.angles.sin[row * half..][..half];
+            for head in heads.chunks_exact_mut(self.shape.head_dim) {
+                let (first, second) = head[..2 * half].split_at_mut(half);
+                for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                 }
             }
-            self.kernel.attention(&mut queries, &pages, PAGE, head_dim);
-            Ok(())
         };
-        let tasks = q.rows.div_ceil(QUERY_TOKENS) * n_head_kv;
-        let failure = std::sync::Mutex::new(None);
-        let run = |i| {
-            if let Err(error) = task(i) {
-                *crate::threads::lock(&failure) = Some(error);
-            }
-        };
-        if q.rows * self.layer.len() * q.cols < PARALLEL_FROM {
-            (0..tasks).for_each(run)
+        if rows * turned < PARALLEL_FROM {
+            (0..rows).for_each(row)
         } else {
-            self.pool.run(tasks, run)
+            self.pool.run(rows, row)
         }
-        match failure.into_inner() {
-            Ok(None) => output(out, q.rows, q.cols),
-            Ok(Some(error)) => Err(error),
-            Err(_) => bail!("a task of attention panicked"),
-        }
-    }
-}
-
-/// One head of a page.
-fn head_of(storage: &Storage, head: usize, head_dim: usize) -> Result<KvSlice<'_>> {
-    let range = head * PAGE * head_dim..(head + 1) * PAGE * head_dim;
-    match storage {
-        Storage::Cpu(CpuStorage::F16(data)) => Ok(KvSlice::F16(&data[range])),
-        Storage::Cpu(CpuStorage::F32(data)) => Ok(KvSlice::F32(&data[range])),
-        _ => bail!("a KV page on the CPU holds f16 or f32"),
-    }
-}
-
-pub struct SwiGlu<'a> {
-    pub kernel: &'a dyn Kernel,
-    pub pool: &'a Pool,
-}
-
-impl CustomOp1 for SwiGlu<'_> {
-    fn name(&self) -> &'static str {
-        "swiglu"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = Rows::of(x, x_l)?;
-        let features = x.cols / 2;
-        let mut out = vec![0f32; x.rows * features];
-        let target = Disjoint::new(&mut out);
-        let row = |row: usize| {
-            let (gate, up) = x.row(row).split_at(features);
-            // SAFETY: a row a task.
-            self.kernel.swiglu(gate, up, unsafe { target.range(row * features..(row + 1) * features) });
-        };
-        if x.rows * features < PARALLEL_FROM {
-            (0..x.rows).for_each(row)
-        } else {
-            self.pool.run(x.rows, row)
-        }
-        output(out, x.rows, features)
-    }
-}
-
-pub struct Add;
-
-impl CustomOp2 for Add {
-    fn name(&self) -> &'static str {
-        "add"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, y: &CpuStorage, y_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, y) = (Rows::of(x, x_l)?, Rows::of(y, y_l)?);
-        let sum = x.whole()?.iter().zip(y.whole()?).map(|(x, y)| x + y).collect();
-        output(sum, x.rows, x.cols)
+        Ok(())
     }
 }

@@ -1,10 +1,12 @@
 //! The operations that `phi3.rs` is written in, over Candle tensors.
 //!
-//! Activations are (tokens, features) f32 tensors. On the CPU each operation is a Candle custom op that cuts its work
+//! Activations are (tokens, features) f32 tensors, and results are written over what was in a tensor of the right
+//! shape, so that a decoded token allocates nothing. On the CPU each operation is a Candle custom op that cuts its work
 //! into tasks for our own thread pool and calls a kernel for each; no Candle op that computes runs there, since those
 //! use a global pool that neither `n_threads` nor a fork governs. On other devices, and where the tests ask for it on
 //! the CPU, each operation is composed of Candle's own (`candle.rs`).
 
+mod attention;
 mod candle;
 mod cpu;
 mod matrix;
@@ -13,7 +15,8 @@ use candle_core::{Device, Tensor};
 
 use crate::cache::KvLayer;
 use crate::error::{Error, Result};
-use crate::kernels::Kernel;
+use crate::kernels::{Kernel, Phase};
+use crate::rope::Angles;
 use crate::threads::{Cancel, Pool};
 
 pub use matrix::{Matrix, format};
@@ -50,19 +53,20 @@ impl Backend {
 
     /// The operations of one pass. They stop early, with results that mean nothing, once `cancel` is set: the pass asks
     /// it before it uses them.
-    pub fn ops<'a>(&'a self, cancel: &'a Cancel) -> Ops<'a> {
-        Ops { backend: self, cancel }
+    pub fn ops<'a>(&'a self, phase: Phase, cancel: &'a Cancel) -> Ops<'a> {
+        Ops { backend: self, phase, cancel }
     }
 }
 
-/// The operations of one pass.
+/// The operations of one pass. The last argument takes the result.
 #[derive(Copy, Clone)]
 pub struct Ops<'a> {
     backend: &'a Backend,
+    phase: Phase,
     cancel: &'a Cancel,
 }
 
-/// How the query heads look at the KV heads.
+/// How the query heads look at the KV heads. A row of q, k and v holds `n_head` heads, then `n_head_kv`, then as many.
 #[derive(Copy, Clone, Debug)]
 pub struct AttentionShape {
     pub n_head: usize,
@@ -72,90 +76,109 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+impl AttentionShape {
+    pub fn q_dim(&self) -> usize {
+        self.n_head * self.head_dim
+    }
+
+    pub fn kv_dim(&self) -> usize {
+        self.n_head_kv * self.head_dim
+    }
+}
+
+/// `weight * x / sqrt(mean(x^2) + eps)`, row by row.
+pub struct Norm {
+    /// (features)
+    pub weight: Tensor,
+    pub eps: f32,
+}
+
 impl Ops<'_> {
     /// Rows of the embedding table: (tokens, hidden).
-    pub fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-        Ok(match self.backend {
-            Backend::Cpu { .. } => cpu::embed(table, ids),
-            Backend::Candle(_) => candle::embed(table, ids),
-        }?)
-    }
-
-    /// `weight * x / sqrt(mean(x^2) + eps)`, row by row; `weight` is (features).
-    pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        Ok(match self.backend {
-            Backend::Cpu { kernel, .. } => x.apply_op2_no_bwd(weight, &cpu::RmsNorm { kernel: kernel.as_ref(), eps }),
-            Backend::Candle(_) => candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps),
-        }?)
-    }
-
-    /// `x W^T`: (tokens, in) to (tokens, out).
-    pub fn linear(&self, x: &Tensor, weights: &Matrix) -> Result<Tensor> {
-        Ok(match self.backend {
-            Backend::Cpu { kernel, pool } => x.apply_op1_no_bwd(&cpu::Linear {
-                kernel: kernel.as_ref(),
-                pool,
-                cancel: self.cancel,
-                weights: weights.mapped()?,
-            }),
-            Backend::Candle(_) => candle::linear(x, weights),
-        }?)
-    }
-
-    /// Rotary embedding, NEOX order, of the first `2 * cos.dim(1)` features of every head of x (tokens, heads *
-    /// head_dim); the rest passes through. `cos` and `sin` are (tokens, rotated / 2).
-    pub fn rope(&self, x: &Tensor, head_dim: usize, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        Ok(match self.backend {
-            Backend::Cpu { .. } => x.apply_op3_no_bwd(cos, sin, &cpu::Rope { head_dim }),
-            Backend::Candle(_) => candle::rope(x, head_dim, cos, sin),
-        }?)
-    }
-
-    /// Append the keys and values (tokens, n_head_kv * head_dim) of the next positions to a layer's cache.
-    pub fn append(&self, layer: &mut KvLayer, k: &Tensor, v: &Tensor) -> Result<()> {
-        let tokens = k.dim(0)?;
-        layer.forget_behind_window();
-        let mut done = 0;
-        while done < tokens {
-            let (page, at, room) = layer.next_page()?;
-            let count = room.min(tokens - done);
-            for (source, target) in [(k, &page.k), (v, &page.v)] {
-                let rows = source.narrow(0, done, count)?;
-                match self.backend {
-                    Backend::Cpu { .. } => target.inplace_op2(&rows, &cpu::Store { at })?,
-                    Backend::Candle(_) => candle::store(target, &rows, at)?,
-                }
-            }
-            layer.advance(count);
-            done += count;
+    pub fn embed(&self, table: &Matrix, ids: &[u32], out: &mut Tensor) -> Result<()> {
+        match self.backend {
+            Backend::Cpu { .. } => out.inplace_op1(&cpu::Embed { table: table.mapped()?, ids })?,
+            Backend::Candle(_) => *out = candle::embed(table, ids)?,
         }
         Ok(())
     }
 
-    /// Causal attention of the newest positions over the cache: q is (tokens, n_head * head_dim), and so is the result.
-    pub fn attention(&self, q: &Tensor, layer: &KvLayer, shape: AttentionShape) -> Result<Tensor> {
-        Ok(match self.backend {
+    /// `norm(x) W^T`: (tokens, in) to (tokens, out).
+    pub fn norm_linear(&self, x: &Tensor, norm: &Norm, weights: &Matrix, out: &mut Tensor) -> Result<()> {
+        match self.backend {
             Backend::Cpu { kernel, pool } => {
-                q.apply_op1_no_bwd(&cpu::Attention { kernel: kernel.as_ref(), pool, cancel: self.cancel, layer, shape })
+                let linear = self.linear(kernel.as_ref(), pool, weights)?;
+                out.inplace_op3(x, &norm.weight, &cpu::NormLinear { linear, eps: norm.eps })?
             }
-            Backend::Candle(_) => candle::attention(q, layer, shape),
-        }?)
+            Backend::Candle(_) => *out = candle::linear(&candle::rms_norm(x, norm)?, weights)?,
+        }
+        Ok(())
     }
 
-    /// `silu(gate) * up`, where gate is the first half of x (tokens, 2 * features) and up the second.
-    pub fn swiglu(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self.backend {
-            Backend::Cpu { kernel, pool } => x.apply_op1_no_bwd(&cpu::SwiGlu { kernel: kernel.as_ref(), pool }),
-            Backend::Candle(_) => candle::swiglu(x),
-        }?)
+    /// `x += h W^T`.
+    pub fn linear_add(&self, h: &Tensor, weights: &Matrix, x: &mut Tensor) -> Result<()> {
+        match self.backend {
+            Backend::Cpu { kernel, pool } => {
+                x.inplace_op2(h, &cpu::LinearAdd(self.linear(kernel.as_ref(), pool, weights)?))?
+            }
+            Backend::Candle(_) => *x = (&*x + candle::linear(h, weights)?)?,
+        }
+        Ok(())
     }
 
-    /// `x + y`.
-    pub fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(match self.backend {
-            Backend::Cpu { .. } => x.apply_op2_no_bwd(y, &cpu::Add),
-            Backend::Candle(_) => x + y,
-        }?)
+    /// `x += (silu(gate) * up) W^T`, where gate is the first half of each row of `gate_up` and up the second.
+    pub fn swiglu_linear_add(&self, gate_up: &Tensor, weights: &Matrix, x: &mut Tensor) -> Result<()> {
+        match self.backend {
+            Backend::Cpu { kernel, pool } => {
+                x.inplace_op2(gate_up, &cpu::SwiGluLinearAdd(self.linear(kernel.as_ref(), pool, weights)?))?
+            }
+            Backend::Candle(_) => *x = (&*x + candle::linear(&candle::swiglu(gate_up)?, weights)?)?,
+        }
+        Ok(())
+    }
+
+    /// Rotary embedding, NEOX order, of the first `2 * angles.half` features of every head of q and k; the rest passes
+    /// through.
+    pub fn rope(&self, angles: &Angles, shape: AttentionShape, qkv: &mut Tensor) -> Result<()> {
+        match self.backend {
+            Backend::Cpu { pool, .. } => qkv.inplace_op1(&cpu::Rope { pool, angles, shape })?,
+            Backend::Candle(_) => *qkv = candle::rope(qkv, angles, shape)?,
+        }
+        Ok(())
+    }
+
+    /// Append the keys and values of the next positions to a layer's cache.
+    pub fn append(&self, qkv: &Tensor, shape: AttentionShape, layer: &mut KvLayer) -> Result<()> {
+        let tokens = qkv.dim(0)?;
+        layer.forget_behind_window();
+        let mut done = 0;
+        while done < tokens {
+            let (page, at, room) = layer.next_page()?;
+            let rows = done..tokens.min(done + room);
+            match self.backend {
+                Backend::Cpu { pool, .. } => attention::append(pool, qkv, rows.clone(), shape, page, at)?,
+                Backend::Candle(_) => candle::append(qkv, rows.clone(), shape, page, at)?,
+            }
+            layer.advance(rows.len());
+            done = rows.end;
+        }
+        Ok(())
+    }
+
+    /// Causal attention of the newest positions over the cache: (tokens, n_head * head_dim).
+    pub fn attention(&self, qkv: &Tensor, layer: &KvLayer, shape: AttentionShape, out: &mut Tensor) -> Result<()> {
+        match self.backend {
+            Backend::Cpu { kernel, pool } => {
+                let (kernel, cancel) = (kernel.as_ref(), self.cancel);
+                out.inplace_op2(qkv, &attention::Attention { kernel, pool, cancel, layer, shape })?
+            }
+            Backend::Candle(_) => *out = candle::attention(qkv, layer, shape)?,
+        }
+        Ok(())
+    }
+
+    fn linear<'a>(&'a self, kernel: &'a dyn Kernel, pool: &'a Pool, weights: &'a Matrix) -> Result<cpu::Linear<'a>> {
+        Ok(cpu::Linear { kernel, pool, phase: self.phase, cancel: self.cancel, weights: weights.mapped()? })
     }
 
     /// Has the pass been cancelled?

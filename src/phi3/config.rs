@@ -40,6 +40,11 @@ impl Config {
         self.n_head_kv * self.head_dim
     }
 
+    /// Keys and values of one position, in all layers.
+    pub fn kv_values(&self) -> usize {
+        2 * self.n_layers * self.kv_dim()
+    }
+
     /// Read and check.
     pub fn read(gguf: &Gguf) -> Result<Self> {
         let keys = Keys { gguf };

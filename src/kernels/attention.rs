@@ -1,0 +1,279 @@
+//! Attention of a few queries over the pages of a KV cache, for the fast kernels. Written once over [`Simd`].
+//!
+//! ```text
+//! for each page of 128 positions, in order, for each query:
+//!     s  = q . K / sqrt(d)                    lanes are keys: K lies (head_dim, positions)
+//!     m' = max(m, s);  p = exp(s - m');  out = out * exp(m - m') + p V;  the sum of p likewise
+//! ```
+//! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). Four queries share
+//! each load of K and V; what a query gets does not depend on which share with it: for keys that it does not see, p is 0.
+
+use half::f16;
+
+use super::scratch::Scratch;
+use super::simd::{self, Simd};
+use super::{KvPage, KvSlice, Line, PAGE, Query, view_mut};
+
+/// Queries that share loads.
+const QUERIES: usize = 4;
+
+/// An element of a cache page.
+///
+/// # Safety
+/// As for [`Simd`].
+unsafe trait Element: Copy {
+    unsafe fn load<V: Simd>(from: *const Self) -> V;
+}
+
+// SAFETY: reads `LANES` elements.
+unsafe impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const Self) -> V {
+        unsafe { V::load_f16(from) }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const Self) -> V {
+        unsafe { V::load(from) }
+    }
+}
+
+/// The state of the softmax of a few queries, and their scores on one page.
+struct Group<'a, 'b> {
+    queries: &'a mut [Query<'b>],
+    scores: [[f32; PAGE]; QUERIES],
+}
+
+/// As `Kernel::attention`.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub unsafe fn attention<V: Simd>(queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let lines = Line::count(4 * head_dim * QUERIES);
+    let page_lines = Line::count(4 * head_dim * PAGE);
+    let mut scratch = Scratch::take(lines + 2 * page_lines);
+    let (scaled, widened) = scratch.split_at_mut(lines);
+    let (k_wide, v_wide) = widened.split_at_mut(page_lines);
+    let (scaled, k_wide, v_wide) = (view_mut::<f32>(scaled), view_mut::<f32>(k_wide), view_mut::<f32>(v_wide));
+    for queries in queries.chunks_mut(QUERIES) {
+        for (query, scaled) in queries.iter_mut().zip(scaled.chunks_exact_mut(head_dim)) {
+            (query.max, query.sum) = (f32::NEG_INFINITY, 0.0);
+            query.out.fill(0.0);
+            for (to, q) in scaled.iter_mut().zip(query.q) {
+                *to = q * scale;
+            }
+        }
+        let mut group = Group { queries, scores: [[0.0; PAGE]; QUERIES] };
+        for page in pages {
+            // SAFETY: a page holds PAGE positions of head_dim; the rest is the caller's promise.
+            unsafe {
+                match (page.k, page.v) {
+                    (KvSlice::F16(k), KvSlice::F16(v)) => group.page::<V, f16>(page.start, scaled, k, v, head_dim),
+                    (KvSlice::F32(k), KvSlice::F32(v)) => group.page::<V, f32>(page.start, scaled, k, v, head_dim),
+                    (k, v) => {
+                        k.widen_keys(k_wide, head_dim);
+                        v.widen_values(v_wide, head_dim);
+                        group.page::<V, f32>(page.start, scaled, k_wide, v_wide, head_dim);
+                    }
+                }
+            }
+        }
+        for query in group.queries {
+            query.out.iter_mut().for_each(|out| *out /= query.sum);
+        }
+    }
+}
+
+impl Group<'_, '_> {
+    /// Add one page. `q` is (queries, head_dim), `k` (head_dim, PAGE), `v` (PAGE, head_dim).
+    #[inline(always)]
+    unsafe fn page<V: Simd, E: Element>(&mut self, start: usize, q: &[f32], k: &[E], v: &[E], head_dim: usize) {
+        assert!(k.len() >= PAGE * head_dim && v.len() >= PAGE * head_dim && q.len() >= QUERIES * head_dim);
+        let end = start + PAGE;
+        let from = self.queries.iter().map(|query| query.keys.start).min().unwrap_or(0).max(start);
+        let to = self.queries.iter().map(|query| query.keys.end).max().unwrap_or(0).min(end);
+        if from >= to {
+            return;
+        }
+        // Whole vectors, of one width or the other.
+        let block = 8 * V::LANES;
+        let seen = (from - start) / block * block..(to - start).next_multiple_of(block).min(PAGE);
+        // SAFETY: bounds were asserted above; `seen` lies within a page.
+        unsafe {
+            match self.queries.len() {
+                QUERIES => self.scores::<V, E, QUERIES, 2>(0, seen.clone(), q, k, head_dim),
+                n => {
+                    for i in 0..n {
+                        self.scores::<V, E, 1, 8>(i, seen.clone(), &q[i * head_dim..], k, head_dim);
+                    }
+                }
+            }
+            for (query, scores) in self.queries.iter_mut().zip(&mut self.scores) {
+                let in_page = |key: usize| (key.clamp(start, end) - start).clamp(seen.start, seen.end);
+                scores[seen.start..in_page(query.keys.start)].fill(f32::NEG_INFINITY);
+                scores[in_page(query.keys.end)..seen.end].fill(f32::NEG_INFINITY);
+                softmax::<V>(query, &mut scores[seen.clone()]);
+            }
+            let keys = from - start..to - start;
+            match self.queries.len() {
+                QUERIES => self.values::<V, E, QUERIES>(0, keys, v, head_dim),
+                n => {
+                    for i in 0..n {
+                        self.values::<V, E, 1>(i, keys.clone(), v, head_dim);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Scores of `Q` queries from query `first` on, `N` vectors of keys at a time.
+    #[inline(always)]
+    unsafe fn scores<V: Simd, E: Element, const Q: usize, const N: usize>(
+        &mut self,
+        first: usize,
+        keys: std::ops::Range<usize>,
+        q: &[f32],
+        k: &[E],
+        head_dim: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for key in keys.step_by(N * V::LANES) {
+                let mut sums = [[V::splat(0.0); N]; Q];
+                for d in 0..head_dim {
+                    let k = k.as_ptr().add(d * PAGE + key);
+                    let mut vectors = [V::splat(0.0); N];
+                    for n in 0..N {
+                        vectors[n] = E::load::<V>(k.add(n * V::LANES));
+                    }
+                    for i in 0..Q {
+                        let q = V::splat(*q.as_ptr().add(i * head_dim + d));
+                        for n in 0..N {
+                            sums[i][n] = q.mul_add(vectors[n], sums[i][n]);
+                        }
+                    }
+                }
+                for i in 0..Q {
+                    for n in 0..N {
+                        sums[i][n].store(self.scores[first + i].as_mut_ptr().add(key + n * V::LANES));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Add the values of a page, weighted, to the outputs of `Q` queries from query `first` on.
+    #[inline(always)]
+    unsafe fn values<V: Simd, E: Element, const Q: usize>(
+        &mut self,
+        first: usize,
+        keys: std::ops::Range<usize>,
+        v: &[E],
+        head_dim: usize,
+    ) {
+        // SAFETY: the caller's promise; vectors end at head_dim.
+        unsafe {
+            let mut d = 0;
+            while d + 2 * V::LANES <= head_dim {
+                if Q == 1 && d + 6 * V::LANES <= head_dim {
+                    self.value_columns::<V, E, Q, 6>(first, keys.clone(), v, head_dim, d);
+                    d += 6 * V::LANES;
+                } else {
+                    self.value_columns::<V, E, Q, 2>(first, keys.clone(), v, head_dim, d);
+                    d += 2 * V::LANES;
+                }
+            }
+            if d + V::LANES <= head_dim {
+                self.value_columns::<V, E, Q, 1>(first, keys.clone(), v, head_dim, d);
+                d += V::LANES;
+            }
+            for d in d..head_dim {
+                let mut column = [0f32; 16];
+                for key in keys.clone() {
+                    column[0] = 0.0;
+                    // One element through a vector: there is no other way from every element type to f32.
+                    let mut padded = [*v.as_ptr(); 16];
+                    padded[0] = *v.as_ptr().add(key * head_dim + d);
+                    E::load::<V>(padded.as_ptr()).store(column.as_mut_ptr());
+                    for i in first..first + Q {
+                        self.queries[i].out[d] += self.scores[i][key] * column[0];
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn value_columns<V: Simd, E: Element, const Q: usize, const N: usize>(
+        &mut self,
+        first: usize,
+        keys: std::ops::Range<usize>,
+        v: &[E],
+        head_dim: usize,
+        d: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[V::splat(0.0); N]; Q];
+            for i in 0..Q {
+                for n in 0..N {
+                    sums[i][n] = V::load(self.queries[first + i].out.as_ptr().add(d + n * V::LANES));
+                }
+            }
+            for key in keys {
+                let v = v.as_ptr().add(key * head_dim + d);
+                let mut vectors = [V::splat(0.0); N];
+                for n in 0..N {
+                    vectors[n] = E::load::<V>(v.add(n * V::LANES));
+                }
+                for i in 0..Q {
+                    let p = V::splat(self.scores[first + i][key]);
+                    for n in 0..N {
+                        sums[i][n] = p.mul_add(vectors[n], sums[i][n]);
+                    }
+                }
+            }
+            for i in 0..Q {
+                for n in 0..N {
+                    sums[i][n].store(self.queries[first + i].out.as_mut_ptr().add(d + n * V::LANES));
+                }
+            }
+        }
+    }
+}
+
+/// Scores become weights relative to the greatest so far; what the query has gathered is scaled to match.
+#[inline(always)]
+unsafe fn softmax<V: Simd>(query: &mut Query<'_>, scores: &mut [f32]) {
+    // SAFETY: `scores` is a whole number of vectors long; the output is scaled lane by lane.
+    unsafe {
+        let mut greatest = V::splat(query.max);
+        for i in (0..scores.len()).step_by(V::LANES) {
+            greatest = greatest.max(V::load(scores.as_ptr().add(i)));
+        }
+        let max = greatest.greatest();
+        if max == f32::NEG_INFINITY {
+            return scores.fill(0.0); // none of these is seen
+        }
+        if max > query.max && query.sum > 0.0 {
+            let mut shrink = [0f32; 16];
+            simd::exp(V::splat(query.max - max)).store(shrink.as_mut_ptr());
+            query.sum *= shrink[0];
+            query.out.iter_mut().for_each(|out| *out *= shrink[0]);
+        }
+        let mut sum = V::splat(0.0);
+        for i in (0..scores.len()).step_by(V::LANES) {
+            let scores = scores.as_mut_ptr().add(i);
+            let weight = simd::exp(V::load(scores).sub(V::splat(max)));
+            weight.store(scores);
+            sum = sum.add(weight);
+        }
+        query.max = max;
+        query.sum += sum.sum();
+    }
+}

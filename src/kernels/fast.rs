@@ -1,0 +1,96 @@
+//! The frame of a fast kernel: `Kernel` for a type that holds the permission to use an instruction set.
+
+/// `kernel!(Type, "name", "features", Vector, super-block products, small-block products)`: every method enters a
+/// function that is compiled for the features, and everything below is inlined into it.
+macro_rules! kernel {
+    ($kernel:ident, $name:literal, $features:literal, $V:ty, $super:ident, $small:ident, $pack_row:path) => {
+        impl crate::kernels::Kernel for $kernel {
+            fn name(&self) -> &'static str {
+                $name
+            }
+
+            fn tile(&self, format: Format, cols: usize, phase: Phase) -> Tile {
+                match phase {
+                    Phase::Prefill => Tile { tokens: pack::TILE, lines: pack::tile_lines(format, cols) },
+                    Phase::Decode => Tile { tokens: 1, lines: pack::row_lines(format, cols) },
+                }
+            }
+
+            fn pack(&self, format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]) {
+                #[target_feature(enable = $features)]
+                fn pack(format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]) {
+                    match phase {
+                        Phase::Prefill => pack::pack_tile(format, x, at, tile),
+                        Phase::Decode => $pack_row(format, x, tile),
+                    }
+                }
+                // SAFETY: a value of this type exists only where its features were found.
+                unsafe { pack(format, phase, x, at, tile) }
+            }
+
+            fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+                #[target_feature(enable = $features)]
+                unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+                    // SAFETY: the features are there, see below.
+                    unsafe { products::decode::<P>(weights, x, tokens, out) }
+                }
+                #[target_feature(enable = $features)]
+                unsafe fn prefill<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+                    // SAFETY: the features are there, see below.
+                    unsafe { products::prefill::<P>(weights, x, tokens, out) }
+                }
+                macro_rules! by {
+                    ($P:ty) => {
+                        match phase {
+                            Phase::Decode => decode::<$P>(weights, x, tokens, out),
+                            Phase::Prefill => prefill::<$P>(weights, x, tokens, out),
+                        }
+                    };
+                }
+                // SAFETY: a value of this type exists only where its features were found.
+                unsafe {
+                    match weights.format {
+                        Format::Q4_K => by!($super<blocks::Q4_K>),
+                        Format::Q5_K => by!($super<blocks::Q5_K>),
+                        Format::Q6_K => by!($super<blocks::Q6_K>),
+                        Format::Q8_0 => by!($small),
+                        Format::F32 => by!(Float<$V, StoredF32>),
+                        Format::F16 => by!(Float<$V, StoredF16>),
+                        Format::BF16 => by!(Float<$V, StoredBf16>),
+                        _ => by!(Float<$V, StoredBlocks>),
+                    }
+                }
+            }
+
+            fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                #[target_feature(enable = $features)]
+                unsafe fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                    // SAFETY: the features are there, see below.
+                    unsafe { float::rms_norm::<$V>(x, weight, eps, out) }
+                }
+                // SAFETY: a value of this type exists only where its features were found.
+                unsafe { rms_norm(x, weight, eps, out) }
+            }
+
+            fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+                #[target_feature(enable = $features)]
+                unsafe fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                    // SAFETY: the features are there, see below.
+                    unsafe { float::swiglu::<$V>(gate, up, out) }
+                }
+                // SAFETY: a value of this type exists only where its features were found.
+                unsafe { swiglu(gate, up, out) }
+            }
+
+            fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
+                #[target_feature(enable = $features)]
+                unsafe fn attention(queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
+                    // SAFETY: the features are there, see below.
+                    unsafe { attention::attention::<$V>(queries, pages, head_dim) }
+                }
+                // SAFETY: a value of this type exists only where its features were found.
+                unsafe { attention(queries, pages, head_dim) }
+            }
+        }
+    };
+}

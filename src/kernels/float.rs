@@ -1,0 +1,232 @@
+//! What the fast kernels do in f32: products with float weights (and with formats that have no integer products), norms
+//! and activations. Written once over [`Simd`].
+
+use std::marker::PhantomData;
+
+use half::f16;
+
+use super::pack::{FLOATS, FloatTile, SUPER, TILE};
+use super::products::Products;
+use super::simd::{self, Simd};
+use super::{Weights, dequantize};
+
+/// Products in f32 of weights that are stored as `S`.
+pub struct Float<V, S>(PhantomData<(V, S)>);
+
+/// How weights become vectors.
+///
+/// # Safety
+/// As for [`Simd`].
+pub unsafe trait Stored {
+    /// Bytes of a weight; None: it takes `dequantize`.
+    const BYTES: Option<usize>;
+
+    unsafe fn load<V: Simd>(from: *const u8) -> V;
+}
+
+pub struct StoredF32;
+pub struct StoredF16;
+pub struct StoredBf16;
+pub struct StoredBlocks;
+
+// SAFETY: each reads `LANES` weights of `BYTES` bytes.
+unsafe impl Stored for StoredF32 {
+    const BYTES: Option<usize> = Some(4);
+
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const u8) -> V {
+        unsafe { V::load(from.cast()) }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Stored for StoredF16 {
+    const BYTES: Option<usize> = Some(2);
+
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const u8) -> V {
+        unsafe { V::load_f16(from.cast::<f16>()) }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Stored for StoredBf16 {
+    const BYTES: Option<usize> = Some(2);
+
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const u8) -> V {
+        unsafe { V::load_bf16(from.cast()) }
+    }
+}
+
+// SAFETY: never loaded from: without `BYTES` the weights are dequantized and loaded as f32.
+unsafe impl Stored for StoredBlocks {
+    const BYTES: Option<usize> = None;
+
+    unsafe fn load<V: Simd>(_: *const u8) -> V {
+        unreachable!("blocks are dequantized")
+    }
+}
+
+/// Weights that are dequantized at a time: whole blocks of every format.
+const STEP: usize = SUPER;
+/// Sums of a dot product that run side by side.
+const CHAINS: usize = 4;
+
+// SAFETY: pointers stay inside the slices, see each.
+unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
+    type V = V;
+    type Row = f32;
+    type Tile = FloatTile;
+    type Block = [f32; FLOATS];
+    const BLOCK: usize = FLOATS;
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[f32]; T]) -> [f32; T] {
+        // SAFETY: loads end at `whole` or in a buffer of STEP; the rest is the caller's promise.
+        unsafe {
+            let mut sums = [[V::splat(0.0); CHAINS]; T];
+            let chunk = CHAINS * V::LANES;
+            let mut done = 0;
+            if let Some(bytes) = S::BYTES {
+                while done + chunk <= weights.cols {
+                    V::prefetch(weights.bytes.as_ptr().wrapping_add(done * bytes + 2048));
+                    for c in 0..CHAINS {
+                        let i = done + c * V::LANES;
+                        let w = S::load::<V>(weights.bytes.as_ptr().add(i * bytes));
+                        for t in 0..T {
+                            sums[t][c] = w.mul_add(V::load(x[t].as_ptr().add(i)), sums[t][c]);
+                        }
+                    }
+                    done += chunk;
+                }
+            }
+            let mut w = [0f32; STEP];
+            let mut x_end = [0f32; STEP];
+            while done < weights.cols {
+                let count = STEP.min(weights.cols - done);
+                dequantize(weights.part(done..done + count), &mut w[..count]);
+                w[count..].fill(0.0);
+                for t in 0..T {
+                    let mut from = x[t].as_ptr().add(done);
+                    if count < STEP {
+                        x_end[..count].copy_from_slice(&x[t][done..done + count]);
+                        x_end[count..].fill(0.0);
+                        from = x_end.as_ptr();
+                    }
+                    for i in (0..count.next_multiple_of(chunk)).step_by(V::LANES) {
+                        let sum = &mut sums[t][i / V::LANES % CHAINS];
+                        *sum = V::load(w.as_ptr().add(i)).mul_add(V::load(from.add(i)), *sum);
+                    }
+                }
+                done += count;
+            }
+            let mut out = [0f32; T];
+            for t in 0..T {
+                let [a, b, c, d] = sums[t];
+                out[t] = a.add(b).add(c.add(d)).sum();
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Self::Block, stride: usize) {
+        let mut buffer = [0f32; STEP];
+        for start in (0..weights.cols).step_by(STEP) {
+            let count = STEP.min(weights.cols - start);
+            dequantize(weights.part(start..start + count), &mut buffer[..count]);
+            buffer[count..].fill(0.0);
+            for (i, block) in buffer[..count.next_multiple_of(FLOATS)].as_chunks::<FLOATS>().0.iter().enumerate() {
+                // SAFETY: block `start / FLOATS + i` of the row: the caller has room for all of them.
+                unsafe { *to.add((start / FLOATS + i) * stride) = *block };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const T: usize>(rows: *const Self::Block, x: [&FloatTile; T], out: *mut f32, stride: usize) {
+        // SAFETY: the caller's promise; the 16 tokens of a tile are 16 / LANES vectors.
+        unsafe {
+            for t in 0..T {
+                let vectors = TILE / V::LANES;
+                // 4 vectors hold a tile whatever their width: from 16 lanes on only the first is used.
+                let mut sums = [[V::splat(0.0); 4]; 4];
+                for (k, x) in x[t].0.iter().enumerate() {
+                    for r in 0..Self::ROWS {
+                        let w = V::splat((*rows.add(r))[k]);
+                        for v in 0..vectors {
+                            sums[r][v] = w.mul_add(V::load(x.as_ptr().add(v * V::LANES)), sums[r][v]);
+                        }
+                    }
+                }
+                for r in 0..Self::ROWS {
+                    for v in 0..vectors {
+                        let out = out.add(t * stride + r * TILE + v * V::LANES);
+                        V::load(out).add(sums[r][v]).store(out);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `out = weight * x / sqrt(mean(x^2) + eps)`
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    // SAFETY: loads and stores end at `whole`.
+    unsafe {
+        let whole = x.len() - x.len() % V::LANES;
+        let mut squares = V::splat(0.0);
+        for i in (0..whole).step_by(V::LANES) {
+            let x = V::load(x.as_ptr().add(i));
+            squares = x.mul_add(x, squares);
+        }
+        let squares = squares.sum() + x[whole..].iter().map(|x| x * x).sum::<f32>();
+        let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+        for i in (0..whole).step_by(V::LANES) {
+            let x = V::load(x.as_ptr().add(i)).mul(V::splat(scale));
+            x.mul(V::load(weight.as_ptr().add(i))).store(out.as_mut_ptr().add(i));
+        }
+        for i in whole..x.len() {
+            out[i] = x[i] * scale * weight[i];
+        }
+    }
+}
+
+/// `out = silu(gate) * up`
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub unsafe fn swiglu<V: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    // SAFETY: loads and stores end at `whole`, or in buffers of 16, which no vector is longer than.
+    unsafe {
+        let whole = gate.len() - gate.len() % V::LANES;
+        for i in (0..whole).step_by(V::LANES) {
+            swiglu_vector::<V>(gate.as_ptr().add(i), up.as_ptr().add(i), out.as_mut_ptr().add(i));
+        }
+        let rest = gate.len() - whole;
+        if rest > 0 {
+            let (mut g, mut u, mut o) = ([0f32; 16], [0f32; 16], [0f32; 16]);
+            g[..rest].copy_from_slice(&gate[whole..]);
+            u[..rest].copy_from_slice(&up[whole..]);
+            swiglu_vector::<V>(g.as_ptr(), u.as_ptr(), o.as_mut_ptr());
+            out[whole..].copy_from_slice(&o[..rest]);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn swiglu_vector<V: Simd>(gate: *const f32, up: *const f32, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let gate = V::load(gate);
+        let silu = gate.div(V::splat(1.0).add(simd::exp(V::splat(0.0).sub(gate))));
+        silu.mul(V::load(up)).store(out);
+    }
+}

@@ -1,0 +1,229 @@
+//! Activations as the fast kernels want them: quantized to 8 bits for quantized weights, f32 for the others; row by
+//! row for decode, in tiles of 16 tokens for prefill.
+//!
+//! ```text
+//! K-quants, for each 256 features:   d = max|x| / 127;  q = round(x / d);  sums of q over each group of a scale
+//! Q8_0, for each 32 features:        d = max|x| / 127;  q = round(x / d);  the sum of q
+//! ```
+//! In a tile the tokens are the lanes of a vector: 4 consecutive features of token 0, the same of token 1, ... A weight
+//! row then meets it as broadcast groups of 4 weights, and needs no transposition.
+//!
+//! The code is plain Rust, inlined into each kernel and vectorized there.
+
+use super::Format;
+
+/// Tokens of a prefill tile.
+pub const TILE: usize = 16;
+/// Features that share a scale where weights come in super-blocks.
+pub const SUPER: usize = 256;
+
+/// Features of a block where weights are multiplied in f32.
+pub const FLOATS: usize = 64;
+
+/// A cache line: buffers of activations and scratch are made of these, so that everything in them is aligned.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct Line([u8; 64]);
+
+impl Line {
+    pub const ZERO: Line = Line([0; 64]);
+
+    pub const fn count(bytes: usize) -> usize {
+        bytes.div_ceil(size_of::<Line>())
+    }
+}
+
+/// How weights of a format meet activations in the fast kernels.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Scheme {
+    /// 256 weights with integer scales: 8 groups of 32 with scale and min, or 16 groups of 16.
+    Super { groups: usize },
+    /// 32 weights with a float scale.
+    Small,
+    /// Multiplied in f32.
+    Float,
+}
+
+impl Scheme {
+    pub fn of(format: Format) -> Self {
+        match format {
+            Format::Q4_K | Format::Q5_K => Scheme::Super { groups: 8 },
+            Format::Q6_K => Scheme::Super { groups: 16 },
+            Format::Q8_0 => Scheme::Small,
+            _ => Scheme::Float,
+        }
+    }
+}
+
+/// Marks what a `[Line]` may be viewed as.
+///
+/// # Safety
+/// Plain numbers: every bit pattern is valid, alignment at most that of `Line`.
+pub unsafe trait Plain: Copy {}
+// SAFETY: numbers, and arrays and repr(C) structs of numbers without padding that is read.
+unsafe impl Plain for f32 {}
+// SAFETY: as above.
+unsafe impl Plain for RowBlock {}
+// SAFETY: as above.
+unsafe impl Plain for SmallRow {}
+// SAFETY: as above.
+unsafe impl Plain for TileBlock {}
+// SAFETY: as above.
+unsafe impl Plain for SmallTile {}
+// SAFETY: as above.
+unsafe impl Plain for FloatTile {}
+
+pub fn view<T: Plain>(lines: &[Line]) -> &[T] {
+    const { assert!(align_of::<T>() <= align_of::<Line>()) };
+    // SAFETY: `Plain` promises that any bytes will do, the alignment is asserted, the length is rounded down.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines) / size_of::<T>()) }
+}
+
+pub fn view_mut<T: Plain>(lines: &mut [Line]) -> &mut [T] {
+    const { assert!(align_of::<T>() <= align_of::<Line>()) };
+    // SAFETY: as in `view`; and `T` leaves no invalid bytes behind, since `Line` is bytes.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), size_of_val(lines) / size_of::<T>()) }
+}
+
+/// 256 features of one token.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct RowBlock {
+    pub q: [i8; SUPER],
+    /// Of each group of 32 (the first 8) or 16.
+    pub sums: [i16; 16],
+    pub d: f32,
+    pad: [u32; 7],
+}
+
+/// 32 features of one token.
+#[derive(Copy, Clone)]
+#[repr(C)]
+pub struct SmallRow {
+    pub q: [i8; 32],
+    pub d: f32,
+}
+
+/// 256 features of 16 tokens.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct TileBlock {
+    /// `q[i][4 * token + j]` is feature `4 * i + j`.
+    pub q: [[i8; 64]; 64],
+    /// `sums[i][2 * token + j]` is the sum of group `2 * i + j`.
+    pub sums: [[i16; 32]; 8],
+    pub d: [f32; TILE],
+}
+
+/// 32 features of 16 tokens.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct SmallTile {
+    pub q: [[i8; 64]; 8],
+    pub sums: [i32; TILE],
+    pub d: [f32; TILE],
+}
+
+/// 64 features of 16 tokens; zeros behind the last feature.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct FloatTile(pub [[f32; TILE]; FLOATS]);
+
+/// Lines of one token for decode.
+pub fn row_lines(format: Format, cols: usize) -> usize {
+    Line::count(match Scheme::of(format) {
+        Scheme::Super { .. } => cols / SUPER * size_of::<RowBlock>(),
+        Scheme::Small => cols / 32 * size_of::<SmallRow>(),
+        Scheme::Float => cols * 4,
+    })
+}
+
+/// Lines of a tile of 16 tokens for prefill.
+pub fn tile_lines(format: Format, cols: usize) -> usize {
+    Line::count(match Scheme::of(format) {
+        Scheme::Super { .. } => cols / SUPER * size_of::<TileBlock>(),
+        Scheme::Small => cols / 32 * size_of::<SmallTile>(),
+        Scheme::Float => cols.div_ceil(FLOATS) * size_of::<FloatTile>(),
+    })
+}
+
+/// 8 bits and their scale. What is not finite makes the scale a NaN, so that it does not vanish; what is smaller than
+/// any activation counts as 0.
+#[inline(always)]
+fn quantize<const N: usize>(x: &[f32; N], q: &mut [i8; N]) -> f32 {
+    // As integers, magnitudes compare as they do as numbers, and a NaN is the greatest.
+    let greatest = f32::from_bits(x.iter().fold(0, |greatest, x| greatest.max(x.abs().to_bits())));
+    let (d, scale) = if greatest > 1e-30 { (greatest / 127.0, 127.0 / greatest) } else { (0.0, 0.0) };
+    // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits: this vectorizes everywhere.
+    const ROUND: f32 = 12_582_912.0;
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = (x * scale + ROUND).to_bits() as i8;
+    }
+    if greatest < f32::INFINITY { d } else { f32::NAN }
+}
+
+#[inline(always)]
+fn sum(q: &[i8]) -> i32 {
+    q.iter().map(|&q| q as i32).sum()
+}
+
+/// One token for decode.
+#[inline(always)]
+pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
+    match Scheme::of(format) {
+        Scheme::Super { groups } => {
+            for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<RowBlock>(row)) {
+                block.d = quantize(x, &mut block.q);
+                block.sums = [0; 16];
+                for (sum_of, q) in block.sums.iter_mut().zip(block.q.chunks_exact(SUPER / groups)) {
+                    *sum_of = sum(q) as i16;
+                }
+            }
+        }
+        Scheme::Small => {
+            for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<SmallRow>(row)) {
+                block.d = quantize(x, &mut block.q);
+            }
+        }
+        Scheme::Float => view_mut(row)[..x.len()].copy_from_slice(x),
+    }
+}
+
+/// Token `at` of a tile for prefill; the others of the tile are left as they are.
+#[inline(always)]
+pub fn pack_tile(format: Format, x: &[f32], at: usize, tile: &mut [Line]) {
+    match Scheme::of(format) {
+        Scheme::Super { groups } => {
+            let mut q = [0; SUPER];
+            for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<TileBlock>(tile)) {
+                block.d[at] = quantize(x, &mut q);
+                spread(&q, at, &mut block.q);
+                for (group, q) in q.chunks_exact(SUPER / groups).enumerate() {
+                    block.sums[group / 2][2 * at + group % 2] = sum(q) as i16;
+                }
+            }
+        }
+        Scheme::Small => {
+            let mut q = [0; 32];
+            for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<SmallTile>(tile)) {
+                block.d[at] = quantize(x, &mut q);
+                block.sums[at] = sum(&q);
+                spread(&q, at, &mut block.q);
+            }
+        }
+        Scheme::Float => {
+            for (x, block) in x.chunks(FLOATS).zip(view_mut::<FloatTile>(tile)) {
+                for (i, to) in block.0.iter_mut().enumerate() {
+                    to[at] = x.get(i).copied().unwrap_or(0.0);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn spread(q: &[i8], at: usize, to: &mut [[i8; 64]]) {
+    for (q, to) in q.as_chunks::<4>().0.iter().zip(to) {
+        to[4 * at..4 * at + 4].copy_from_slice(q);
+    }
+}

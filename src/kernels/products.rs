@@ -1,0 +1,185 @@
+//! The two shapes of a matrix product, written once for every fast kernel and format.
+//!
+//! ```text
+//! decode:   for each weight row, for each 4 tokens:   out[token, row] = dot(row, x[token])
+//! prefill:  for each panel of 32 weight rows:         unpack it, into cache
+//!               for each 2 tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
+//!               turn the sums from (row, token) to (token, row)
+//! ```
+//! A panel is read once from memory, in order, and used for every token. While it is multiplied, the next one is
+//! prefetched. A sum depends on nothing but its row and its token: not on how many of either there are.
+
+use super::pack::{Line, Plain, TILE, view};
+use super::scratch::Scratch;
+use super::simd::Simd;
+use super::{Out, Weights};
+
+/// Rows of a panel: 32 rows of 8192 weights are 0.4 MB unpacked, half of an L2 cache.
+const PANEL: usize = 32;
+/// Sums of one tile with a panel.
+const TILE_STRIDE: usize = PANEL * TILE;
+/// Tokens that share the unpacking of a weight in decode.
+const TOGETHER: usize = 4;
+/// Rows whose results decode hands out together.
+const STRIP: usize = 64;
+
+/// How weights of one format are multiplied with one instruction set.
+///
+/// # Safety
+/// As for [`Simd`]: whoever calls a method does so on a CPU that has the instructions, in a function compiled for them.
+pub unsafe trait Products {
+    /// Any vector of the instruction set.
+    type V: Simd;
+    /// Activations of one token for decode, a block of features.
+    type Row: Plain;
+    /// Activations of 16 tokens for prefill, a block of features.
+    type Tile: Plain;
+    /// Unpacked weights of one row, a block of features.
+    type Block: Copy;
+    /// Features of a block.
+    const BLOCK: usize;
+    /// Rows that are multiplied together: a divisor of 32.
+    const ROWS: usize;
+
+    /// One weight row with `T` tokens.
+    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[Self::Row]; T]) -> [f32; T];
+
+    /// Unpack one weight row: block i goes to `to + i * stride`.
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Self::Block, stride: usize);
+
+    /// `ROWS` rows with `T` tiles: 16 sums of row r and tile t are added to at `out + 16 * r + t * tile_stride`.
+    unsafe fn multiply<const T: usize>(
+        rows: *const Self::Block,
+        x: [&Self::Tile; T],
+        out: *mut f32,
+        tile_stride: usize,
+    );
+}
+
+/// A few tokens, prepared row by row.
+///
+/// # Safety
+/// As for [`Products`].
+#[inline(always)]
+pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+    let lines = x.len() / tokens;
+    let row = |token: usize| view::<P::Row>(&x[token * lines..(token + 1) * lines]);
+    let mut strip = [[0f32; STRIP]; TOGETHER];
+    let rows = weights.n_rows();
+    for first in (0..rows).step_by(STRIP) {
+        let count = STRIP.min(rows - first);
+        let mut token = 0;
+        while token < tokens {
+            let together = match tokens - token {
+                1 => 1,
+                2 | 3 => 2,
+                _ => TOGETHER,
+            };
+            for i in 0..count {
+                let w = weights.row(first + i);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match together {
+                        1 => [strip[0][i]] = P::dot(w, [row(token)]),
+                        2 => [strip[0][i], strip[1][i]] = P::dot(w, [row(token), row(token + 1)]),
+                        _ => {
+                            let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
+                            [strip[0][i], strip[1][i], strip[2][i], strip[3][i]] = P::dot(w, x);
+                        }
+                    }
+                }
+            }
+            for (t, strip) in strip.iter().enumerate().take(together) {
+                out(token + t, first, &strip[..count]);
+            }
+            token += together;
+        }
+    }
+}
+
+/// Any number of tokens, prepared in tiles of 16.
+///
+/// # Safety
+/// As for [`Products`].
+#[inline(always)]
+pub unsafe fn prefill<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+    let tiles = tokens.div_ceil(TILE);
+    let lines = x.len() / tiles;
+    let tile = |tile: usize| view::<P::Tile>(&x[tile * lines..(tile + 1) * lines]);
+    let (rows, blocks) = (weights.n_rows(), weights.cols.div_ceil(P::BLOCK));
+    let panel_lines = Line::count(blocks * PANEL * size_of::<P::Block>());
+    let sums_lines = Line::count(tiles * PANEL * TILE * 4);
+    let mut scratch = Scratch::take(panel_lines + sums_lines);
+    let (panel, sums) = scratch.split_at_mut(panel_lines);
+    let panel = panel.as_mut_ptr().cast::<P::Block>();
+    let sums = sums.as_mut_ptr().cast::<f32>();
+    for first in (0..rows).step_by(PANEL) {
+        let count = PANEL.min(rows - first);
+        // SAFETY: panel and sums have room for `blocks * PANEL` blocks and `tiles * PANEL * TILE` sums, aligned as
+        // `Line` is; rows behind the last are multiplied too, whatever they hold, but not handed out. The rest is
+        // the caller's promise.
+        unsafe {
+            for row in 0..count {
+                P::unpack(weights.row(first + row), panel.add(row), PANEL);
+            }
+            std::slice::from_raw_parts_mut(sums, tiles * TILE_STRIDE).fill(0.0);
+            let mut ahead = Ahead::new::<P>(weights, first + PANEL, tiles.div_ceil(2) * blocks);
+            for t in (0..tiles).step_by(2) {
+                for block in 0..blocks {
+                    ahead.fetch::<P>();
+                    for row in (0..count).step_by(P::ROWS) {
+                        let w = panel.add(block * PANEL + row);
+                        let out = sums.add(t * TILE_STRIDE + row * TILE);
+                        if t + 1 < tiles {
+                            P::multiply(w, [&tile(t)[block], &tile(t + 1)[block]], out, TILE_STRIDE);
+                        } else {
+                            P::multiply(w, [&tile(t)[block]], out, TILE_STRIDE);
+                        }
+                    }
+                }
+            }
+            let mut turned = [0f32; PANEL * TILE]; // (token, row)
+            for t in 0..tiles {
+                let sums = sums.add(t * TILE_STRIDE);
+                for row in (0..count).step_by(4) {
+                    for token in (0..TILE).step_by(4) {
+                        let to = turned.as_mut_ptr().add(token * PANEL + row);
+                        P::V::transpose4(sums.add(row * TILE + token), TILE, to, PANEL);
+                    }
+                }
+                for token in 0..TILE.min(tokens - t * TILE) {
+                    out(t * TILE + token, first, &turned[token * PANEL..][..count]);
+                }
+            }
+        }
+    }
+}
+
+/// Prefetches the next panel of weights a few lines at a time.
+struct Ahead {
+    next: *const u8,
+    end: *const u8,
+    step: usize,
+}
+
+impl Ahead {
+    fn new<P: Products>(weights: Weights<'_>, row: usize, steps: usize) -> Self {
+        let row_bytes = weights.format.row_bytes(weights.cols);
+        // It may lie behind the last row: prefetching never faults, and there the next task's rows lie.
+        let next = weights.bytes.as_ptr().wrapping_add(row * row_bytes);
+        let bytes = PANEL * row_bytes;
+        Ahead { next, end: next.wrapping_add(bytes), step: bytes.div_ceil(steps) }
+    }
+
+    /// # Safety
+    /// As for [`Products`].
+    #[inline(always)]
+    unsafe fn fetch<P: Products>(&mut self) {
+        let end = self.next.wrapping_add(self.step).min(self.end);
+        while self.next < end {
+            // SAFETY: the caller's promise.
+            unsafe { P::V::prefetch(self.next) };
+            self.next = self.next.wrapping_add(64);
+        }
+    }
+}
