@@ -41,8 +41,8 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeHub], 
                 monkeypatch.delenv(name)
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_HOME", str(home))
-        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.5")
-        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.5")
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "2")
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "2")
         server.mend()
         server.forget()
         return home
