@@ -19,13 +19,14 @@ demo: build ## build, and stream a haiku from the bundled model
 build: require .venv/build ## the optimized build, installed in .venv
 	$(BIN)/maturin develop --release
 
-# The tests of the engine and the module for Python share a profile, so that the dependencies are compiled once.
+# The tests of the engine and the module for Python share a profile and the default features, so that the dependencies
+# are compiled once.
 engine: require .venv/test
 	$(BIN)/maturin develop
 
 test: engine ## the tests of the engine (cargo) and of the package (pytest), with both totals at the end
 	@set -o pipefail; \
-	cargo test --no-default-features 2>&1 | tee .venv/cargo.log && cargo=0 || cargo=1; \
+	cargo test 2>&1 | tee .venv/cargo.log && cargo=0 || cargo=1; \
 	$(BIN)/python -m pytest 2>&1 | tee .venv/pytest.log && pytest=0 || pytest=1; \
 	awk '/^test result:/ { passed += $$4; failed += $$6 } END { printf "\ncargo:  %d passed, %d failed\n", passed, failed }' \
 		.venv/cargo.log; \
@@ -40,6 +41,7 @@ asan: require ## the tests of kernels, files and tokenizers under AddressSanitiz
 lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against the compiled module
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --lib --no-default-features -- -D warnings
 	cargo clippy --all-targets --features python -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 	$(BIN)/ruff check

@@ -28,6 +28,12 @@ pub enum Error {
     /// The process forked after the model was loaded (`ForkError`).
     #[error("{0}")]
     Fork(String),
+    /// A download failed (`DownloadError`).
+    #[error("{message}")]
+    Download { message: String, url: Option<String>, status: Option<u16>, host: Option<String> },
+    /// The file is not here, and the network may not be used (`OfflineError`).
+    #[error("{0}")]
+    Offline(String),
     /// The caller passed a value out of range (`ValueError`).
     #[error("{0}")]
     Value(String),
@@ -39,7 +45,14 @@ pub enum Error {
     Cancelled,
 }
 
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A download that failed for a reason that is nobody's answer, such as a full disk.
+    pub fn download(message: String) -> Self {
+        Error::Download { message, url: None, status: None, host: None }
+    }
+}
 
 impl From<candle_core::Error> for Error {
     /// Shapes and types are checked at load, so an error from Candle afterwards is a bug of ours.

@@ -21,6 +21,8 @@
 //! Engine::bandwidth       bandwidth   how fast the weights can be read at all: for benchmarks
 //! ```
 //!
+//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs.
+//!
 //! Imports go down this list, never up.
 
 pub mod bandwidth;
@@ -33,6 +35,7 @@ pub mod generate;
 pub mod gguf;
 pub mod hub;
 pub mod kernels;
+pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod panic;
@@ -45,5 +48,6 @@ pub mod schedule;
 pub mod stock;
 pub mod stop;
 pub mod stream;
+pub mod task;
 pub mod threads;
 pub mod tokenizer;

@@ -1,5 +1,6 @@
 //! The Python module `candle_phi._engine`: classes, exceptions, and the interpreter's lock. Nothing is decided here.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -17,19 +18,22 @@ use crate::gguf::Value;
 use crate::model::Want;
 use crate::sampling::Sampling;
 use crate::stream::TextStream;
+use crate::task::{self, Phase, Progress, Task};
 use crate::tokenizer::Tokenizer;
-use crate::{hub, kernels, panic, threads};
+use crate::{hub, kernels, memory, panic, threads};
 
 mod raised {
     use pyo3::import_exception;
     import_exception!(candle_phi.errors, BusyError);
     import_exception!(candle_phi.errors, ClosedError);
     import_exception!(candle_phi.errors, ContextLengthError);
+    import_exception!(candle_phi.errors, DownloadError);
     import_exception!(candle_phi.errors, ForkError);
     import_exception!(candle_phi.errors, InternalError);
     import_exception!(candle_phi.errors, InvalidModelError);
     import_exception!(candle_phi.errors, ModelNotFoundError);
     import_exception!(candle_phi.errors, NotInThisVersionError);
+    import_exception!(candle_phi.errors, OfflineError);
     import_exception!(candle_phi.errors, UnsupportedModelError);
 }
 
@@ -45,6 +49,8 @@ impl From<Error> for PyErr {
                 raised::ContextLengthError::new_err((message, prompt_tokens, n_ctx))
             }
             Error::Busy(_) => raised::BusyError::new_err(message),
+            Error::Download { url, status, host, .. } => raised::DownloadError::new_err((message, url, status, host)),
+            Error::Offline(_) => raised::OfflineError::new_err(message),
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
@@ -67,6 +73,26 @@ fn signals() -> ControlFlow<PyErr> {
     }
 }
 
+/// Runs the engine in a thread of its own, and tells `watch(phase, done, total)` how far it is. Its exception, or that
+/// of a signal, ends the wait.
+fn watched<T: Send + 'static>(
+    py: Python<'_>,
+    watch: Option<Py<PyAny>>,
+    work: impl FnOnce(&Task) -> Result<T, Error> + Send + 'static,
+) -> PyResult<T> {
+    let look = |progress: Progress| {
+        let call = |py: Python<'_>| {
+            py.check_signals()?;
+            if let Some(watch) = &watch {
+                watch.call1(py, (progress.phase.name(), progress.done, progress.total))?;
+            }
+            Ok(())
+        };
+        Python::attach(call).map_or_else(ControlFlow::Break, ControlFlow::Continue)
+    };
+    finished(detached(py, || task::run(work, look))?)
+}
+
 fn finished<T>(result: ControlFlow<PyErr, T>) -> PyResult<T> {
     match result {
         ControlFlow::Continue(value) => Ok(value),
@@ -80,7 +106,7 @@ struct Model(Engine);
 #[pymethods]
 impl Model {
     #[new]
-    #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template))]
+    #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template, watch))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn new(
         py: Python<'_>,
@@ -94,10 +120,15 @@ impl Model {
         mmap: bool,
         tokenizer: Option<PathBuf>,
         chat_template: Option<String>,
+        watch: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let options =
             LoadOptions { n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template };
-        detached(py, || Engine::load(&path, &options)).map(Model)
+        let load = move |task: &Task| {
+            task.report(Phase::Load, 0, None);
+            Engine::load(&path, &options)
+        };
+        watched(py, watch, load).map(Model)
     }
 
     #[getter]
@@ -225,7 +256,7 @@ impl Model {
         repeat_last_n: i64,
         presence_penalty: f32,
         frequency_penalty: f32,
-        logit_bias: std::collections::BTreeMap<u32, f32>,
+        logit_bias: BTreeMap<u32, f32>,
         seed: Option<u64>,
         stop: Vec<String>,
         ignore_eos: bool,
@@ -380,9 +411,80 @@ fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 }
 
 #[pyfunction]
-fn default_model(py: Python<'_>) -> PyResult<Option<String>> {
-    detached(py, || Ok(hub::cached(hub::DEFAULT_REPO, hub::DEFAULT_FILE)))
-        .map(|path| path.map(|path| path.to_string_lossy().into_owned()))
+fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64)> {
+    detached(py, || memory::needed(&path, n_ctx, kv_cache))
+}
+
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct Hub(hub::Hub);
+
+type CachedFile = (String, String, String, Vec<String>, PathBuf, u64);
+
+#[pymethods]
+impl Hub {
+    #[new]
+    #[pyo3(signature = (*, revision, cache_dir, token, local_files_only, proxies))]
+    fn new(
+        revision: Option<String>,
+        cache_dir: Option<PathBuf>,
+        token: Option<Bound<'_, PyAny>>,
+        local_files_only: bool,
+        proxies: BTreeMap<String, String>,
+    ) -> PyResult<Self> {
+        let token = match token {
+            None => hub::Token::Environment,
+            Some(token) => match token.extract::<bool>() {
+                Ok(true) => hub::Token::Required,
+                Ok(false) => hub::Token::None,
+                Err(_) => hub::Token::Given(token.extract()?),
+            },
+        };
+        Ok(Hub(hub::Hub::new(revision, cache_dir, token, local_files_only, proxies)?))
+    }
+
+    fn cached(&self, py: Python<'_>, repo: &str, filename: Option<&str>) -> PyResult<Option<PathBuf>> {
+        detached(py, || self.0.cached(repo, filename))
+    }
+
+    fn download(
+        &self,
+        py: Python<'_>,
+        repo: String,
+        filename: Option<String>,
+        watch: Option<Py<PyAny>>,
+    ) -> PyResult<PathBuf> {
+        let hub = self.0.clone();
+        watched(py, watch, move |task| hub.download(&repo, filename.as_deref(), task))
+    }
+
+    #[allow(clippy::type_complexity)] // the tuple that `_engine.pyi` describes
+    fn info(&self, py: Python<'_>, repo: String) -> PyResult<(String, String, Vec<(String, u64, Option<String>)>)> {
+        let hub = self.0.clone();
+        watched(py, None, move |task| hub.info(&repo, task)).map(|info| (info.repo, info.commit, info.files))
+    }
+
+    fn files(&self, py: Python<'_>) -> PyResult<Vec<CachedFile>> {
+        detached(py, || Ok(self.0.list())).map(cached_files)
+    }
+
+    fn verify(
+        &self,
+        py: Python<'_>,
+        repo: Option<String>,
+        filename: Option<String>,
+        watch: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<CachedFile>> {
+        let hub = self.0.clone();
+        watched(py, watch, move |task| hub.verify(repo.as_deref(), filename.as_deref(), task)).map(cached_files)
+    }
+
+    fn remove(&self, py: Python<'_>, repo: &str, filename: Option<&str>) -> PyResult<u64> {
+        detached(py, || self.0.remove(repo, filename))
+    }
+}
+
+fn cached_files(files: Vec<hub::cache::CachedFile>) -> Vec<CachedFile> {
+    files.into_iter().map(|file| (file.repo, file.name, file.commit, file.revisions, file.path, file.size)).collect()
 }
 
 /// The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values.
@@ -391,12 +493,14 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Model, Stream, default_model, doctor};
+    use super::{Hub, Model, Stream, doctor, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::panic::silence();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
+        module.add("KNOWN_MODELS", known.collect::<Vec<_>>())?;
         module.add("DEFAULT_REPO", crate::hub::DEFAULT_REPO)?;
         module.add("DEFAULT_FILE", crate::hub::DEFAULT_FILE)
     }

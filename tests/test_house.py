@@ -49,7 +49,20 @@ def test_every_allow_has_its_reason() -> None:
 
 
 def test_python_modules_import_only_downwards() -> None:
-    order = ["errors", "_engine", "options", "messages", "results", "stream", "model", "bench", "cli"]
+    order = [
+        "errors",
+        "_engine",
+        "options",
+        "progress",
+        "hub",
+        "memory",
+        "messages",
+        "results",
+        "stream",
+        "model",
+        "bench",
+        "cli",
+    ]
     for path in PYTHON:
         if path.stem not in order:
             continue

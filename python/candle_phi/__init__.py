@@ -7,6 +7,7 @@ with Phi.demo() as phi:
         print(chunk, end="", flush=True)
 """
 
+from . import hub
 from ._engine import __version__
 from .errors import (
     BusyError,
@@ -23,6 +24,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .model import Phi
+from .progress import Progress
 from .results import Chunk, Result, Timings, TokenLogprob, Usage
 from .stream import Stream
 
@@ -40,6 +42,7 @@ __all__ = [
     "OfflineError",
     "Phi",
     "PhiError",
+    "Progress",
     "Result",
     "Stream",
     "Timings",
@@ -47,4 +50,5 @@ __all__ = [
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "hub",
 ]

@@ -1,15 +1,31 @@
 """The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias, final
 
-__all__ = ["DEFAULT_FILE", "DEFAULT_REPO", "Model", "Stream", "__version__", "default_model", "doctor"]
+__all__ = [
+    "DEFAULT_FILE",
+    "DEFAULT_REPO",
+    "KNOWN_MODELS",
+    "Hub",
+    "Model",
+    "Stream",
+    "__version__",
+    "doctor",
+    "memory_needed",
+]
 
 __version__: str
 DEFAULT_REPO: str
 """The Hub's repository of the model that the command line runs."""
 DEFAULT_FILE: str
 """Its file in that repository."""
+KNOWN_MODELS: list[tuple[str, str, str]]
+"""Short names, each with the repository and the file that it stands for."""
 
+_Watch: TypeAlias = Callable[[str, int, int | None], object]
+"""Called in the waiting thread, some 16 times a second: phase, bytes done, bytes in all."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
 
@@ -30,6 +46,7 @@ class Model:
         mmap: bool,
         tokenizer: str | None,
         chat_template: str | None,
+        watch: _Watch | None,
     ) -> Model: ...
     @property
     def path(self) -> str: ...
@@ -130,5 +147,39 @@ class Stream:
 def doctor() -> dict[str, object]:
     """What this build finds on this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
 
-def default_model() -> str | None:
-    """The path of Microsoft's Phi-3-mini-4k-instruct-q4.gguf in the Hub cache, if it is there."""
+def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int]:
+    """Bytes of a file's weights, and of the keys and values of `n_ctx` tokens (None: of 4096)."""
+
+_CachedFile: TypeAlias = tuple[str, str, str, list[str], Path, int]
+"""repository, file, commit, branches and tags, path, size"""
+
+@final
+class Hub:
+    """The Hub and the cache of its files."""
+
+    def __new__(
+        cls,
+        *,
+        revision: str | None,
+        cache_dir: str | None,
+        token: str | bool | None,
+        local_files_only: bool,
+        proxies: dict[str, str],
+    ) -> Hub: ...
+    def cached(self, repo: str, filename: str | None) -> Path | None:
+        """The file, or the first part of a split one, if all of it is in the cache. Opens no socket."""
+
+    def download(self, repo: str, filename: str | None, watch: _Watch | None) -> Path:
+        """The same, fetched where it is not in the cache."""
+
+    def info(self, repo: str) -> tuple[str, str, list[tuple[str, int, str | None]]]:
+        """Repository, commit, and its files: name, size, SHA-256 of large ones."""
+
+    def files(self) -> list[_CachedFile]:
+        """The GGUF files in the cache."""
+
+    def verify(self, repo: str | None, filename: str | None, watch: _Watch | None) -> list[_CachedFile]:
+        """Hashes files in the cache anew; InvalidModelError names those that are damaged."""
+
+    def remove(self, repo: str, filename: str | None) -> int:
+        """Removes files from the cache; the bytes that are free again."""

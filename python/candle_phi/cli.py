@@ -13,14 +13,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from . import __version__, _engine, options
+from . import __version__, _engine, hub, options
 from ._engine import DEFAULT_FILE, DEFAULT_REPO
-from .errors import ModelNotFoundError, NotInThisVersionError, PhiError
+from .errors import DownloadError, NotInThisVersionError, PhiError
 from .model import Phi
 from .results import Result
 
-_UNBUILT = ("chat", "serve", "batch", "pull", "list", "rm", "verify")
-_COMMANDS = ("run", "bench", "doctor", "tokenize", *_UNBUILT)
+_UNBUILT = ("chat", "serve", "batch")
+_COMMANDS = ("run", "pull", "list", "verify", "rm", "bench", "doctor", "tokenize", *_UNBUILT)
 
 _MODEL_OPTIONS: Mapping[str, tuple[type, str]] = {
     "n_ctx": (int, "how many tokens the context holds (default: the file's)"),
@@ -29,8 +29,13 @@ _MODEL_OPTIONS: Mapping[str, tuple[type, str]] = {
     "engine": (str, "native, or candle: Candle's own loop (default: native)"),
     "kernel": (str, "a name that doctor prints (default: the best here)"),
     "kv_cache": (str, "f16, f32 or q8_0 (default: f16)"),
-    "tokenizer": (str, "path of a tokenizer.json (default: the GGUF's own)"),
+    "tokenizer": (str, "path of a tokenizer.json, or a Hub repository with one (default: the GGUF's own)"),
     "chat_template": (str, "a Jinja source (default: the file's)"),
+}
+_HUB_OPTIONS: Mapping[str, tuple[type, str]] = {
+    "revision": (str, "a branch, a tag or a commit (default: main)"),
+    "cache_dir": (str, "where downloads are kept (default: the cache of Hugging Face's tools)"),
+    "token": (str, "for private and gated repositories (default: HF_TOKEN, or a login's)"),
 }
 _SAMPLING_OPTIONS: Mapping[str, tuple[type, str]] = {
     "max_tokens": (int, "default: until a stop or the end of the context"),
@@ -86,7 +91,7 @@ def _as_typed(message: str) -> str:
 
     def typed(found: re.Match[str]) -> str:
         name = next(filter(None, found.groups()))
-        known = name in options.GENERATION or name in options.MODEL
+        known = name in options.GENERATION or name in options.MODEL or name in options.HUB
         return "--" + name.replace("_", "-") if known else found[0]
 
     message = re.sub(r"Phi\((.+?)\)", r"--model \1", message.replace(", an option of Phi()", ""))
@@ -126,6 +131,8 @@ def _dispatch(arguments: list[str]) -> None:
         _doctor(arguments[1:])
     elif command == "tokenize":
         _tokenize(arguments[1:])
+    elif command in _HUB_COMMANDS:
+        _HUB_COMMANDS[command](arguments[1:])
     elif command == "bench":
         _bench(arguments[1:])
     elif command == "run":
@@ -180,7 +187,8 @@ def _run_parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         description="Streams the answer of a Phi-3-family model.",
-        epilog="Other commands: bench, doctor, tokenize. A command's name as prompt: candle-phi run list.",
+        epilog="Other commands: pull, list, verify, rm, bench, doctor, tokenize. "
+        "A command's name as prompt: candle-phi run list.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -227,26 +235,29 @@ def _add_model(parser: _Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="PATH",
-        help=f"a GGUF file, or demo: the bundled one (default: {DEFAULT_FILE} in the Hub's cache)",
+        metavar="MODEL",
+        help=f"a GGUF file, a Hub repository, a short name that list prints, or demo: the bundled one "
+        f"(default: {DEFAULT_FILE}, downloaded once)",
     )
     _add(group, _MODEL_OPTIONS)
+    group.add_argument("--filename", metavar="TEXT", help="which file of the repository: a name, or a pattern")
+    _add(group, _HUB_OPTIONS)
+    group.add_argument("--local-files-only", action="store_true", help="never download")
     group.add_argument("--no-mmap", action="store_false", dest="mmap", help="read the file into private memory")
 
 
 def _open(typed: argparse.Namespace) -> Phi:
     given: dict[str, Any] = {name: getattr(typed, name) for name in options.MODEL if name in typed}
-    path = getattr(typed, "model", None)
+    path = getattr(typed, "model", DEFAULT_REPO)
     if path == "demo":
         return _asked(lambda: Phi.demo(**given))
-    if path is None:
-        path = _engine.default_model()
-        if path is None:
-            raise ModelNotFoundError(
-                f"{DEFAULT_FILE} is not in the Hub's cache: `hf download {DEFAULT_REPO} {DEFAULT_FILE}` gets it "
-                "(2.4 GB), --model takes any other file, and --model demo works now"
-            )
-    return _asked(lambda: Phi.from_pretrained(path, **given))
+    given |= {name: getattr(typed, name) for name in options.HUB if name in typed}
+    try:
+        return _asked(lambda: Phi.from_pretrained(path, **given))
+    except DownloadError as error:
+        if "model" not in typed:
+            error.args = (f"{error}; --model demo works without a download",)
+        raise
 
 
 def _asked(call: Callable[[], _T]) -> _T:
@@ -325,6 +336,65 @@ def _pieces(phi: Phi, ids: list[int]) -> list[str]:
     letter = phi.tokenize("a")
     before = len(phi.detokenize(letter, skip_special=False))
     return [phi.detokenize([*letter, token], skip_special=False)[before:] for token in ids]
+
+
+def _pull(arguments: list[str]) -> None:
+    typed = _hub_parser("pull", "Downloads a model into the cache, and prints its path.", model=True).parse(arguments)
+    given = {name: getattr(typed, name) for name in _HUB_OPTIONS if name in typed}
+    _write(f"{_asked(lambda: hub.download(typed.repo_id, typed.filename, **given))}\n")
+
+
+def _list(arguments: list[str]) -> None:
+    parser = _hub_parser("list", "Prints the short names, and the models in the cache.", "cache_dir")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    typed = parser.parse(arguments)
+    found = _asked(lambda: hub.list_cached(cache_dir=getattr(typed, "cache_dir", None)))
+    if "json" in typed:
+        cached = [{**dataclasses.asdict(file), "path": str(file.path)} for file in found]
+        _write_json({"short_names": dict(hub.SHORT_NAMES), "cached": cached})
+        return
+    sizes = {(file.repo_id, file.filename): f"{file.size / 1e9:.2f} GB" for file in found}
+    rows = [(short, *meant, sizes.pop(meant, "not here")) for short, meant in hub.SHORT_NAMES.items()]
+    rows += [("", *meant, size) for meant, size in sizes.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        _write(line.rstrip() + "\n")
+
+
+def _verify(arguments: list[str]) -> None:
+    parser = _hub_parser("verify", "Hashes what is in the cache anew.", "cache_dir", model=True, optional=True)
+    typed = parser.parse(arguments)
+    place = getattr(typed, "cache_dir", None)
+    for file in _asked(lambda: hub.verify(typed.repo_id, typed.filename, cache_dir=place)):
+        _write(f"ok  {file.repo_id}  {file.filename}  {file.size} bytes\n")
+
+
+def _rm(arguments: list[str]) -> None:
+    parser = _hub_parser("rm", "Removes a repository, or files of it, from the cache.", "cache_dir", model=True)
+    typed = parser.parse(arguments)
+    place = getattr(typed, "cache_dir", None)
+    freed = _asked(lambda: hub.remove(typed.repo_id, typed.filename, cache_dir=place))
+    _write(f"{freed} bytes are free again\n")
+
+
+_HUB_COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
+    "pull": _pull,
+    "list": _list,
+    "verify": _verify,
+    "rm": _rm,
+}
+
+
+def _hub_parser(command: str, text: str, *names: str, model: bool = False, optional: bool = False) -> _Parser:
+    prog = f"candle-phi {command}"
+    parser = _Parser(prog=prog, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if model:
+        count = "?" if optional else None
+        parser.add_argument("repo_id", metavar="REPO", nargs=count, default=None, help="a repository or a short name")
+        parser.add_argument("filename", metavar="FILE", nargs="?", default=None, help="a file's name, or a pattern")
+    _add(parser, {name: _HUB_OPTIONS[name] for name in names or _HUB_OPTIONS})
+    return parser
 
 
 def _bench(arguments: list[str]) -> None:

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
 
-from . import _engine, options
-from ._engine import DEFAULT_FILE, DEFAULT_REPO
+from . import _engine, hub, memory, options
+from ._engine import DEFAULT_REPO
 from .errors import ModelNotFoundError, NotInThisVersionError
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
+from .progress import OnProgress, watching
 from .results import Result
 from .stream import Stream
 
@@ -38,7 +39,7 @@ class ModelOptions(TypedDict, total=False):
     tokenizer: str | os.PathLike[str] | None
     chat_template: str | None
     max_concurrent: int | None
-    on_progress: Callable[..., object] | None
+    on_progress: OnProgress | None
 
 
 def _parameters_of(
@@ -67,10 +68,10 @@ class Phi:
         kernel: None: `CANDLE_PHI_KERNEL`, else the best that runs here; a name from `candle-phi doctor`.
         kv_cache: what keys and values are stored as: `"f16"`, `"f32"` or `"q8_0"`.
         mmap: False reads the file into private memory, for files that may change or lie on a network mount.
-        tokenizer: the path of a `tokenizer.json`; None: the GGUF's own.
+        tokenizer: the path of a `tokenizer.json`, or a repository of the Hub that has one; None: the GGUF's own.
         chat_template: a Jinja source; None: the file's, else the family's.
         max_concurrent: not in this version.
-        on_progress: not in this version.
+        on_progress: called with a `Progress` while it loads. An exception that it raises ends that.
 
     Raises:
         ModelNotFoundError: there is no such file. The message names the call that works.
@@ -94,7 +95,7 @@ class Phi:
         tokenizer: str | os.PathLike[str] | None = None,
         chat_template: str | None = None,
         max_concurrent: int | None = None,
-        on_progress: Callable[..., object] | None = None,
+        on_progress: OnProgress | None = None,
         **unknown: Never,
     ) -> None:
         given = _arguments(locals(), "model_path")
@@ -104,7 +105,9 @@ class Phi:
         _check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
-        self._model = _engine.Model(path, **checked)
+        memory.warn(path, checked["n_ctx"], checked["kv_cache"])
+        with watching("", False, on_progress) as watch:
+            self._model = _engine.Model(path, watch=watch, **checked)
         # how to open it again: what to call, with which path, with which options
         self._recipe: tuple[Callable[..., Phi], tuple[str, ...], dict[str, Any]]
         self._recipe = type(self), (os.path.abspath(path),), checked
@@ -134,27 +137,36 @@ class Phi:
         progress: bool | None = None,
         **model_options: Unpack[ModelOptions],
     ) -> Self:
-        """Opens a model of the Hugging Face Hub.
+        """Opens a model of the Hugging Face Hub, which is downloaded once; an existing local path is opened as it is.
 
-        This version does not download. It opens an existing local path, and Microsoft's
-        `Phi-3-mini-4k-instruct-q4.gguf` where it is in the Hub's cache already.
+        Args:
+            repo_id, filename, revision, cache_dir, token, local_files_only, progress: as `hub.download` has them.
+            model_options: those of `Phi`. `on_progress` is told of the download too; `tokenizer` may be a repository
+                that has a `tokenizer.json`.
 
         Raises:
-            NotInThisVersionError: the file would have to be downloaded.
+            DownloadError, OfflineError: the file cannot be had.
+            ModelNotFoundError: no file of the repository is meant, or several are; the message lists them.
         """
         options.checked(options.MODEL, model_options)
         repo_id = options.path("repo_id", repo_id)
+        place: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "progress": progress,
+            "on_progress": model_options.get("on_progress"),
+        }
+        options.checked(options.HUB, {**place, "filename": filename, "revision": revision})
+        tokenizer = model_options.get("tokenizer")
+        if tokenizer is not None and _is_repository(tokenizer):
+            model_options["tokenizer"] = hub.download(os.fspath(tokenizer), "tokenizer.json", **place)
         if not _is_repository(repo_id):
             if revision or cache_dir:
                 raise ValueError(f"revision and cache_dir are for the Hub's repositories, and {repo_id!r} is a path")
             return cls(repo_id if filename is None else os.path.join(repo_id, filename), **model_options)
-        usual = not (revision or cache_dir) and filename in (None, DEFAULT_FILE)
-        cached = _engine.default_model() if repo_id == DEFAULT_REPO and usual else None
-        if cached is None:
-            raise NotInThisVersionError(
-                f"downloading {repo_id!r} is not in this version: get the .gguf file and open it with Phi(path)"
-            )
-        return cls(cached, **model_options)
+        path = hub.download(repo_id, filename, revision=revision, **place)
+        return cls(path, **model_options)
 
     @property
     def path(self) -> str:
@@ -263,7 +275,7 @@ class Phi:
             logprobs: report the log probability of every token.
             top_logprobs: and of this many of the most likely at its place, at most 20.
             timeout: not in this version.
-            on_progress: not in this version.
+            on_progress: not in this version: `Phi` and `from_pretrained` take it.
             raw: take a str as it stands instead of as a user turn.
             parse_special: whether special tokens in a raw prompt count as such; None: they do.
             add_bos: put the beginning-of-text token before a raw prompt.
@@ -394,10 +406,10 @@ def _arguments(local: dict[str, object], *positional: str) -> dict[str, object]:
 
 
 def _is_repository(path: object) -> bool:
-    """Whether it reads as `organisation/name` and no such path exists."""
+    """Whether it reads as `organisation/name` or is a short name, and no such path exists."""
     if not isinstance(path, str) or path.endswith((".gguf", ".json")) or os.path.exists(path):
         return False
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
+    return path in hub.SHORT_NAMES or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
 
 
 def _check_file(path: str) -> None:
@@ -421,10 +433,7 @@ def _check_file(path: str) -> None:
 def _tokenizer_path(path: str) -> str:
     """The absolute path of a `tokenizer.json`."""
     if _is_repository(path):
-        raise NotInThisVersionError(
-            f"tokenizer={path!r}: taking it from a Hub repository is not in this version; "
-            "give the path of its tokenizer.json"
-        )
+        path = str(hub.download(path, "tokenizer.json"))
     if not os.path.isfile(path):
         raise ModelNotFoundError(f"tokenizer={path!r}: no such file; give the path of a tokenizer.json")
     return os.path.abspath(path)

@@ -94,6 +94,18 @@ def _maybe(check: Check, absent: object = None) -> Check:
     return lambda name, value: absent if value is None else check(name, value)
 
 
+def _callable(name: str, value: object) -> object:
+    if not callable(value):
+        _wrong_type(name, "a function", value)
+    return value
+
+
+def _token(name: str, value: object) -> str | bool:
+    if not isinstance(value, (str, bool)):
+        _wrong_type(name, "a str, True or False", value)
+    return value if isinstance(value, bool) else encodable(name, value)
+
+
 def _unbuilt(name: str, value: object) -> None:
     if value is not None:
         raise NotInThisVersionError(f"the option {name} is not in this version")
@@ -158,9 +170,21 @@ MODEL: dict[str, Check] = {
     "tokenizer": _maybe(path),
     "chat_template": _maybe(_name),
     "max_concurrent": _unbuilt,
-    "on_progress": _unbuilt,
+    "on_progress": _maybe(_callable),
 }
 """The options of `Phi`."""
+
+HUB: dict[str, Check] = {
+    "repo_id": _name,
+    "filename": _maybe(_name),
+    "revision": _maybe(_name),
+    "cache_dir": _maybe(path),
+    "token": _maybe(_token),
+    "local_files_only": flag,
+    "progress": _maybe(flag),
+    "on_progress": _maybe(_callable),
+}
+"""Where a model comes from: the options of `Phi.from_pretrained` and of `candle_phi.hub`."""
 
 PROMPT: dict[str, Check] = {"raw": flag, "parse_special": _maybe(flag), "add_bos": flag}
 """The options of a generation that say how a prompt is read."""

@@ -1,0 +1,170 @@
+//! Names of repositories, revisions and files. Each becomes part of a path in the cache, and some come from a server:
+//! what would lead out of the cache folder is refused here.
+
+use crate::error::{Error, Result};
+
+/// `organisation/name` (or a name alone), by the Hub's rules.
+pub fn check_repo(repo: &str) -> Result<()> {
+    let part = |part: &str| {
+        !part.is_empty()
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+            && !part.starts_with(['.', '-'])
+            && !part.ends_with(['.', '-'])
+            && !part.contains("--")
+            && !part.contains("..")
+    };
+    if repo.len() <= 193 && repo.split('/').count() <= 2 && repo.split('/').all(part) {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "repo_id must be 'organisation/name' of letters, digits, '-', '_' and '.', or a short name; not {repo:?}"
+    )))
+}
+
+/// A branch, a tag or a commit.
+pub fn check_revision(revision: &str) -> Result<()> {
+    let allowed = revision.chars().all(|c| c.is_alphanumeric() || "._-/+@".contains(c));
+    if allowed && is_inside(revision) {
+        return Ok(());
+    }
+    Err(Error::Value(format!("revision must be a branch, a tag or a commit, not {revision:?}")))
+}
+
+/// Whether a file's name, as the Hub writes it, stays inside the folder that it is joined to, on every platform.
+pub fn is_inside(name: &str) -> bool {
+    name.len() <= 1024
+        && !name.contains(['\\', ':', '\0'])
+        && !name.chars().any(char::is_control)
+        && name.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+}
+
+/// A commit: 40 hexadecimal digits.
+pub fn is_commit(text: &str) -> bool {
+    is_hex(text, 40)
+}
+
+pub fn is_hex(text: &str, digits: usize) -> bool {
+    text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// Whether a name is a pattern.
+pub fn is_glob(name: &str) -> bool {
+    name.contains(['*', '?', '['])
+}
+
+/// Whether `name` matches a shell pattern: `*`, `?`, `[a-z]` and `[!a-z]`, where `*` goes through slashes too.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    // Where the last star was, and how much of the name it has taken: a mismatch lets it take one more.
+    let (mut p, mut n, mut star) = (0, 0, None);
+    while n < name.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, n));
+                p += 1;
+                continue;
+            }
+            Some(_) => {
+                let (fits, length) = fits_one(&pattern[p..], name[n]);
+                if fits {
+                    (p, n) = (p + length, n + 1);
+                    continue;
+                }
+            }
+            None => {}
+        }
+        let Some((at, taken)) = star else { return false };
+        (p, n, star) = (at + 1, taken + 1, Some((at, taken + 1)));
+    }
+    pattern[p..].iter().all(|&c| c == '*')
+}
+
+/// Whether the first element of a pattern (not a star) matches `c`, and how many characters it has.
+fn fits_one(pattern: &[char], c: char) -> (bool, usize) {
+    match pattern[0] {
+        '?' => (true, 1),
+        '[' => {
+            let negated = pattern.get(1) == Some(&'!');
+            let start = 1 + usize::from(negated);
+            // a ] right at the start is one of the characters
+            let Some(end) = (start + 1..pattern.len()).find(|&i| pattern[i] == ']') else { return (c == '[', 1) };
+            let set = &pattern[start..end];
+            let mut found = false;
+            let mut i = 0;
+            while i < set.len() {
+                if i + 2 < set.len() && set[i + 1] == '-' {
+                    found |= (set[i]..=set[i + 2]).contains(&c);
+                    i += 3;
+                } else {
+                    found |= set[i] == c;
+                    i += 1;
+                }
+            }
+            (found != negated, end + 1)
+        }
+        other => (other == c, 1),
+    }
+}
+
+/// The names of all parts of a split GGUF file, given one: `x-00001-of-00003.gguf`. A name that is not of a split
+/// file is its own only part.
+pub fn parts(name: &str) -> Vec<String> {
+    let Some((stem, count)) = split(name) else { return vec![name.to_owned()] };
+    (1..=count).map(|i| format!("{stem}-{i:05}-of-{count:05}.gguf")).collect()
+}
+
+fn split(name: &str) -> Option<(&str, usize)> {
+    let number = |text: &str| (text.len() == 5).then(|| text.parse().ok()).flatten();
+    let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+    let (stem, index) = rest.rsplit_once('-')?;
+    let (index, count): (usize, usize) = (number(index)?, number(count)?);
+    (1..=count).contains(&index).then_some((stem, count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_lead_out_of_the_cache() {
+        for name in ["", "/etc/passwd", "../x", "a/../../x", "a//b", "C:x", "a\\b", "a/.", "a\0b", "a\nb"] {
+            assert!(!is_inside(name), "{name:?}");
+        }
+        assert!(is_inside("sub/模型-q4.gguf"));
+        for repo in ["", "/", "a/", "../b", "a/..", "a/b/c", "a--b/c", "-a/b", "a b/c", "a/b."] {
+            assert!(check_repo(repo).is_err(), "{repo:?}");
+        }
+        assert!(check_repo("microsoft/Phi-3-mini-4k-instruct-gguf").is_ok());
+        for revision in ["", "..", "a/../b", "/a", "a b", "a?b", "a\\b"] {
+            assert!(check_revision(revision).is_err(), "{revision:?}");
+        }
+        assert!(check_revision("refs/pr/1").is_ok());
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, expected) in [
+            ("*q4.gguf", "Phi-3-mini-4k-instruct-q4.gguf", true),
+            ("*q4.gguf", "Phi-3-mini-4k-instruct-q4.gguf.part", false),
+            ("*", "a/b", true),
+            ("a*b*c", "a1b2b3c", true),
+            ("a*b*c", "a1b2b3", false),
+            ("?[0-9].gguf", "q4.gguf", true),
+            ("q[!4].gguf", "q4.gguf", false),
+            ("q[]4].gguf", "q].gguf", true),
+            ("[", "[", true),
+            ("**********************************************b", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", false),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn parts_of_a_split_file() {
+        assert_eq!(parts("a/b-00002-of-00003.gguf").len(), 3);
+        assert_eq!(parts("a/b-00002-of-00003.gguf")[0], "a/b-00001-of-00003.gguf");
+        for whole in ["b.gguf", "b-00004-of-00003.gguf", "b-1-of-3.gguf", "b-00000-of-00000.gguf", "-of-.gguf"] {
+            assert_eq!(parts(whole), [whole]);
+        }
+    }
+}

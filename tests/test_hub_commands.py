@@ -1,0 +1,216 @@
+"""What a shell and a terminal see of the Hub: the commands, the bar, the warning of too little memory."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from candle_phi import Phi, hub, memory
+from conftest import HAIKU, run_python
+from fake_hub import FakeHub
+
+COMMAND = [sys.executable, "-m", "candle_phi"]
+posix = pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeHub]:
+    with Phi.demo() as phi:
+        server = FakeHub({"demo-q4.gguf": Path(phi.path).read_bytes(), "other.gguf": b"another"})
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def home(server: FakeHub, use: Callable[[FakeHub], Path]) -> Path:
+    return use(server)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """What a command prints; on failure what it says."""
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stderr
+    said, silent = (done.stderr, done.stdout) if code else (done.stdout, done.stderr)
+    assert silent == b""
+    return said.decode()
+
+
+def on_terminal(*arguments: str, **env: str) -> tuple[int, str, str]:
+    """Runs with a terminal as stderr: exit code, stdout, and what the terminal was sent."""
+    import pty
+
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "100", **env},
+    )
+    os.close(slave)
+    sent = b""
+    try:
+        while data := os.read(master, 4096):
+            sent += data
+    except OSError:  # Linux ends a terminal so
+        pass
+    os.close(master)
+    out, _ = process.communicate(timeout=30)
+    return process.returncode, out.decode(), sent.decode()
+
+
+def test_pull_list_verify_rm(home: Path, server: FakeHub) -> None:
+    path = run("pull", "org/model", "*q4*").strip()
+    assert Path(path).read_bytes() == server.files["demo-q4.gguf"]
+    assert run("pull", "org/model", "demo-q4.gguf", "--revision", "v1").strip() == path
+    listed = run("list")
+    assert [line.split() for line in listed.splitlines()][-1] == ["org/model", "demo-q4.gguf", "0.00", "GB"]
+    for short, (repo, file) in hub.SHORT_NAMES.items():
+        assert [short, repo, file, "not", "here"] in [line.split() for line in listed.splitlines()]
+    (found,) = json.loads(run("list", "--json"))["cached"]
+    assert (found["repo_id"], found["path"], found["revisions"]) == ("org/model", path, ["main", "v1"])
+    size = len(server.files["demo-q4.gguf"])
+    assert run("verify") == run("verify", "org/model", "demo*") == f"ok  org/model  demo-q4.gguf  {size} bytes\n"
+    Path(path).resolve().write_bytes(b"damaged")
+    assert "demo-q4.gguf has the checksum" in run("verify", code=1)
+    assert run("rm", "org/model") == "7 bytes are free again\n"
+    assert "not in the cache" in run("rm", "org/model", code=1)
+    assert "org/model" not in run("list")
+
+
+def test_mistakes_are_usage_errors(home: Path, server: FakeHub) -> None:
+    for arguments in (["pull"], ["rm"], ["pull", "a/b/c"], ["pull", "org/model", "../x"], ["list", "--tokn"]):
+        assert len(run(*arguments, code=2).splitlines()) == 1
+    assert run(HAIKU, "--model", "org/model", "--revision", "a b", code=2).startswith("candle-phi: --revision must be")
+    assert "did you mean candle-phi pull" in run("pul", code=2)
+
+
+def test_a_prompt_to_a_model_of_the_hub(home: Path, server: FakeHub, phi: Phi) -> None:
+    arguments = [HAIKU, "--seed", "1", "--model", "org/model", "--filename", "*q4*"]
+    answer = phi.generate(HAIKU, seed=1) + "\n"
+    assert run(*arguments) == answer
+    server.forget()
+    assert run(*arguments, "--local-files-only") == answer
+    assert server.requests == []
+
+
+def test_the_main_command(home: Path, server: FakeHub, phi: Phi, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo, file = hub.SHORT_NAMES["phi-3-mini-4k"]
+    monkeypatch.setattr(server, "repo", repo)
+    monkeypatch.setitem(server.files, file, server.files["demo-q4.gguf"])
+    assert run(HAIKU, "--seed=1") == phi.generate(HAIKU, seed=1) + "\n"
+    server.forget()
+    assert run(HAIKU, "--seed=1", "--model", "phi-3-mini-4k") == phi.generate(HAIKU, seed=1) + "\n"
+    assert server.requests == []
+
+
+def test_a_failure_is_one_line(home: Path, server: FakeHub) -> None:
+    server.break_with(lambda reply, _: setattr(reply, "status", 403), times=None)
+    (line,) = run("pull", "org/model", "other.gguf", code=1).splitlines()
+    assert "localhost answers 403" in line
+    assert "Signature" not in line
+
+
+@posix
+def test_the_bar(home: Path, server: FakeHub) -> None:
+    server.break_with(lambda reply, _: setattr(reply, "slow", 0.005), times=None)
+    code, out, drawn = on_terminal("pull", "org/model", "demo-q4.gguf")
+    assert (code, Path(out.strip()).name) == (0, "demo-q4.gguf")
+    lines = [line.rstrip() for line in drawn.replace("\n", "\r").split("\r") if line.strip()]
+    assert len(lines) > 5
+    assert max(map(len, lines)) < 100
+    size = len(server.files["demo-q4.gguf"]) // 10**6
+    assert any("MB/s" in line and "left" in line and "#" in line and " %" in line for line in lines)
+    assert "100 %" in lines[-1]
+    assert f"of {size} MB" in lines[-1]
+    assert drawn.endswith("\r\n")
+    assert drawn.count("\n") == 1
+
+
+@posix
+def test_no_bar_where_none_is_wanted(home: Path, server: FakeHub) -> None:
+    assert on_terminal("pull", "org/model", "other.gguf", HF_HUB_DISABLE_PROGRESS_BARS="1")[2] == ""
+    assert on_terminal("pull", "org/model", "other.gguf")[2] == ""  # it is there
+
+
+STREAMS = """
+import io, sys
+from candle_phi import hub
+class Odd:
+    def write(self, text): raise OSError("full")
+for progress in (None, True, False):
+    for stream in (None, Odd(), io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")):
+        sys.stdout = sys.stderr = stream
+        hub.download("org/model", "other.gguf", progress=progress)
+        hub.remove("org/model")
+        drawn = stream.getvalue() if isinstance(stream, io.StringIO) else None
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        if drawn is not None: print(progress, "100 %" in drawn)
+"""
+
+
+def test_streams_that_are_none(home: Path, server: FakeHub) -> None:
+    assert run_python(STREAMS).split() == ["None", "False", "True", "True", "False", "False"]
+
+
+def test_nothing_is_drawn_and_nothing_logged_by_the_library(home: Path, server: FakeHub) -> None:
+    assert run_python("from candle_phi import hub; hub.download('org/model', 'other.gguf')") == ""
+
+
+def test_a_model_that_is_larger_than_memory(
+    phi: Phi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = os.path.getsize(phi.path)
+    for free, warns in ((size // 2, True), (100 * size, False), (None, False)):
+        caplog.clear()
+        monkeypatch.setattr(memory, "available", lambda free=free: free)
+        with caplog.at_level(logging.WARNING, "candle_phi"):
+            Phi(phi.path).close()
+        assert bool(caplog.records) == warns
+    assert (
+        memory._engine.memory_needed(phi.path, 100, "f32")[1]
+        == 2 * memory._engine.memory_needed(phi.path, 100, "f16")[1]
+    )
+
+
+def test_the_warning_counts_the_context(
+    phi: Phi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, context = memory._engine.memory_needed(phi.path, phi.n_ctx, "f16")
+    assert weights == os.path.getsize(phi.path)
+    layers, heads = phi.metadata["phi3.block_count"], phi.metadata["phi3.attention.head_count"]
+    assert context % (2 * 2 * phi.n_ctx) == 0
+    assert isinstance(layers, int)
+    assert isinstance(heads, int)
+    monkeypatch.setattr(memory, "available", lambda: weights + context - 1)
+    Phi(phi.path, n_ctx=phi.n_ctx).close()
+    (record,) = caplog.records
+    assert phi.path in record.getMessage()
+    assert "are free" in record.getMessage()
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin", "win32"), reason="the platforms that are known")
+def test_free_memory() -> None:
+    free = memory.available()
+    assert free is not None
+    assert 2**26 < free < 2**45
+
+
+def test_loading_reports_and_can_be_left(phi: Phi) -> None:
+    seen: list[str] = []
+    Phi(phi.path, on_progress=lambda p: seen.append(p.phase)).close()
+    assert seen[-1] == "load"
+
+    def leave(_: object) -> None:
+        raise KeyError("no more")
+
+    begin = time.monotonic()
+    with pytest.raises(KeyError, match="no more"):
+        Phi(phi.path, on_progress=leave)
+    assert time.monotonic() - begin < 1
