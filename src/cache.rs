@@ -21,7 +21,17 @@ pub enum KvType {
 }
 
 impl KvType {
-    /// Bytes of `heads` times `head_dim` features.
+    /// By the name that the Python API has for it.
+    pub fn named(name: &str) -> Result<Self> {
+        match name {
+            "f16" => Ok(KvType::F16),
+            "f32" => Ok(KvType::F32),
+            "q8_0" => Ok(KvType::Q8_0),
+            other => Err(Error::Value(format!("kv_cache must be 'f16', 'f32' or 'q8_0', not {other:?}"))),
+        }
+    }
+
+    /// Bytes of the keys of one position, or of its values.
     pub fn bytes(self, heads: usize, head_dim: usize) -> usize {
         heads
             * match self {

@@ -241,12 +241,7 @@ impl Engine {
 }
 
 fn load_model(gguf: &Gguf, options: &LoadOptions) -> Result<Arc<dyn Model>> {
-    let kv_type = match options.kv_cache.as_str() {
-        "f16" => KvType::F16,
-        "f32" => KvType::F32,
-        "q8_0" => KvType::Q8_0,
-        other => return Err(Error::Value(format!("kv_cache must be 'f16', 'f32' or 'q8_0', not {other:?}"))),
-    };
+    let kv_type = KvType::named(&options.kv_cache)?;
     match options.engine.as_str() {
         "native" => {
             let backend = backend(options)?;

@@ -13,8 +13,8 @@
 //!   Scheduler             schedule    whose turn it is
 //!   Generation::step      generate    the prompt in one pass, then an id at a time
 //!     Sequence::forward   phi3        the model, over ops, rope and cache (or stock: Candle's own)
-//!       Ops::linear       ops         a Candle custom op: tasks for the thread pool
-//!         Kernel::matmul  kernels     plain slices, chosen for this CPU
+//!       Ops::norm_linear  ops         a Candle custom op: tasks for the thread pool
+//!         Kernel::matmul  kernels     plain slices; portable, avx2, avx512, amx or neon: chosen for this CPU
 //!     Sampler::sample     sampling    logits -> id
 //!     Detokenizer::push   detokenizer ids -> text, once its bytes are whole
 //!     StopStrings::push   stop        what may become a stop string waits

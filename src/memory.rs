@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::cache::KvType;
 use crate::error::Result;
 use crate::gguf::Gguf;
 use crate::phi3::Config;
@@ -16,6 +17,5 @@ pub fn needed(path: &Path, n_ctx: Option<usize>, kv_cache: &str) -> Result<(u64,
     let config = Config::read(&gguf)?;
     let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
     let tokens = n_ctx.unwrap_or(USUAL_CONTEXT).min(config.context_length);
-    let element = if kv_cache == "f32" { size_of::<f32>() } else { size_of::<half::f16>() };
-    Ok((weights, (2 * config.n_layers * config.kv_dim() * tokens * element) as u64))
+    Ok((weights, (tokens * config.kv_bytes(KvType::named(kv_cache)?)) as u64))
 }

@@ -198,7 +198,7 @@ impl Model for Phi3 {
 
     fn kv_bytes(&self, positions: usize) -> usize {
         let seen = positions.min(self.config.sliding_window.unwrap_or(positions));
-        seen * 2 * self.config.n_layers * self.kv_type.bytes(self.config.n_head_kv, self.config.head_dim)
+        seen * self.config.kv_bytes(self.kv_type)
     }
 
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {

@@ -11,6 +11,7 @@ use candle_core::quantized::gguf_file::Content;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_phi3::ModelWeights;
 
+use crate::cache::KvType;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::{Model, Phase, Sequence, Want};
@@ -87,7 +88,7 @@ impl Model for Stock {
     }
 
     fn kv_bytes(&self, positions: usize) -> usize {
-        positions * self.config.kv_values() * size_of::<f32>()
+        positions * self.config.kv_bytes(KvType::F32)
     }
 
     fn check_length(&self, positions: usize) -> Result<()> {

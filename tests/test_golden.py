@@ -1,8 +1,8 @@
 """Logits and greedy ids of tiny models against Hugging Face transformers (golden/README.md says what the files are).
 
-F32 files run on the default kernel; quantized ones on `portable`, which multiplies the dequantized weights in f32 as
-the reference does, so both meet the same bound. What the fast kernels may cost on K-quants is measured against
-llama.cpp.
+F32 and F16 files meet the bound under every kernel of this CPU. Quantized ones meet it under `portable`, which multiplies
+the dequantized weights in f32 as the reference does; the fast kernels quantize activations too, and what that costs is
+measured against llama.cpp.
 """
 
 import functools
@@ -12,15 +12,18 @@ import pathlib
 import numpy as np
 import pytest
 
-from candle_phi import Phi
+from candle_phi import Phi, _engine
 from candle_phi.errors import PhiError, UnsupportedModelError
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 CASES = json.loads((GOLDEN / "golden.json").read_text())["cases"]
 F32 = [name for name, case in CASES.items() if case["types"] == ["F32"]]
+FLOAT = [name for name, case in CASES.items() if set(case["types"]) <= {"F32", "F16"}]
 K_QUANT = [name for name, case in CASES.items() if "llama_cpp" in case]
 PROMPTS = [(name, prompt) for name, case in CASES.items() for prompt in case["prompts"]]
 F32_PROMPTS = [(name, prompt) for name, prompt in PROMPTS if name in F32]
+
+KERNELS = _engine.doctor()["kernels"]  # those of this CPU
 
 BOUND = {"f32": 1e-3, "f16": 2e-2}  # max abs error of a logit, by KV type
 SAME = 1e-4  # between two of our own ways to the same logit
@@ -128,6 +131,40 @@ def test_greedy_ids_and_their_logprobs(model, case, prompt, kv_cache):
     assert error <= 2 * BOUND[kv_cache]  # a logit and the normalizer, each within the bound
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("case", "prompt"), [(c, p) for c, p in PROMPTS if c in FLOAT])
+def test_float_weights_under_every_kernel(model, case, prompt, kernel):
+    phi, want = model(case, kernel=kernel, kv_cache="f32"), golden(case, prompt)
+    assert phi.kernel == kernel
+    got = logits_of(phi, want["ids"], every_position=True)
+    assert np.abs(got[want["first"] :] - want["logits"]).max() <= BOUND["f32"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("case", "prompt"), PROMPTS)
+def test_greedy_ids_under_every_kernel(model, case, prompt, kernel):
+    """Every golden step has a gap between its two best logits that quantized activations do not close."""
+    phi, want = model(case, kernel=kernel), golden(case, prompt)
+    assert list(greedy(phi, want["ids"], len(want["greedy"])).token_ids) == want["greedy"].tolist()
+
+
+@pytest.mark.parametrize("case", ["plain", "window", "gqa", "longrope"])
+def test_an_8_bit_cache_costs_little(model, case):
+    """Keys and values with 8 bits for each and a scale for every 32."""
+    phi = model(case, kv_cache="q8_0")
+    error = []
+    for prompt in CASES[case]["prompts"]:
+        want = golden(case, prompt)
+        got = logits_of(phi, want["ids"], every_position=True)
+        error.append(got[want["first"] :] - want["logits"])
+        assert list(greedy(phi, want["ids"], len(want["greedy"])).token_ids) == want["greedy"].tolist()
+    error = np.concatenate([e.ravel() for e in error])
+    spread = np.concatenate([golden(case, p)["logits"].ravel() for p in CASES[case]["prompts"]]).std()
+    rmse = float(np.sqrt(np.mean(error**2)))
+    print(f"RMSE {rmse:.1e}, of logits that spread by {spread:.2f}")
+    assert rmse <= 0.02 * spread
+
+
 @pytest.mark.parametrize(("case", "prompt"), F32_PROMPTS)
 def test_generated_text_as_one_prompt(model, case, prompt):
     """Prefilling what was generated so far gives the logits of that step, on either side of the LongRoPE boundary."""
@@ -176,7 +213,7 @@ def test_the_bare_file_lacks_the_optional_keys(model):
 
 
 @pytest.mark.parametrize("kv_cache", ["f32", "f16"])
-@pytest.mark.parametrize("kernel", [None, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", K_QUANT)
 def test_k_quants_lose_no_more_than_llama_cpp(model, case, kernel, kv_cache):
     """The RMSE to Hugging Face on the dequantized weights, averaged over the prompts, beside llama.cpp's on the same

@@ -1,6 +1,7 @@
 //! The hyperparameters that a file states, with the documented defaults for what Microsoft's own files leave out, and
 //! checked against each other and against the shape of every tensor before anything is computed.
 
+use crate::cache::KvType;
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, Tensor};
 use crate::kernels::Weights;
@@ -40,9 +41,9 @@ impl Config {
         self.n_head_kv * self.head_dim
     }
 
-    /// Keys and values of one position, in all layers.
-    pub fn kv_values(&self) -> usize {
-        2 * self.n_layers * self.kv_dim()
+    /// Bytes of the keys and values of one position, in all layers.
+    pub fn kv_bytes(&self, kv_type: KvType) -> usize {
+        2 * self.n_layers * kv_type.bytes(self.n_head_kv, self.head_dim)
     }
 
     /// Read and check.
