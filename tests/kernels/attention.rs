@@ -16,7 +16,7 @@ enum Kind {
 
 const KINDS: [Kind; 3] = [Kind::F16, Kind::F32, Kind::Q8];
 const HEAD_DIMS: [usize; 5] = [16, 20, 64, 96, 128];
-/// Positions that share a scale in `Kind::Q8`: features, rather, of one position.
+/// Features of a position that share a scale in `Kind::Q8`.
 const SHARED: usize = 32;
 
 /// The keys and values of one head, in pages from position `start` on. What was not stored holds NaNs.
@@ -196,19 +196,22 @@ fn attention_is_within_a_few_units_of_the_formula() {
         let (start, len) = (3 * PAGE, 5 * PAGE + 37);
         let context = Context::random(kind, head_dim, start, len, &mut random);
         let end = start + len;
-        let masks = [
-            vec![start..start + 1],                                                      // one key
-            vec![start + 5..start + 6, start + 130..start + 131],                        // one key each
-            vec![end - 1..end],                                                          // the last
-            vec![start..end],                                                            // all
-            vec![start + 127..start + 129],                                              // across pages
-            vec![start + 128..start + 256],                                              // one page
-            causal(9, end - 1, usize::MAX, start),                                       // a prompt
-            causal(9, start + 8, usize::MAX, start),                                     // the beginning of one
-            causal(7, start + 131, 3, start),                                            // small windows
-            causal(6, end - 1, 200, start),                                              // windows
+        let lone = [
+            start..start + 1,         // one key
+            end - 1..end,             // the last
+            start..end,               // all
+            start + 127..start + 129, // across pages
+            start + 128..start + 256, // one page
+        ];
+        let several = [
+            vec![start + 5..start + 6, start + 130..start + 131], // one key each
+            causal(9, end - 1, usize::MAX, start),                // a prompt
+            causal(9, start + 8, usize::MAX, start),              // the beginning of one
+            causal(7, start + 131, 3, start),                     // small windows
+            causal(6, end - 1, 200, start),                       // windows
             vec![start..start + 3, end - 40..end, start + 250..start + 260, start..end], // with nothing in common
         ];
+        let masks = lone.map(|keys| vec![keys; 1]).into_iter().chain(several);
         for mask in masks {
             let q: Vec<_> = mask.iter().map(|_| random.normals(head_dim)).collect();
             for kernel in all() {
@@ -232,7 +235,9 @@ fn attention_is_exact_enough_where_scores_are_large() {
         for kernel in all() {
             for keys in [0..400, 0..128, 130..300, 300..400] {
                 let q = random.normals(head_dim);
-                let result = &attended(&*kernel, std::slice::from_ref(&q), &[keys.clone()], &context.cache.pages())[0];
+                let result =
+                    &attended(&*kernel, std::slice::from_ref(&q), std::slice::from_ref(&keys), &context.cache.pages())
+                        [0];
                 let (expected, _) = context.attend(&q, keys);
                 for (out, expected) in result.iter().zip(expected) {
                     // A score of 400 has an error of 3e-5, which is the relative error of its weight.
@@ -357,8 +362,8 @@ fn pages_hold_what_is_stored() {
     }
 }
 
-/// The step is 1/127 of the greatest of 32 features; of bell-shaped ones that is about 1/50 of their spread, and an error
-/// of a third of a percent and a half of it.
+/// Of bell-shaped features the greatest of 32 is about 2.3 times the spread, a step 1/127 of that, and the error 0.29 steps:
+/// 0.5 % of the spread for keys and for values. Measured: 0.6 % to 0.7 % of the output.
 #[test]
 fn attention_over_8_bit_pages_is_as_exact_as_their_steps() {
     for head_dim in HEAD_DIMS {
@@ -377,7 +382,6 @@ fn attention_over_8_bit_pages_is_as_exact_as_their_steps() {
             }
         }
         let error = (errors / squares).sqrt();
-        println!("{head_dim} features: relative error {error:.5}");
         assert!(error < 0.01, "{head_dim} features: relative error {error}");
     }
 }

@@ -48,7 +48,7 @@ struct Expected {
     int8: f64,
     /// What is lost is spread evenly, from minus half a step to half a step: 1/12 of the step squared.
     int8_variance: f64,
-    /// Bf16: at most 2^-9 is lost of each factor.
+    /// Bf16: at most 2^-9 is lost of each factor. Factors, products and sums that are denormal may count as 0.
     bf16: f64,
     bf16_variance: f64,
 }
@@ -94,7 +94,7 @@ fn expected(matrix: &Matrix, x: &[f32]) -> Vec<Expected> {
                     // `scale * q` and `min`, or 32 * scale, are multiplied apart: what cancels in w does not in them.
                     let has_offset = matches!(matrix.format, Format::Q4_K | Format::Q5_K | Format::Q6_K);
                     sum.terms += (w.abs() + if has_offset { 2.0 * offset.abs() } else { 0.0 }) * x.abs();
-                    sum.bf16 += (w * x).abs() / 256.0;
+                    sum.bf16 += (w * x).abs() / 256.0 + f32::MIN_POSITIVE as f64 * (2.0 + w.abs() + x.abs());
                     sum.bf16_variance += (w * x).powi(2) * 2.0 / 12.0 / 65536.0;
                     magnitude += w.abs();
                     squares += w * w;
@@ -199,7 +199,7 @@ fn products_are_as_near_as_the_rounding_of_activations_allows() {
             let name = kernel.name();
             if rounding(name, format, *phase) != Rounding::F32 {
                 assert!(mean.sqrt() < 1.1, "{name} {format:?} {phase:?}: {} times the error of rounding", mean.sqrt());
-                assert!(mean.sqrt() > 0.5, "{name} {format:?} {phase:?}: more exact than the table says");
+                assert!(mean.sqrt() > 0.4, "{name} {format:?} {phase:?}: more exact than the table says");
             }
         }
     }
@@ -391,12 +391,12 @@ fn a_row_has_the_same_bits_among_any_others() {
         Format::ALL.into_iter().flat_map(|format| odd_widths(format).iter().map(move |c| (format, *c)))
     {
         let mut random = Random::new(8);
-        let (rows, tokens) = (70, 5);
+        let (rows, tokens) = (200, 5);
         let matrix = Matrix::random(format, rows, cols, &mut random);
         let x = random.normals(tokens * cols);
         for (kernel, phase) in runs() {
             let whole = product(&*kernel, matrix.weights(), phase, &x);
-            for count in 1..=rows {
+            for count in (1..=70).chain([127, 128, 129, 130, 193, 200]) {
                 let first = random.below(rows - count + 1);
                 let part = product(&*kernel, matrix.weights().rows(first..first + count), phase, &x);
                 for (part, whole) in part.chunks_exact(count).zip(whole.chunks_exact(rows)) {
