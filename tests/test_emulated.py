@@ -15,7 +15,7 @@ from candle_phi import Phi
 
 EMULATOR = shutil.which("qemu-x86_64")
 PROMPTS = ["Write a haiku about the rink", "Tell me about ice hockey", "What is a Zamboni?"]
-# Between the log probabilities of the two best tokens. Quantized activations change a logit of this model by hundredths.
+# Between the log probabilities of the two best tokens: quantized activations change this model's logits by hundredths.
 MIN_GAP = 0.2
 SCRIPT = """
 import json, sys
