@@ -1,8 +1,8 @@
 """Logits and greedy ids of tiny models against Hugging Face transformers (golden/README.md says what the files are).
 
 F32 and F16 files meet the bound under every kernel of this CPU. Quantized ones meet it under `portable`, which
-multiplies the dequantized weights in f32 as the reference does; the fast kernels quantize activations too, and what that
-costs is measured against llama.cpp.
+multiplies the dequantized weights in f32 as the reference does; the fast kernels quantize activations too, and what
+that costs is measured against llama.cpp.
 """
 
 import functools
