@@ -15,14 +15,12 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use half::f16;
-
 use super::blocks::{self, Block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{self, f32_of, prefetch};
+use super::x86::{f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX2, FMA and F16C.
@@ -64,6 +62,15 @@ unsafe fn bytes_to_i16(bytes: u64) -> __m256i {
     unsafe { _mm256_zextsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(bytes as i64))) }
 }
 
+/// Of Q4_K and Q5_K.
+#[inline(always)]
+unsafe fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
+    unsafe {
+        let (scales, mins) = scales_and_mins(packed);
+        Super { scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d: f32_of(d), dmin: f32_of(dmin) }
+    }
+}
+
 #[inline(always)]
 unsafe fn low_or_high_nibbles(qs: *const u8, high: bool) -> __m256i {
     unsafe {
@@ -79,11 +86,7 @@ impl SuperBlock for blocks::Q4_K {
 
     #[inline(always)]
     unsafe fn scales(&self) -> Super {
-        unsafe {
-            let (scales, mins) = scales_and_mins(&self.scales);
-            let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
-            Super { scales, mins, d: f32_of(self.d), dmin: f32_of(self.dmin) }
-        }
+        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
     }
 
     #[inline(always)]
@@ -98,11 +101,7 @@ impl SuperBlock for blocks::Q5_K {
 
     #[inline(always)]
     unsafe fn scales(&self) -> Super {
-        unsafe {
-            let (scales, mins) = scales_and_mins(&self.scales);
-            let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
-            Super { scales, mins, d: f32_of(self.d), dmin: f32_of(self.dmin) }
-        }
+        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
     }
 
     #[inline(always)]
@@ -384,112 +383,5 @@ unsafe impl Products for SmallProducts {
                 }
             }
         }
-    }
-}
-
-// SAFETY: each method is what its name says, of 8 lanes.
-unsafe impl Simd for __m256 {
-    const LANES: usize = 8;
-    const MANY_REGISTERS: bool = false;
-
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> Self {
-        unsafe { _mm256_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        unsafe { _mm256_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const f16) -> Self {
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> Self {
-        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())), 16)) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        unsafe { _mm256_storeu_ps(to, self) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        unsafe { _mm256_add_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn sub(self, other: Self) -> Self {
-        unsafe { _mm256_sub_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(self, other: Self) -> Self {
-        unsafe { _mm256_mul_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn div(self, other: Self) -> Self {
-        unsafe { _mm256_div_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn max(self, other: Self) -> Self {
-        unsafe { _mm256_max_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn min(self, other: Self) -> Self {
-        unsafe { _mm256_min_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul_add(self, a: Self, b: Self) -> Self {
-        unsafe { _mm256_fmadd_ps(self, a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn round(self) -> Self {
-        unsafe { _mm256_round_ps(self, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) }
-    }
-
-    #[inline(always)]
-    unsafe fn exp2_of_integer(self) -> Self {
-        unsafe {
-            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(self), _mm256_set1_epi32(127));
-            _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        unsafe {
-            let four = _mm_add_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps(self, 1));
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn greatest(self) -> f32 {
-        unsafe {
-            let four = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps(self, 1));
-            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        unsafe { _mm_prefetch(at.cast(), _MM_HINT_T1) }
-    }
-
-    #[inline(always)]
-    unsafe fn transpose4(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
-        unsafe { x86::transpose4(from, from_stride, to, to_stride) }
     }
 }

@@ -17,14 +17,12 @@ use std::arch::x86_64::*;
 
 use std::marker::PhantomData;
 
-use half::f16;
-
 use super::blocks::{self, Block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{self, f32_of, prefetch};
+use super::x86::{f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -94,6 +92,15 @@ unsafe fn bytes_to_i16(bytes: u64) -> __m256i {
     unsafe { _mm256_zextsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(bytes as i64))) }
 }
 
+/// Of Q4_K and Q5_K.
+#[inline(always)]
+unsafe fn with_scales(q: [__m512i; 4], packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
+    unsafe {
+        let (scales, mins) = scales_and_mins(packed);
+        Super { q, scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d: f32_of(d), dmin: f32_of(dmin) }
+    }
+}
+
 impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
     const SPLIT: bool = true;
@@ -101,7 +108,6 @@ impl SuperBlock for blocks::Q4_K {
     #[inline(always)]
     unsafe fn unpack(&self) -> Super {
         unsafe {
-            let (scales, mins) = scales_and_mins(&self.scales);
             let low = _mm512_set1_epi8(15);
             let a = _mm512_loadu_si512(self.qs.as_ptr().cast());
             let b = _mm512_loadu_si512(self.qs.as_ptr().add(64).cast());
@@ -111,8 +117,7 @@ impl SuperBlock for blocks::Q4_K {
                 _mm512_and_si512(b, low),
                 _mm512_and_si512(_mm512_srli_epi16(b, 4), low),
             ];
-            let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
-            Super { q, scales, mins, d: f32_of(self.d), dmin: f32_of(self.dmin) }
+            with_scales(q, &self.scales, self.d, self.dmin)
         }
     }
 }
@@ -136,7 +141,6 @@ impl SuperBlock for blocks::Q5_K {
     #[inline(always)]
     unsafe fn unpack(&self) -> Super {
         unsafe {
-            let (scales, mins) = scales_and_mins(&self.scales);
             let a = _mm512_loadu_si512(self.qs.as_ptr().cast());
             let b = _mm512_loadu_si512(self.qs.as_ptr().add(64).cast());
             // Bit j of every byte belongs to group j: turning by 4 - j puts it where the fifth bit goes.
@@ -148,8 +152,7 @@ impl SuperBlock for blocks::Q5_K {
                 with_high_bits(b, high, (0, 30), fifth),
                 with_high_bits(_mm512_srli_epi16(b, 4), high, (31, 29), fifth),
             ];
-            let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
-            Super { q, scales, mins, d: f32_of(self.d), dmin: f32_of(self.dmin) }
+            with_scales(q, &self.scales, self.d, self.dmin)
         }
     }
 }
@@ -415,104 +418,5 @@ unsafe impl Products for SmallProducts {
                 }
             }
         }
-    }
-}
-
-// SAFETY: each method is what its name says, of 16 lanes.
-unsafe impl Simd for __m512 {
-    const LANES: usize = 16;
-    const MANY_REGISTERS: bool = true;
-
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> Self {
-        unsafe { _mm512_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        unsafe { _mm512_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const f16) -> Self {
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> Self {
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())), 16)) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        unsafe { _mm512_storeu_ps(to, self) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        unsafe { _mm512_add_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn sub(self, other: Self) -> Self {
-        unsafe { _mm512_sub_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(self, other: Self) -> Self {
-        unsafe { _mm512_mul_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn div(self, other: Self) -> Self {
-        unsafe { _mm512_div_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn max(self, other: Self) -> Self {
-        unsafe { _mm512_max_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn min(self, other: Self) -> Self {
-        unsafe { _mm512_min_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul_add(self, a: Self, b: Self) -> Self {
-        unsafe { _mm512_fmadd_ps(self, a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn round(self) -> Self {
-        unsafe { _mm512_roundscale_ps(self, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) }
-    }
-
-    #[inline(always)]
-    unsafe fn exp2_of_integer(self) -> Self {
-        unsafe {
-            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self), _mm512_set1_epi32(127));
-            _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        unsafe { _mm256_add_ps(_mm512_castps512_ps256(self), _mm512_extractf32x8_ps(self, 1)).sum() }
-    }
-
-    #[inline(always)]
-    unsafe fn greatest(self) -> f32 {
-        unsafe { _mm256_max_ps(_mm512_castps512_ps256(self), _mm512_extractf32x8_ps(self, 1)).greatest() }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        unsafe { _mm_prefetch(at.cast(), _MM_HINT_T1) }
-    }
-
-    #[inline(always)]
-    unsafe fn transpose4(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
-        unsafe { x86::transpose4(from, from_stride, to, to_stride) }
     }
 }

@@ -15,11 +15,11 @@
 //! 3. Scales are applied to integers: of 4 sums at a time, since a 32-bit multiplication is slow on most of these CPUs.
 //! 4. The intrinsics of `sdot` and `smmla` are not stable yet: they are assembled here.
 
+mod bytes;
+
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::marker::PhantomData;
-
-use half::f16;
 
 use super::blocks::{self, Block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
@@ -27,6 +27,7 @@ use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
 use super::{Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
+use bytes::Bytes;
 
 /// NEON, which every aarch64 CPU has.
 #[derive(Copy, Clone)]
@@ -79,237 +80,6 @@ type I8mmSmall = SmallProducts<I8mm>;
 kernel!(Base, "neon", "neon", float32x4_t, BaseSuper, BaseSmall, pack::pack_row, pack::pack_tile::<4>);
 kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotSuper, DotSmall, pack::pack_row, pack::pack_tile::<4>);
 kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmSuper, I8mmSmall, pack::pack_row, pack::pack_tile::<8>);
-
-/// How bytes are multiplied and their products summed.
-///
-/// # Safety
-/// As for [`Simd`].
-pub unsafe trait Bytes {
-    /// Features of a token that lie side by side in a tile.
-    const RUN: usize;
-
-    /// Lane k: the sum of `w * x` over the bytes `4 k .. 4 k + 4` of one or two vectors.
-    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t;
-
-    /// 4 rows with 8 tokens over 16 or 32 features: the weights of each row, the first token's features in the tile.
-    /// Of the products of a weight and a feature, `FIT` fit into 16 bits. The order of the results is that of `factors`.
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8];
-
-    /// What multiplies results `2 i` and `2 i + 1` of `multiply`, given a factor of each row.
-    #[inline(always)]
-    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
-        rows
-    }
-
-    /// From the order of `multiply` to: row 0 with tokens 0 to 3, with tokens 4 to 7, row 1, ...
-    #[inline(always)]
-    unsafe fn by_row(sums: [int32x4_t; 8]) -> [int32x4_t; 8] {
-        sums
-    }
-}
-
-// SAFETY: reads 16 or 32 bytes of each row, and of 8 tokens.
-unsafe impl Bytes for Base {
-    const RUN: usize = 4;
-
-    #[inline(always)]
-    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
-        const { assert!(N <= 2) }; // 2 * 128 * 127 fits into 16 bits
-        unsafe {
-            let mut low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x[0]));
-            let mut high = vmull_high_s8(w[0], x[0]);
-            for i in 1..N {
-                low = vmlal_s8(low, vget_low_s8(w[i]), vget_low_s8(x[i]));
-                high = vmlal_high_s8(high, w[i], x[i]);
-            }
-            vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
-        unsafe {
-            let mut sums = [vdupq_n_s32(0); 8];
-            // Two rows at a time: their sums of 16 and of 32 bits take 16 registers.
-            for pair in 0..2 {
-                let (mut low32, mut high32) = ([vdupq_n_s32(0); 4], [vdupq_n_s32(0); 4]);
-                for start in (0..features / 4).step_by(FIT) {
-                    let (mut low, mut high) = ([vdupq_n_s16(0); 4], [vdupq_n_s16(0); 4]);
-                    for step in start..(start + FIT).min(features / 4) {
-                        let x = x.add(4 * TILE * step);
-                        let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
-                        for r in 0..2 {
-                            let w = w[2 * pair + r].cast::<i32>().add(step);
-                            let w = vreinterpretq_s8_s32(vld1q_dup_s32(w));
-                            for v in 0..2 {
-                                low[2 * r + v] = vmlal_s8(low[2 * r + v], vget_low_s8(w), vget_low_s8(x[v]));
-                                high[2 * r + v] = vmlal_high_s8(high[2 * r + v], w, x[v]);
-                            }
-                        }
-                    }
-                    for i in 0..4 {
-                        (low32[i], high32[i]) = (vpadalq_s16(low32[i], low[i]), vpadalq_s16(high32[i], high[i]));
-                    }
-                }
-                for i in 0..4 {
-                    sums[4 * pair + i] = vpaddq_s32(low32[i], high32[i]);
-                }
-            }
-            sums
-        }
-    }
-}
-
-/// Lane k of `sum` and the products of `w` and `x`, bytes `4 k .. 4 k + 4`.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn sdot(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: registers only; the instruction is there.
-    unsafe {
-        asm!(
-            "sdot {sum:v}.4s, {w:v}.16b, {x:v}.16b",
-            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags)
-        );
-    }
-    sum
-}
-
-/// As `sdot`, with the bytes `4 LANE .. 4 LANE + 4` of `w` for every lane.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn sdot_lane<const LANE: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: as above.
-    unsafe {
-        asm!(
-            "sdot {sum:v}.4s, {x:v}.16b, {w:v}.4b[{lane}]",
-            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x, lane = const LANE,
-            options(pure, nomem, nostack, preserves_flags)
-        );
-    }
-    sum
-}
-
-/// `sum` and the products of two rows with two tokens, 8 bytes of each: row 0 with token 0 and 1, row 1 with them.
-#[inline]
-#[target_feature(enable = "neon,i8mm")]
-fn smmla(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: as above.
-    unsafe {
-        asm!(
-            "smmla {sum:v}.4s, {w:v}.16b, {x:v}.16b",
-            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags)
-        );
-    }
-    sum
-}
-
-/// 4 rows with 8 tokens over 4 features, those of lane `LANE` of each row.
-#[inline(always)]
-unsafe fn dot_step<const LANE: usize>(sums: &mut [int32x4_t; 8], w: [int8x16_t; 4], x: *const i8) {
-    unsafe {
-        let x = x.add(4 * TILE * LANE);
-        let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
-        for r in 0..4 {
-            for v in 0..2 {
-                sums[2 * r + v] = sdot_lane::<LANE>(sums[2 * r + v], w[r], x[v]);
-            }
-        }
-    }
-}
-
-// SAFETY: as for `Base`.
-unsafe impl Bytes for DotProd {
-    const RUN: usize = 4;
-
-    #[inline(always)]
-    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
-        unsafe {
-            let mut sum = vdupq_n_s32(0);
-            for i in 0..N {
-                sum = sdot(sum, w[i], x[i]);
-            }
-            sum
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
-        unsafe {
-            let mut sums = [vdupq_n_s32(0); 8];
-            for k in (0..features).step_by(16) {
-                let w = w.map(|w| vld1q_s8(w.add(k)));
-                let x = x.add(TILE * k);
-                dot_step::<0>(&mut sums, w, x);
-                dot_step::<1>(&mut sums, w, x);
-                dot_step::<2>(&mut sums, w, x);
-                dot_step::<3>(&mut sums, w, x);
-            }
-            sums
-        }
-    }
-}
-
-/// The first halves of two vectors, and the second ones.
-#[inline(always)]
-unsafe fn zip_halves(a: int32x4_t, b: int32x4_t) -> (int32x4_t, int32x4_t) {
-    unsafe {
-        let (a, b) = (vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b));
-        (vreinterpretq_s32_s64(vzip1q_s64(a, b)), vreinterpretq_s32_s64(vzip2q_s64(a, b)))
-    }
-}
-
-// SAFETY: as for `Base`.
-unsafe impl Bytes for I8mm {
-    const RUN: usize = 8;
-
-    #[inline(always)]
-    unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
-        unsafe { DotProd::dot(w, x) }
-    }
-
-    /// Rows 0 and 1 with tokens 0 and 1 (row by row), with tokens 2 and 3, ..., rows 2 and 3 likewise.
-    #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
-        unsafe {
-            let mut sums = [vdupq_n_s32(0); 8];
-            for k in (0..features).step_by(16) {
-                let w = w.map(|w| vreinterpretq_s32_s8(vld1q_s8(w.add(k))));
-                let (first, second) = (zip_halves(w[0], w[1]), zip_halves(w[2], w[3]));
-                for (i, w) in [[first.0, second.0], [first.1, second.1]].into_iter().enumerate() {
-                    let x = x.add(TILE * (k + 8 * i));
-                    for tokens in 0..4 {
-                        let x = vld1q_s8(x.add(16 * tokens));
-                        for r in 0..2 {
-                            let sum = &mut sums[4 * r + tokens];
-                            *sum = smmla(*sum, vreinterpretq_s8_s32(w[r]), x);
-                        }
-                    }
-                }
-            }
-            sums
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
-        unsafe {
-            let (first, second) = (zip_halves(rows[0], rows[1]).0, zip_halves(rows[2], rows[3]).0);
-            [first, first, second, second]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn by_row(sums: [int32x4_t; 8]) -> [int32x4_t; 8] {
-        unsafe {
-            let [a, b, c, d, e, f, g, h] = sums;
-            let ((a, c), (b, d)) = (zip_halves(a, b), zip_halves(c, d));
-            let ((e, g), (f, h)) = (zip_halves(e, f), zip_halves(g, h));
-            [a, b, c, d, e, f, g, h]
-        }
-    }
-}
 
 #[inline(always)]
 unsafe fn f32_of(half: blocks::Half) -> f32 {
@@ -486,6 +256,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
     type Block = PanelBlock;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
+    const TILES: usize = 1;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
@@ -648,6 +419,7 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
     type Block = SmallBlock;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
+    const TILES: usize = 1;
 
     #[inline(always)]
     unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
@@ -701,116 +473,6 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
                         }
                     }
                 }
-            }
-        }
-    }
-}
-
-// SAFETY: each method is what its name says, of 4 lanes.
-unsafe impl Simd for float32x4_t {
-    const LANES: usize = 4;
-
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> Self {
-        unsafe { vdupq_n_f32(x) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        unsafe { vld1q_f32(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const f16) -> Self {
-        unsafe { vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from.cast()))) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> Self {
-        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from))) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        unsafe { vst1q_f32(to, self) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        unsafe { vaddq_f32(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn sub(self, other: Self) -> Self {
-        unsafe { vsubq_f32(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(self, other: Self) -> Self {
-        unsafe { vmulq_f32(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn div(self, other: Self) -> Self {
-        unsafe { vdivq_f32(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn max(self, other: Self) -> Self {
-        unsafe { vmaxq_f32(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn min(self, other: Self) -> Self {
-        unsafe { vminq_f32(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul_add(self, a: Self, b: Self) -> Self {
-        unsafe { vfmaq_f32(b, self, a) }
-    }
-
-    #[inline(always)]
-    unsafe fn round(self) -> Self {
-        unsafe { vrndnq_f32(self) }
-    }
-
-    #[inline(always)]
-    unsafe fn exp2_of_integer(self) -> Self {
-        unsafe {
-            let biased = vaddq_s32(vcvtq_s32_f32(self), vdupq_n_s32(127));
-            vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        unsafe {
-            let two = vpaddq_f32(self, self);
-            vgetq_lane_f32::<0>(vpaddq_f32(two, two))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn greatest(self) -> f32 {
-        unsafe { vmaxvq_f32(self) }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        unsafe { asm!("prfm pldl2keep, [{}]", in(reg) at.addr(), options(nomem, nostack, preserves_flags)) }
-    }
-
-    #[inline(always)]
-    unsafe fn transpose4(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
-        unsafe {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|i| vld1q_f32(from.add(i * from_stride)));
-            // Pairs of columns (0, 2) and (1, 3), then of rows.
-            let pairs = |a, b| (vreinterpretq_f64_f32(vtrn1q_f32(a, b)), vreinterpretq_f64_f32(vtrn2q_f32(a, b)));
-            let ((ab02, ab13), (cd02, cd13)) = (pairs(a, b), pairs(c, d));
-            let rows = [vzip1q_f64(ab02, cd02), vzip1q_f64(ab13, cd13), vzip2q_f64(ab02, cd02), vzip2q_f64(ab13, cd13)];
-            for (i, row) in rows.into_iter().enumerate() {
-                vst1q_f32(to.add(i * to_stride), vreinterpretq_f32_f64(row));
             }
         }
     }

@@ -1,6 +1,13 @@
 //! A vector of f32, as much as attention, norms and float products need: they are written once (`float.rs`,
 //! `attention.rs`) and compiled for each instruction set.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 use half::f16;
 
 /// A register of `LANES` floats.
