@@ -81,7 +81,8 @@ def document(crates: list[dict[str, Any]]) -> str:
             key = " ".join(text.split())
             texts.setdefault(key, text.strip())
             names.setdefault(key, []).append(f"{crate['name']} {crate['version']}")
-    parts = [f"## {', '.join(names[key])}\n\n```text\n{texts[key]}\n```\n" for key in sorted(names, key=names.__getitem__)]
+    ordered = sorted(texts, key=names.__getitem__)
+    parts = [f"## {', '.join(names[key])}\n\n```text\n{texts[key]}\n```\n" for key in ordered]
     return "\n".join([HEAD, *parts])
 
 
