@@ -31,7 +31,7 @@ CHOICE = {  # SPDX: what its text is known by
     "Zlib": "This software is provided 'as-is'",
     "Unicode-3.0": "UNICODE LICENSE V3",
     "CDLA-Permissive-2.0": "Community Data License Agreement",  # Mozilla's certificates
-    "MPL-2.0": "Mozilla Public License",  # asks for the way to the source: the heading's link
+    "MPL-2.0": "Mozilla Public License",  # asks for the way to the source: the heading names it
 }
 HEAD = """\
 # Third-party software in the wheels
