@@ -36,8 +36,8 @@ CHOICE = {  # SPDX: what its text is known by
 HEAD = """\
 # Third-party software in the wheels
 
-The compiled module contains these crates, unmodified; the source of each is published by its name and version in the registry
-of Rust's crates. It also contains parts of the Rust standard library, under MIT or Apache-2.0. Written by
+The compiled module contains these crates, unmodified; the source of each is published by its name and version in the
+registry of Rust's crates. It also contains parts of the Rust standard library, under MIT or Apache-2.0. Written by
 `packaging/third_party.py` from `Cargo.lock`.
 """
 
