@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_phi::error::{Error, Result};
-use candle_phi::generate::{FinishReason, Generation, Request};
+use candle_phi::generate::{Generation, Request};
 use candle_phi::gguf::Gguf;
 use candle_phi::model::{Model, Phase, Sequence, Want};
 use candle_phi::sampling::Sampling;
@@ -17,6 +17,7 @@ use candle_phi::schedule::Scheduler;
 use candle_phi::stream::TextStream;
 use candle_phi::threads::Cancel;
 use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::work::FinishReason;
 
 /// Follows a script of ids, and counts its passes.
 struct Scripted {
@@ -26,11 +27,14 @@ struct Scripted {
     failure: Option<Error>,
     panics: bool,
     pause: Duration,
+    prefill_pause: Duration,
 }
 
 struct ScriptedSequence {
     model: Arc<Scripted>,
     passes: usize,
+    appended: usize,
+    left: usize,
     logits: Vec<f32>,
 }
 
@@ -57,12 +61,25 @@ impl Model for Scripted {
         0
     }
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
-        Ok(Box::new(ScriptedSequence { logits: vec![0.0; self.n_vocab], model: self, passes: 0 }))
+        Ok(Box::new(ScriptedSequence { logits: vec![0.0; self.n_vocab], model: self, passes: 0, appended: 0, left: 0 }))
     }
 }
 
 impl Sequence for ScriptedSequence {
-    fn forward(&mut self, _: &[u32], _: Phase, _: Want, cancel: &Cancel) -> Result<&[f32]> {
+    fn append(&mut self, ids: &[u32], phase: Phase, _: Want) -> Result<()> {
+        self.left = if phase == Phase::Prefill { ids.len() } else { 1 };
+        self.appended = ids.len();
+        Ok(())
+    }
+
+    /// A turn for each token.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+        if self.left > 1 {
+            self.left -= 1;
+            thread::sleep(self.model.prefill_pause);
+            return if cancel.is_set() { Err(Error::Cancelled) } else { Ok(true) };
+        }
+        self.left = 0;
         self.model.passes.fetch_add(1, SeqCst);
         assert!(!self.model.panics, "the model panics");
         thread::sleep(self.model.pause);
@@ -76,7 +93,15 @@ impl Sequence for ScriptedSequence {
         self.logits.fill(0.0);
         self.logits[script[self.passes % script.len()] as usize] = 9.0;
         self.passes += 1;
-        Ok(&self.logits)
+        Ok(false)
+    }
+
+    fn computed(&self) -> usize {
+        self.appended - self.left
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
     }
 }
 
@@ -91,8 +116,10 @@ impl Setup {
     fn ids(script: &[u32]) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain.gguf");
         let tokenizer = Arc::new(Tokenizer::from_gguf(&Gguf::open(&path, true).unwrap()).unwrap());
-        let (n_vocab, passes, pause) = (tokenizer.n_vocab(), Arc::default(), Duration::ZERO);
-        let model = Scripted { script: script.to_vec(), n_vocab, passes, failure: None, panics: false, pause };
+        let (n_vocab, passes) = (tokenizer.n_vocab(), Arc::default());
+        let (pause, prefill_pause) = (Duration::ZERO, Duration::ZERO);
+        let script = script.to_vec();
+        let model = Scripted { script, n_vocab, passes, failure: None, panics: false, pause, prefill_pause };
         Setup { tokenizer, scheduler: Scheduler::default(), model }
     }
 
@@ -107,18 +134,31 @@ impl Setup {
     fn request(&self) -> Request {
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let prompt = self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
-        Request { prompt, max_tokens: 500, sampling, seed: 1, stop: Vec::new(), ignore_eos: false, top_logprobs: None }
+        Request {
+            prompt,
+            max_tokens: 500,
+            limited: true,
+            sampling,
+            seed: 1,
+            stop: Vec::new(),
+            ignore_eos: false,
+            top_logprobs: None,
+        }
     }
 
     fn stream(self, change: impl FnOnce(&mut Request)) -> TextStream {
+        self.stream_until(None, change)
+    }
+
+    fn stream_until(self, deadline: Option<Instant>, change: impl FnOnce(&mut Request)) -> TextStream {
         let mut request = self.request();
         change(&mut request);
-        TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler)
+        TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler, deadline)
     }
 }
 
 fn next(stream: &TextStream) -> Result<Option<candle_phi::generate::Piece>> {
-    match stream.next(|| ControlFlow::<Infallible>::Continue(()))? {
+    match stream.next(|_| ControlFlow::<Infallible>::Continue(()))? {
         ControlFlow::Continue(piece) => Ok(piece),
         ControlFlow::Break(never) => match never {},
     }

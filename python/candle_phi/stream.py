@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import NoReturn, Self, cast
 
 from . import _engine
+from .progress import Watch
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
 
@@ -19,9 +20,10 @@ class Stream(Generator[Chunk, None, None]):
     It is an object rather than a Python generator so that another thread can end it while one waits inside `next`.
     """
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, *, logprobs: bool) -> None:
+    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Watch | None, *, logprobs: bool) -> None:
         self._model = model
         self._stream = stream
+        self._watch = watch  # called by a reader that waits
         self._reading = threading.Lock()  # one reader at a time: what is noted here keeps the order of the tokens
         self._reader: int | None = None  # the thread that is inside `next`
         self._pieces: list[str] = []
@@ -46,7 +48,7 @@ class Stream(Generator[Chunk, None, None]):
         return chunk
 
     def _read(self) -> Chunk | None:
-        while piece := self._stream.next():
+        while piece := self._stream.next(self._watch):
             text, ids, entries = piece
             logprobs = None if entries is None else [_logprob(entry) for entry in entries]
             if self._logprobs is not None and logprobs:
