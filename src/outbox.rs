@@ -249,10 +249,14 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// How far each phase from `since` on is, up to the one it is in.
-    pub fn progress(&self, since: Phase) -> Vec<Progress> {
+    /// How far the phase is that it is in, and before that how those ended that came since the phase `told`, that one
+    /// included: of the wait there is nothing to tell twice.
+    pub fn progress(&self, told: Option<Phase>) -> Vec<Progress> {
         let state = lock(&self.state);
-        let reached = [Phase::Wait, Phase::Prefill, Phase::Decode].into_iter();
-        reached.filter(|phase| (since..=state.phase()).contains(phase)).map(|phase| state.progress(phase)).collect()
+        let (since, now) = (told.unwrap_or(Phase::Wait), state.phase());
+        let phases =
+            [Phase::Wait, Phase::Prefill, Phase::Decode].into_iter().filter(|phase| (since..=now).contains(phase));
+        let waited = |phase: &Phase| *phase == Phase::Wait && now > Phase::Wait && told.is_some();
+        phases.filter(|phase| !waited(phase)).map(|phase| state.progress(phase)).collect()
     }
 }

@@ -63,14 +63,63 @@ impl From<Error> for PyErr {
 
 /// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
-    let caught = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    let caught = py.detach(|| {
+        let caught = catch_unwind(AssertUnwindSafe(work));
+        exit::before_attaching();
+        caught
+    });
+    exit::attached();
     Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(panic::message(panic))))?)
+}
+
+/// The interpreter's end, which a daemon thread of the application may see from inside the engine. Coming back, it would
+/// be unwound by the interpreter, right through our frames, and that aborts the process. So it stays where it is.
+mod exit {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::thread::{self, ThreadId};
+    use std::time::{Duration, Instant};
+
+    use pyo3::prelude::*;
+
+    /// The thread that ends the interpreter.
+    static LEAVING: OnceLock<ThreadId> = OnceLock::new();
+    /// Threads that were let through and wait for the interpreter's lock.
+    static RETURNING: AtomicUsize = AtomicUsize::new(0);
+
+    /// Where a thread is about to take the interpreter's lock. `attached` follows.
+    pub fn before_attaching() {
+        RETURNING.fetch_add(1, SeqCst);
+        if LEAVING.get().is_some_and(|leaving| *leaving != thread::current().id()) {
+            RETURNING.fetch_sub(1, SeqCst);
+            loop {
+                thread::park();
+            }
+        }
+    }
+
+    pub fn attached() {
+        RETURNING.fetch_sub(1, SeqCst);
+    }
+
+    /// `atexit` calls it: the threads that may still use the interpreter come back now, the others never.
+    #[pyfunction]
+    pub fn leave(py: Python<'_>) {
+        let _ = LEAVING.set(thread::current().id());
+        let begin = Instant::now();
+        py.detach(|| {
+            while RETURNING.load(SeqCst) > 0 && begin.elapsed() < Duration::from_millis(250) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+    }
 }
 
 /// What a waiting caller does now and then: it lets Python handle a signal, and tells `watch(phase, done, total)` how
 /// far the work is. An exception of either ends the wait.
 fn look(watch: Option<&Py<PyAny>>, progress: &[Progress]) -> ControlFlow<PyErr> {
     let call = |py: Python<'_>| {
+        exit::attached();
         py.check_signals()?;
         for Progress { phase, done, total } in progress {
             if let Some(watch) = watch {
@@ -79,6 +128,7 @@ fn look(watch: Option<&Py<PyAny>>, progress: &[Progress]) -> ControlFlow<PyErr> 
         }
         Ok(())
     };
+    exit::before_attaching();
     Python::attach(call).map_or_else(ControlFlow::Break, ControlFlow::Continue)
 }
 
@@ -207,8 +257,11 @@ impl Model {
         &self.0.info.system_fingerprint
     }
 
-    fn close(&self, py: Python<'_>) {
-        py.detach(|| self.0.close());
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.close();
+            Ok(())
+        })
     }
 
     fn render(&self, py: Python<'_>, messages: Vec<(String, String)>) -> PyResult<String> {
@@ -361,8 +414,11 @@ impl Stream {
         piece.map(|piece| self.read(py, piece)).transpose()
     }
 
-    fn cancel(&self, py: Python<'_>) {
-        py.detach(|| self.stream.cancel());
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.stream.cancel();
+            Ok(())
+        })
     }
 
     #[getter]
@@ -527,6 +583,8 @@ mod _engine {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::panic::silence();
+        let leave = wrap_pyfunction!(super::exit::leave, module)?;
+        module.py().import("atexit")?.call_method1("register", (leave,))?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
         module.add("KNOWN_MODELS", known.collect::<Vec<_>>())?;

@@ -102,9 +102,11 @@ impl<W: Work> Stream<W> {
     pub fn progress(&self, end: bool) -> Result<Vec<Progress>> {
         self.scheduler.fork_guard().check()?;
         let mut reported = lock(&self.reported);
-        let progress = self.outbox.progress(reported.map_or(Phase::Wait, |(phase, _)| phase));
-        let is_due = reported.is_none_or(|(_, at)| at.elapsed() >= LOOK) || progress.len() > 1 || end;
-        let Some(last) = progress.last().filter(|_| is_due) else { return Ok(Vec::new()) };
+        let progress = self.outbox.progress(reported.map(|(phase, _)| phase));
+        let Some(last) = progress.last() else { return Ok(progress) };
+        if !end && reported.is_some_and(|(phase, at)| phase == last.phase && at.elapsed() < LOOK) {
+            return Ok(Vec::new());
+        }
         *reported = Some((last.phase, Instant::now()));
         Ok(progress)
     }

@@ -1,11 +1,13 @@
 """One generation, read piece by piece."""
 
+import copy
 import threading
 from collections.abc import Generator
 from types import TracebackType
 from typing import NoReturn, Self, cast
 
 from . import _engine
+from .errors import PhiError
 from .progress import Watch
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
@@ -26,6 +28,7 @@ class Stream(Generator[Chunk, None, None]):
         self._watch = watch  # called by a reader that waits
         self._reading = threading.Lock()  # one reader at a time: what is noted here keeps the order of the tokens
         self._reader: int | None = None  # the thread that is inside `next`
+        self._failure: PhiError | None = None
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
 
@@ -33,11 +36,17 @@ class Stream(Generator[Chunk, None, None]):
         if self._reader == threading.get_ident():  # from a signal handler: the lock below would never come
             raise ValueError("this thread is reading the stream already")
         _ = self._stream.finish_reason  # ForkError, where a thread that was not forked may hold the lock below
+        before = self._failure
         try:
             with self._reading:
+                if self._failure is not None and self._failure is not before:  # of the thread whose turn it was: no silent end for the others
+                    raise copy.copy(self._failure)
                 self._reader = threading.get_ident()
                 try:
                     chunk = self._read()
+                except PhiError as error:
+                    self._failure = error
+                    raise
                 finally:
                     self._reader = None
         except BaseException:  # Ctrl-C, wherever in here it came
