@@ -65,10 +65,10 @@ impl From<Error> for PyErr {
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
     let caught = py.detach(|| {
         let caught = catch_unwind(AssertUnwindSafe(work));
-        exit::before_attaching();
+        exit::enter();
         caught
     });
-    exit::attached();
+    exit::leave();
     Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(panic::message(panic))))?)
 }
 
@@ -83,32 +83,34 @@ mod exit {
     use pyo3::prelude::*;
 
     /// The thread that ends the interpreter.
-    static LEAVING: OnceLock<ThreadId> = OnceLock::new();
-    /// Threads that were let through and wait for the interpreter's lock.
-    static RETURNING: AtomicUsize = AtomicUsize::new(0);
+    static ENDING: OnceLock<ThreadId> = OnceLock::new();
+    /// Threads that were let through: they wait for the interpreter's lock, or run a callback.
+    static INSIDE: AtomicUsize = AtomicUsize::new(0);
+    /// How long these may take. A callback that sleeps for longer, in a daemon thread, is unwound after all.
+    const PATIENCE: Duration = Duration::from_millis(500);
 
-    /// Where a thread is about to take the interpreter's lock. `attached` follows.
-    pub fn before_attaching() {
-        RETURNING.fetch_add(1, SeqCst);
-        if LEAVING.get().is_some_and(|leaving| *leaving != thread::current().id()) {
-            RETURNING.fetch_sub(1, SeqCst);
+    /// Before a thread takes the interpreter's lock. `leave` follows: once it has it, or has given it back.
+    pub fn enter() {
+        INSIDE.fetch_add(1, SeqCst);
+        if ENDING.get().is_some_and(|ending| *ending != thread::current().id()) {
+            leave();
             loop {
                 thread::park();
             }
         }
     }
 
-    pub fn attached() {
-        RETURNING.fetch_sub(1, SeqCst);
+    pub fn leave() {
+        INSIDE.fetch_sub(1, SeqCst);
     }
 
     /// `atexit` calls it: the threads that may still use the interpreter come back now, the others never.
     #[pyfunction]
-    pub fn leave(py: Python<'_>) {
-        let _ = LEAVING.set(thread::current().id());
+    pub fn end(py: Python<'_>) {
+        let _ = ENDING.set(thread::current().id());
         let begin = Instant::now();
         py.detach(|| {
-            while RETURNING.load(SeqCst) > 0 && begin.elapsed() < Duration::from_millis(250) {
+            while INSIDE.load(SeqCst) > 0 && begin.elapsed() < PATIENCE {
                 thread::sleep(Duration::from_millis(1));
             }
         });
@@ -119,7 +121,6 @@ mod exit {
 /// far the work is. An exception of either ends the wait.
 fn look(watch: Option<&Py<PyAny>>, progress: &[Progress]) -> ControlFlow<PyErr> {
     let call = |py: Python<'_>| {
-        exit::attached();
         py.check_signals()?;
         for Progress { phase, done, total } in progress {
             if let Some(watch) = watch {
@@ -128,8 +129,10 @@ fn look(watch: Option<&Py<PyAny>>, progress: &[Progress]) -> ControlFlow<PyErr> 
         }
         Ok(())
     };
-    exit::before_attaching();
-    Python::attach(call).map_or_else(ControlFlow::Break, ControlFlow::Continue)
+    exit::enter();
+    let called = Python::attach(call);
+    exit::leave();
+    called.map_or_else(ControlFlow::Break, ControlFlow::Continue)
 }
 
 /// Runs the engine in a thread of its own while this one looks up now and then.
@@ -583,8 +586,8 @@ mod _engine {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::panic::silence();
-        let leave = wrap_pyfunction!(super::exit::leave, module)?;
-        module.py().import("atexit")?.call_method1("register", (leave,))?;
+        let end = wrap_pyfunction!(super::exit::end, module)?;
+        module.py().import("atexit")?.call_method1("register", (end,))?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
         module.add("KNOWN_MODELS", known.collect::<Vec<_>>())?;
