@@ -7,7 +7,6 @@ mod config;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use candle_core::{DType, Storage, Tensor};
 
@@ -25,10 +24,6 @@ pub use config::Config;
 /// Prompt tokens that go through the model together. They share one unpacking of the weights, 4 % of the work at 256 and
 /// 2 % at 512, and their activations stay small: 512 x 16384 floats are 34 MB.
 const PREFILL_CHUNK: usize = 512;
-
-/// How long a prompt is computed before another sequence gets its turn. It is looked at after each layer, so that nothing
-/// of the work, and no bit of the result, depends on it. A generated token is a turn.
-const TURN: Duration = Duration::from_millis(50);
 
 /// The model: its weights, and where they are computed.
 pub struct Phi3 {
@@ -320,8 +315,10 @@ impl Sequence for Phi3Sequence {
         Ok(())
     }
 
+    /// A layer of a chunk of the prompt, which is some 200 ms where a token is as much; or a token. What others do in
+    /// between changes no bit of it.
     fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
-        let (model, started) = (self.model.clone(), Instant::now());
+        let model = self.model.clone();
         let mut pass = match self.pass.take() {
             Some(pass) => pass,
             None if self.cache.len() == self.ids.len() => return Ok(false),
@@ -335,7 +332,7 @@ impl Sequence for Phi3Sequence {
         for (layer, kv) in model.layers.iter().zip(&mut self.cache.layers).skip(pass.layers) {
             model.layer(layer, kv, &mut self.buffers, ops)?;
             pass.layers += 1;
-            if pass.phase == Phase::Prefill && pass.layers < model.layers.len() && started.elapsed() >= TURN {
+            if pass.phase == Phase::Prefill && pass.layers < model.layers.len() {
                 self.pass = Some(pass);
                 return Ok(true);
             }

@@ -1,9 +1,10 @@
 //! One compute thread for each model, and the work that waits for it.
 //!
 //! Readers never compute: they hand a job over and wait for what it delivers, so that they can go on watching for
-//! signals. The thread takes the jobs in turn, a step at a time, and leaves alone those whose reader is behind. Only so
-//! many have a seat, and with it a KV cache; the others wait for one in the order they came. It is started by the first
-//! job and leaves when the model is closed or nobody holds it any more.
+//! signals. The thread takes the jobs in turn, a step at a time, and leaves alone those whose reader is behind. A step is
+//! a token, or a layer of a prompt, and these differ in length: the turn is that of the job that had the least time so
+//! far. Only so many have a seat, and with it a KV cache; the others wait for one in the order they came. The thread is
+//! started by the first job and leaves when the model is closed or nobody holds it any more.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -158,18 +159,23 @@ impl Shared {
     /// The life of the thread.
     fn work(&self) {
         let mut jobs = Jobs::default();
-        while let Some(mut job) = self.next(&mut jobs) {
-            match catch_unwind(AssertUnwindSafe(|| job.step())) {
-                Ok(true) => jobs.seated.push_back(job),
+        while let Some(mut seat) = self.next(&mut jobs) {
+            let started = Instant::now();
+            match catch_unwind(AssertUnwindSafe(|| seat.job.step())) {
+                Ok(true) => {
+                    seat.used += started.elapsed();
+                    jobs.seated.push(seat);
+                }
                 Ok(false) => {}
-                Err(panic) => job.fail(Error::Internal(panic::message(panic))),
+                Err(panic) => seat.job.fail(Error::Internal(panic::message(panic))),
             }
         }
-        jobs.seated.iter_mut().chain(&mut jobs.waiting).for_each(|job| job.fail(Error::Closed));
+        let seated = jobs.seated.into_iter().map(|seat| seat.job);
+        seated.chain(jobs.waiting).for_each(|mut job| job.fail(Error::Closed));
     }
 
     /// Wait for a job that is ready, and take it out; None when the model is closed.
-    fn next(&self, jobs: &mut Jobs) -> Option<Box<dyn Job>> {
+    fn next(&self, jobs: &mut Jobs) -> Option<Seat> {
         let mut queue = lock(&self.queue);
         queue.current = None;
         loop {
@@ -177,9 +183,9 @@ impl Shared {
             if queue.closed {
                 return None;
             }
-            if let Some(job) = jobs.next(self.slots) {
-                queue.current = Some(job.cancel().clone());
-                return Some(job);
+            if let Some(seat) = jobs.next(self.slots) {
+                queue.current = Some(seat.job.cancel().clone());
+                return Some(seat);
             }
             if let Some(busy) = jobs.stuck(self.patience) {
                 drop(queue); // a job that fails calls its reader
@@ -198,24 +204,40 @@ impl Shared {
 /// What the thread has in hand.
 #[derive(Default)]
 struct Jobs {
-    /// Each has a slot. They take turns: who had one goes to the end.
-    seated: VecDeque<Box<dyn Job>>,
+    /// Each has a slot.
+    seated: Vec<Seat>,
     waiting: VecDeque<Box<dyn Job>>,
+    /// The time that the job had used whose turn it was last.
+    clock: Duration,
+}
+
+struct Seat {
+    job: Box<dyn Job>,
+    /// The time that it had, and what others had while it did not want any: nobody saves up turns.
+    used: Duration,
 }
 
 impl Jobs {
-    /// Takes out the job whose turn it is. One that was cancelled needs no slot to end.
-    fn next(&mut self, slots: usize) -> Option<Box<dyn Job>> {
+    /// Takes out the job whose turn it is. One that was cancelled comes first, and needs no slot to end.
+    fn next(&mut self, slots: usize) -> Option<Seat> {
+        let used = self.clock;
         if let Some(over) = self.waiting.iter().position(|job| job.cancel().is_set()) {
-            return self.waiting.remove(over);
+            return self.waiting.remove(over).map(|job| Seat { job, used });
+        }
+        if let Some(over) = self.seated.iter().position(|seat| seat.job.cancel().is_set()) {
+            return Some(self.seated.remove(over));
         }
         while self.seated.len() < slots
             && let Some(job) = self.waiting.pop_front()
         {
-            self.seated.push_back(job);
+            self.seated.push(Seat { job, used });
         }
-        let ready = self.seated.iter().position(|job| job.ready())?;
-        self.seated.remove(ready)
+        let ready = self.seated.iter().enumerate().filter(|(_, seat)| seat.job.ready());
+        let (turn, _) = ready.min_by_key(|(_, seat)| seat.used)?;
+        let mut seat = self.seated.remove(turn);
+        seat.used = seat.used.max(self.clock);
+        self.clock = seat.used;
+        Some(seat)
     }
 
     /// When none is ready: the error of those that wait, if the slots are all held by jobs that nobody reads.
@@ -223,8 +245,11 @@ impl Jobs {
         if self.waiting.is_empty() {
             return None;
         }
-        let unread: Option<Vec<Duration>> =
-            self.seated.iter().map(|job| Some(job.unread_since()?.elapsed()).filter(|age| *age >= patience)).collect();
+        let unread: Option<Vec<Duration>> = self
+            .seated
+            .iter()
+            .map(|seat| Some(seat.job.unread_since()?.elapsed()).filter(|age| *age >= patience))
+            .collect();
         let mut seconds: Vec<u64> = unread?.iter().map(Duration::as_secs).collect();
         seconds.sort();
         let ages: Vec<String> = seconds.iter().map(|age| format!("{age} s")).collect();
@@ -241,7 +266,8 @@ impl Jobs {
 
     /// When something may have become of the jobs without anybody's doing: a deadline, or a reader that stayed away.
     fn next_look(&self, patience: Duration) -> Option<Duration> {
-        let deadlines = self.seated.iter().chain(&self.waiting).filter_map(|job| job.cancel().deadline());
+        let jobs = self.seated.iter().map(|seat| &seat.job).chain(&self.waiting);
+        let deadlines = jobs.filter_map(|job| job.cancel().deadline());
         let deadline = deadlines.min().map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let reader = (!self.waiting.is_empty()).then_some(patience / 10);
         deadline.into_iter().chain(reader).min()
@@ -252,6 +278,7 @@ impl Jobs {
 mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread;
 
     struct Counter {
         name: char,
@@ -261,6 +288,7 @@ mod tests {
         ready: bool,
         cancel: Cancel,
         unread_since: Option<Instant>,
+        pause: Duration,
     }
 
     impl Job for Counter {
@@ -273,6 +301,7 @@ mod tests {
                 return false;
             }
             assert!(!self.panics, "job {} was asked to panic", self.name);
+            thread::sleep(self.pause);
             self.out.send(self.name.to_string()).unwrap();
             self.left -= 1;
             self.left > 0
@@ -292,8 +321,8 @@ mod tests {
     }
 
     fn job(name: char, left: usize, out: &Sender<String>) -> Box<Counter> {
-        let (cancel, out) = (Cancel::default(), out.clone());
-        Box::new(Counter { name, left, out, panics: false, ready: true, cancel, unread_since: None })
+        let (cancel, out, pause) = (Cancel::default(), out.clone(), Duration::ZERO);
+        Box::new(Counter { name, left, out, panics: false, ready: true, cancel, unread_since: None, pause })
     }
 
     fn take(from: &Receiver<String>, n: usize) -> String {
@@ -324,11 +353,30 @@ mod tests {
         }
         let held = lock(&gate);
         scheduler.submit(Box::new(Gate(gate.clone(), Cancel::default()))).unwrap();
-        for (name, left) in [('a', 4), ('b', 2)] {
-            scheduler.submit(job(name, left, &out)).unwrap();
+        let pause = Duration::from_millis(20);
+        for (name, left) in [('a', 40), ('b', 4)] {
+            scheduler.submit(Box::new(Counter { pause, ..*job(name, left, &out) })).unwrap();
         }
         drop(held);
-        assert_eq!(take(&results, 6), "ababaa");
+        let turns = take(&results, 44);
+        let a_before_b_ended = turns[..turns.rfind('b').unwrap()].matches('a').count();
+        assert!((1..20).contains(&a_before_b_ended), "{turns}");
+    }
+
+    #[test]
+    fn a_job_of_short_steps_gets_more_of_them() {
+        let (out, results) = channel();
+        let scheduler = Scheduler::default();
+        let pause = Duration::from_millis(200);
+        scheduler.submit(Box::new(Counter { pause, ..*job('l', 100, &out) })).unwrap();
+        assert_eq!(take(&results, 1), "l");
+        let pause = Duration::from_millis(2);
+        scheduler.submit(Box::new(Counter { pause, ..*job('s', 50, &out) })).unwrap();
+        let mut turns = String::new();
+        while turns.matches('s').count() < 50 {
+            turns += &take(&results, 1);
+        }
+        assert!(turns.matches('l').count() < 10, "{turns}");
     }
 
     #[test]

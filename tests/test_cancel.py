@@ -363,7 +363,7 @@ LEAVING = {
     "a thread that reads": "start(lambda: [None for _ in phi.stream('Hi', ignore_eos=True)])",
     "many threads": "[start(lambda: [None for _ in phi.stream('Hi', ignore_eos=True)]) for _ in range(8)]",
     "a thread inside logits": "start(lambda: phi.logits([5] * 20_000))",
-    "a callback that sleeps": "start(lambda: phi.generate([5] * 20_000, on_progress=lambda p: time.sleep(0.15)))",
+    "a callback that sleeps": "[start(lambda: phi.generate([5] * 20_000, on_progress=lambda p: time.sleep(0.02))) for _ in range(4)]",
     "a thread that loads": "start(lambda: [Phi(path) for _ in range(1000)])",
 }
 
