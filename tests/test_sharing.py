@@ -81,17 +81,18 @@ def test_streams_that_nobody_reads_do_not_block_for_ever() -> None:
     left: list[Stream] = []
 
     def interrupted() -> None:
-        left.append(models[1].stream(HAIKU, ignore_eos=True))
+        stream = models[1].stream(HAIKU, ignore_eos=True)
+        left.append(stream)
         try:
-            for _ in left[0]:
+            for _ in stream:
                 raise KeyboardInterrupt  # in the loop's body: the stream knows nothing of it
         except KeyboardInterrupt:
             models[1].generate(HAIKU)
 
     def two_unread() -> None:
-        for _ in range(2):
-            left.append(models[2].stream(HAIKU, ignore_eos=True))
-            next(left[-1])
+        for stream in [models[2].stream(HAIKU, ignore_eos=True) for _ in range(2)]:
+            left.append(stream)
+            next(stream)
         models[2].logits([1, 2, 3])
 
     calls = {"zip": zipped, "interrupt": interrupted, "two": two_unread}

@@ -127,7 +127,8 @@ class Stream:
     """One generation."""
 
     def next(self, watch: _Watch | None) -> tuple[str, list[int], list[_Logprob] | None] | None:
-        """The next text with the ids and logprobs that ride on it; None at the end. Waits without the GIL."""
+        """The next text with the ids and logprobs that ride on it; None at the end. Waits without the GIL, and with it
+        calls `watch` and signal handlers now and then."""
 
     def cancel(self) -> None:
         """Ends the generation; returns at once, from any thread."""
