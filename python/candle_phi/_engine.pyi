@@ -25,7 +25,7 @@ KNOWN_MODELS: list[tuple[str, str, str]]
 """Short names, each with the repository and the file that it stands for."""
 
 _Watch: TypeAlias = Callable[[str, int, int | None], object]
-"""Called in the waiting thread, some 15 times a second: phase, how much is done, how much there is. Bytes, or tokens."""
+"""Called in the waiting thread, some 15 times a second: phase, how much is done, of how much; bytes, or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
 

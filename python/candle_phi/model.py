@@ -70,9 +70,9 @@ class Phi:
         mmap: False reads the file into private memory, for files that may change or lie on a network mount.
         tokenizer: the path of a `tokenizer.json`, or a repository of the Hub that has one; None: the GGUF's own.
         chat_template: a Jinja source; None: the file's, else the family's.
-        max_concurrent: how many streams may hold a KV cache at once; None: no bound. A stream takes its slot at its first
-            read and gives it up when its text is complete, or when it is cancelled, closed or dropped; the others wait in
-            the order they came. `logits` takes one, too.
+        max_concurrent: how many streams may hold a KV cache at once; None: no bound. A stream takes its slot at its
+            first read and gives it up when its text is complete, or when it is cancelled, closed or dropped; the others
+            wait in the order they came. `logits` takes one, too.
         on_progress: called with a `Progress` while it loads. An exception that it raises ends that.
 
     Raises:
@@ -275,9 +275,9 @@ class Phi:
             ignore_eos: generate through the model's own stop ids, for benchmarks.
             logprobs: report the log probability of every token.
             top_logprobs: and of this many of the most likely at its place, at most 20.
-            timeout: seconds from this call on, the time in the queue included. Then the text ends as it is: no exception.
-            on_progress: called with a `Progress` while a reader waits: phase `"wait"`, `"prefill"` or `"decode"`, in tokens.
-                An exception that it raises cancels the stream, and comes out of the read.
+            timeout: seconds from this call on, the time in the queue included; then the text ends as it is.
+            on_progress: called with a `Progress` while a reader waits: phase `"wait"`, `"prefill"` or `"decode"`, in
+                tokens. An exception that it raises cancels the stream, and comes out of the read.
             raw: take a str as it stands instead of as a user turn.
             parse_special: whether special tokens in a raw prompt count as such; None: they do.
             add_bos: put the beginning-of-text token before a raw prompt.
@@ -294,7 +294,9 @@ class Phi:
         """
         given = _arguments(locals(), "prompt")
         read = options.checked(options.PROMPT, {name: given.pop(name) for name in options.PROMPT})
-        watch = watching_tokens(options.checked(options.WATCH, {"on_progress": given.pop("on_progress")})["on_progress"])
+        watch = watching_tokens(
+            options.checked(options.WATCH, {"on_progress": given.pop("on_progress")})["on_progress"]
+        )
         chosen = options.sampling(given)
         for token in chosen["logit_bias"]:
             if token >= self.n_vocab:
@@ -355,8 +357,8 @@ class Phi:
     ) -> "memoryview[float]":
         """The logits after the last id, float32 of shape (n_vocab,); or after each, (len(ids), n_vocab).
 
-        `numpy.asarray` takes the buffer without a copy. It takes a slot of `max_concurrent`, and waits for one; then, and
-        while it computes, it calls `on_progress`, whose exception ends it.
+        `numpy.asarray` takes the buffer without a copy. The call takes a slot of `max_concurrent`, and waits for one;
+        meanwhile, and while it computes, it calls `on_progress`, whose exception ends it.
         """
         options.checked({"every_position": options.PROMPT["raw"]}, {"every_position": every_position})
         options.checked(options.WATCH, {"on_progress": on_progress})

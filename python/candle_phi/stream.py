@@ -39,7 +39,9 @@ class Stream(Generator[Chunk, None, None]):
         before = self._failure
         try:
             with self._reading:
-                if self._failure is not None and self._failure is not before:  # of the thread whose turn it was: no silent end for the others
+                if (
+                    self._failure is not None and self._failure is not before
+                ):  # of the thread whose turn it was: no silent end for the others
                     raise copy.copy(self._failure)
                 self._reader = threading.get_ident()
                 try:
