@@ -134,7 +134,9 @@ impl Engine {
         task.check()?;
         let size = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
         task.report(Phase::Load, size, Some(size));
-        let scheduler = Scheduler::new(options.max_concurrent.unwrap_or(usize::MAX));
+        // Candle's loop keeps its one cache with the weights.
+        let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
+        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX));
         let parts = Parts { gguf, tokenizer, template, model };
         Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }

@@ -45,6 +45,13 @@ def test_a_prompt_streams_its_answer(phi: Phi) -> None:
     assert run("run", HAIKU, "--seed", "1", *DEMO).stdout == done.stdout
 
 
+def test_a_timeout_ends_the_answer() -> None:
+    done = run(HAIKU, "--json", "--timeout", "0", *DEMO)
+    assert (done.returncode, done.stderr) == (0, b"")
+    found = json.loads(done.stdout)
+    assert (found["text"], found["finish_reason"]) == ("", "timeout")
+
+
 @pytest.mark.parametrize("line_end", [b"", b"\n", b"\r\n"])
 def test_a_prompt_from_stdin(phi: Phi, line_end: bytes) -> None:
     done = run("-", "--seed=1", *DEMO, input=b"\xef\xbb\xbf" + HAIKU.encode() + line_end)

@@ -50,6 +50,23 @@ def test_slots_are_given_in_order() -> None:
         assert found == expected
 
 
+def test_candles_loop_has_one_slot() -> None:
+    with Phi.demo(engine="candle") as phi:
+        expected = [phi.generate(HAIKU, seed=seed, max_tokens=5) for seed in range(4)]
+        streams = [phi.stream(HAIKU, seed=seed, max_tokens=5) for seed in range(4)]
+        found: dict[int, str] = {}
+
+        def read(i: int) -> None:
+            found[i] = "".join(streams[i])
+
+        readers = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(60)
+        assert [found[i] for i in range(4)] == expected
+
+
 def test_a_complete_text_holds_no_slot() -> None:
     with Phi.demo(max_concurrent=1) as phi:
         unread = phi.stream(HAIKU, seed=1, max_tokens=3, ignore_eos=True)
