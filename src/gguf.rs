@@ -16,6 +16,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::task::Task;
 
 mod file;
 mod header;
@@ -47,7 +48,12 @@ impl Gguf {
     /// the model is in use. Errors: `ModelNotFound` (no such file, a missing part, a directory), `InvalidModel` (damaged,
     /// cut, or not a GGUF file at all), `UnsupportedModel` (big-endian, or a version that is not 2 or 3).
     pub fn open(path: &Path, mmap: bool) -> Result<Gguf> {
-        let (first, metadata, mut tensors) = Part::open(path, mmap)?;
+        Gguf::open_for(&Task::default(), path, mmap)
+    }
+
+    /// The same for somebody who waits, is told how much of a file was read into memory, and may leave.
+    pub fn open_for(task: &Task, path: &Path, mmap: bool) -> Result<Gguf> {
+        let (first, metadata, mut tensors) = Part::open(task, path, mmap)?;
         let mut parts = vec![first];
         match SplitName::of(path) {
             Some(split) if split.number != 1 => {
@@ -70,7 +76,7 @@ impl Gguf {
                             path.display()
                         )));
                     }
-                    let (part, metadata, more) = Part::open(&path, mmap)?;
+                    let (part, metadata, more) = Part::open(task, &path, mmap)?;
                     check_part(&path, &metadata, number - 1, split.count)?;
                     parts.push(part);
                     tensors.extend(more);
@@ -137,8 +143,8 @@ impl Gguf {
 }
 
 impl Part {
-    fn open(path: &Path, mmap: bool) -> Result<(Part, Metadata, Vec<Tensor>)> {
-        let map = Arc::new(file::load(path, mmap)?);
+    fn open(task: &Task, path: &Path, mmap: bool) -> Result<(Part, Metadata, Vec<Tensor>)> {
+        let map = Arc::new(file::load(task, path, mmap)?);
         let (metadata, tensors) = header::read(path, &map)?;
         Ok((Part { path: path.to_owned(), map }, metadata, tensors))
     }

@@ -9,10 +9,10 @@
 //! Engine::stream          engine      prompt ids checked; nothing is computed yet
 //!   Template::render      chat        messages -> prompt text, user text marked as text
 //!   Tokenizer::encode     tokenizer   text -> ids
-//! TextStream::next        stream      the reader waits; the compute thread takes a step
-//!   Scheduler             schedule    whose turn it is
-//!   Generation::step      generate    the prompt in one pass, then an id at a time
-//!     Sequence::forward   phi3        the model, over ops, rope and cache (or stock: Candle's own)
+//! Stream::next            stream      the reader waits at an outbox; the compute thread takes a step
+//!   Scheduler             schedule    whose turn it is, and who waits for a slot
+//!   Generation::step      generate    the prompt in turns, then an id at a time (or logits: the prompt alone)
+//!     Sequence::advance   phi3        the model, over ops, rope and cache (or stock: Candle's own)
 //!       Ops::norm_linear  ops         a Candle custom op: tasks for the thread pool
 //!         Kernel::matmul  kernels     plain slices; portable, avx2, avx512, amx or neon: chosen for this CPU
 //!     Sampler::sample     sampling    logits -> id
@@ -38,9 +38,11 @@ pub mod generate;
 pub mod gguf;
 pub mod hub;
 pub mod kernels;
+pub mod logits;
 pub mod memory;
 pub mod model;
 pub mod ops;
+pub mod outbox;
 pub mod panic;
 pub mod phi3;
 #[cfg(feature = "python")]
@@ -54,3 +56,4 @@ pub mod stream;
 pub mod task;
 pub mod threads;
 pub mod tokenizer;
+pub mod work;

@@ -101,8 +101,10 @@ def test_accepted(phi: Phi, name: str, value: object) -> None:
         ("parse_special", 0, TypeError, "True or False"),
         ("parse_special", False, ValueError, "raw=True"),
         ("add_bos", True, ValueError, "raw=True"),
-        ("timeout", 5, NotInThisVersionError, "timeout"),
-        ("on_progress", print, NotInThisVersionError, "on_progress"),
+        ("timeout", -1, ValueError, "-1"),
+        ("timeout", float("nan"), ValueError, "finite"),
+        ("timeout", "5", TypeError, "a number"),
+        ("on_progress", 5, TypeError, "a function"),
     ],
 )
 @pytest.mark.parametrize("method", ["stream", "generate"])
@@ -162,7 +164,8 @@ def test_foreign_names_have_answers(phi: Phi, name: str, answer: str) -> None:
         ("mmap", 1, TypeError, "True or False"),
         ("tokenizer", 3, TypeError, "PathLike"),
         ("chat_template", b"x", TypeError, "bytes"),
-        ("max_concurrent", 2, NotInThisVersionError, "max_concurrent"),
+        ("max_concurrent", 0, ValueError, "from 1"),
+        ("max_concurrent", 1.0, TypeError, "an int"),
         ("on_progress", 5, TypeError, "a function"),
         ("num_ctx", 4096, TypeError, "use n_ctx"),
         ("n_gpu_layers", -1, TypeError, "use device"),

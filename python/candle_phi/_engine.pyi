@@ -25,7 +25,7 @@ KNOWN_MODELS: list[tuple[str, str, str]]
 """Short names, each with the repository and the file that it stands for."""
 
 _Watch: TypeAlias = Callable[[str, int, int | None], object]
-"""Called in the waiting thread, some 16 times a second: phase, bytes done, bytes in all."""
+"""Called in the waiting thread, some 15 times a second: phase, how much is done, of how much; bytes, or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
 
@@ -46,6 +46,7 @@ class Model:
         mmap: bool,
         tokenizer: str | None,
         chat_template: str | None,
+        max_concurrent: int | None,
         watch: _Watch | None,
     ) -> Model: ...
     @property
@@ -89,7 +90,7 @@ class Model:
     def detokenize(self, ids: list[int], skip_special: bool) -> str:
         """The text of ids; ValueError for an id outside the vocabulary."""
 
-    def logits(self, ids: list[int], every_position: bool) -> bytes:
+    def logits(self, ids: list[int], every_position: bool, watch: _Watch | None) -> bytes:
         """float32 in the machine's order: `n_vocab` logits after the last id, or after each."""
 
     def bandwidth(self) -> float:
@@ -117,6 +118,7 @@ class Model:
         ignore_eos: bool,
         logprobs: bool,
         top_logprobs: int,
+        timeout: float | None,
     ) -> Stream:
         """A generation that starts at its first `next`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1."""
 
@@ -124,8 +126,9 @@ class Model:
 class Stream:
     """One generation."""
 
-    def next(self) -> tuple[str, list[int], list[_Logprob] | None] | None:
-        """The next text with the ids and logprobs that ride on it; None at the end. Waits without the GIL."""
+    def next(self, watch: _Watch | None) -> tuple[str, list[int], list[_Logprob] | None] | None:
+        """The next text with the ids and logprobs that ride on it; None at the end. Waits without the GIL, and with it
+        calls `watch` and signal handlers now and then."""
 
     def cancel(self) -> None:
         """Ends the generation; returns at once, from any thread."""

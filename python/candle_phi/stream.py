@@ -1,11 +1,14 @@
 """One generation, read piece by piece."""
 
+import copy
 import threading
 from collections.abc import Generator
 from types import TracebackType
 from typing import NoReturn, Self, cast
 
 from . import _engine
+from .errors import PhiError
+from .progress import Watch
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
 
@@ -19,11 +22,13 @@ class Stream(Generator[Chunk, None, None]):
     It is an object rather than a Python generator so that another thread can end it while one waits inside `next`.
     """
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, *, logprobs: bool) -> None:
+    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Watch | None, *, logprobs: bool) -> None:
         self._model = model
         self._stream = stream
+        self._watch = watch  # called by a reader that waits
         self._reading = threading.Lock()  # one reader at a time: what is noted here keeps the order of the tokens
         self._reader: int | None = None  # the thread that is inside `next`
+        self._failure: PhiError | None = None
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
 
@@ -31,11 +36,19 @@ class Stream(Generator[Chunk, None, None]):
         if self._reader == threading.get_ident():  # from a signal handler: the lock below would never come
             raise ValueError("this thread is reading the stream already")
         _ = self._stream.finish_reason  # ForkError, where a thread that was not forked may hold the lock below
+        before = self._failure
         try:
             with self._reading:
+                if (
+                    self._failure is not None and self._failure is not before
+                ):  # of the thread whose turn it was: no silent end for the others
+                    raise copy.copy(self._failure)
                 self._reader = threading.get_ident()
                 try:
                     chunk = self._read()
+                except PhiError as error:
+                    self._failure = error
+                    raise
                 finally:
                     self._reader = None
         except BaseException:  # Ctrl-C, wherever in here it came
@@ -46,7 +59,7 @@ class Stream(Generator[Chunk, None, None]):
         return chunk
 
     def _read(self) -> Chunk | None:
-        while piece := self._stream.next():
+        while piece := self._stream.next(self._watch):
             text, ids, entries = piece
             logprobs = None if entries is None else [_logprob(entry) for entry in entries]
             if self._logprobs is not None and logprobs:
