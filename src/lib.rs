@@ -21,7 +21,8 @@
 //! Engine::bandwidth       bandwidth   how fast the weights can be read at all: for benchmarks
 //! ```
 //!
-//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs.
+//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs, `ready`
+//! says which of many streams have something to read.
 //!
 //! Imports go down this list, never up.
 
@@ -47,6 +48,7 @@ pub mod panic;
 pub mod phi3;
 #[cfg(feature = "python")]
 mod python;
+pub mod ready;
 pub mod rope;
 pub mod sampling;
 pub mod schedule;

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
@@ -22,7 +23,7 @@ use crate::stream::TextStream;
 use crate::task::{self, Progress, Task};
 use crate::tokenizer::Tokenizer;
 use crate::work::FinishReason;
-use crate::{hub, kernels, memory, panic, threads};
+use crate::{hub, kernels, memory, panic, ready, threads};
 
 mod raised {
     use pyo3::import_exception;
@@ -417,6 +418,30 @@ impl Stream {
         piece.map(|piece| self.read(py, piece)).transpose()
     }
 
+    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(bool, Option<Read<'py>>)> {
+        match detached(py, || self.stream.poll())? {
+            Poll::Ready(piece) => Ok((true, piece.map(|piece| self.read(py, piece)).transpose()?)),
+            Poll::Pending => Ok((false, None)),
+        }
+    }
+
+    fn notify(&self, py: Python<'_>, queue: &ReadyQueue, ticket: u64) -> PyResult<()> {
+        let queue = queue.0.clone();
+        detached(py, || {
+            self.stream.on_change(Box::new(move || queue.put(ticket)));
+            Ok(())
+        })
+    }
+
+    #[getter]
+    fn time_left(&self) -> Option<f64> {
+        self.stream.time_left().map(|left| left.as_secs_f64())
+    }
+
+    fn progress(&self, end: bool) -> PyResult<Vec<(&'static str, u64, Option<u64>)>> {
+        Ok(self.stream.progress(end)?.into_iter().map(|p| (p.phase.name(), p.done, p.total)).collect())
+    }
+
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
         detached(py, || {
             self.stream.cancel();
@@ -477,6 +502,29 @@ impl Stream {
         let (id, text, bytes, logprob) = top(entry.id, entry.logprob)?;
         let others = entry.top.iter().map(|&(id, logprob)| top(id, logprob)).collect::<PyResult<Vec<_>>>()?;
         Ok((id, text, bytes, logprob, others).into_pyobject(py)?.into_any())
+    }
+}
+
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct ReadyQueue(Arc<ready::ReadyQueue>);
+
+#[pymethods]
+impl ReadyQueue {
+    #[new]
+    fn new() -> Self {
+        ReadyQueue(Arc::default())
+    }
+
+    fn put(&self, ticket: u64) {
+        self.0.put(ticket);
+    }
+
+    fn take(&self, py: Python<'_>) -> PyResult<Option<Vec<u64>>> {
+        detached(py, || Ok(self.0.take()))
+    }
+
+    fn close(&self) {
+        self.0.close();
     }
 }
 
@@ -581,7 +629,7 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Model, Stream, doctor, memory_needed};
+    use super::{Hub, Model, ReadyQueue, Stream, doctor, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -60,7 +60,9 @@ def test_python_modules_import_only_downwards() -> None:
         "messages",
         "results",
         "stream",
+        "aio",
         "model",
+        "testing",
         "bench",
         "cli",
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_phi import NotInThisVersionError, Phi
+from candle_phi import Phi
 from candle_phi.options import SAMPLING, sampling
 from conftest import HAIKU
 from test_api_contract import GENERATION
@@ -107,7 +107,7 @@ def test_accepted(phi: Phi, name: str, value: object) -> None:
         ("on_progress", 5, TypeError, "a function"),
     ],
 )
-@pytest.mark.parametrize("method", ["stream", "generate"])
+@pytest.mark.parametrize("method", ["stream", "generate", "astream", "agenerate"])
 def test_rejected_at_the_call(
     phi: Phi, method: str, name: str, value: object, error: type[Exception], says: str
 ) -> None:
@@ -196,9 +196,3 @@ def test_repeat_penalty_depends_on_sampling(given: dict[str, Any], penalty: floa
 
 def test_off_is_the_same_whichever_way_it_is_written() -> None:
     assert sampling(DEFAULTS) == sampling(DEFAULTS | {"top_k": 0, "top_p": 1, "min_p": 0, "logit_bias": {}, "stop": []})
-
-
-def test_not_in_this_version(phi: Phi) -> None:
-    for method in (phi.astream, phi.agenerate):
-        with pytest.raises(NotInThisVersionError, match=method.__name__):
-            method(HAIKU)

@@ -10,6 +10,7 @@ __all__ = [
     "KNOWN_MODELS",
     "Hub",
     "Model",
+    "ReadyQueue",
     "Stream",
     "__version__",
     "doctor",
@@ -28,6 +29,8 @@ _Watch: TypeAlias = Callable[[str, int, int | None], object]
 """Called in the waiting thread, some 15 times a second: phase, how much is done, of how much; bytes, or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
+_Read: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
+"""Text, with the ids and log probabilities that ride on it."""
 
 @final
 class Model:
@@ -126,9 +129,23 @@ class Model:
 class Stream:
     """One generation."""
 
-    def next(self, watch: _Watch | None) -> tuple[str, list[int], list[_Logprob] | None] | None:
-        """The next text with the ids and logprobs that ride on it; None at the end. Waits without the GIL, and with it
-        calls `watch` and signal handlers now and then."""
+    def next(self, watch: _Watch | None) -> _Read | None:
+        """The next text; None at the end. Waits without the GIL, and with it calls `watch` and signal handlers now and
+        then."""
+
+    def poll(self) -> tuple[bool, _Read | None]:
+        """Whether there is something, and if so, what `next` would return. Never waits."""
+
+    def notify(self, queue: ReadyQueue, ticket: int) -> None:
+        """Puts the ticket into the queue, once, when `poll` has something: perhaps at once."""
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the timeout, when `poll` has something, too."""
+
+    def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
+        """What a watch is to be told now: nothing, when it was told less than 75 ms ago, no phase has begun since, and
+        this is not the end."""
 
     def cancel(self) -> None:
         """Ends the generation; returns at once, from any thread."""
@@ -146,6 +163,18 @@ class Stream:
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
         """Seconds: `(queue, prefill, decode, time to first token)`, and the passes that decode took."""
+
+@final
+class ReadyQueue:
+    """Where one thread waits for many streams."""
+
+    def __new__(cls) -> ReadyQueue: ...
+    def put(self, ticket: int) -> None: ...
+    def take(self) -> list[int] | None:
+        """Waits for tickets, without the GIL, and takes all that there are; None once it is closed."""
+
+    def close(self) -> None:
+        """Lets the waiting thread go. Any thread, any number of times."""
 
 def doctor() -> dict[str, object]:
     """What this build finds on this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""

@@ -5,12 +5,13 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
 
-from . import _engine, hub, memory, options
+from . import _engine, aio, hub, memory, options
 from ._engine import DEFAULT_REPO
-from .errors import ModelNotFoundError, NotInThisVersionError
+from .aio import AsyncStream
+from .errors import ModelNotFoundError
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
 from .progress import OnProgress, watching, watching_tokens
 from .results import Result
@@ -110,7 +111,7 @@ class Phi:
         with watching("", False, on_progress) as watch:
             self._model = _engine.Model(path, watch=watch, **checked)
         # how to open it again: what to call, with which path, with which options
-        self._recipe: tuple[Callable[..., Phi], tuple[str, ...], dict[str, Any]]
+        self._recipe: tuple[Callable[..., Phi], tuple[object, ...], dict[str, Any]]
         self._recipe = type(self), (os.path.abspath(path),), checked
 
     @classmethod
@@ -313,14 +314,17 @@ class Phi:
             return stream._result()
 
     @_parameters_of(stream)
-    def astream(self, *args: Any, **kwargs: Any) -> Never:
-        """Not in this version."""
-        raise NotInThisVersionError("astream() is not in this version: use stream() in a thread")
+    def astream(self, *args: Any, **kwargs: Any) -> AsyncStream:
+        """The same for event loops: the options of `stream` and, at the call, its errors; nothing here waits.
+
+        Reading it blocks no loop and takes no thread. `on_progress` is called in the loop's thread.
+        """
+        return AsyncStream(self.stream(*args, **kwargs))
 
     @_parameters_of(stream)
-    def agenerate(self, *args: Any, **kwargs: Any) -> Never:
-        """Not in this version."""
-        raise NotInThisVersionError("agenerate() is not in this version: use asyncio.to_thread(phi.generate, ...)")
+    def agenerate(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Result]:
+        """Generates the whole text for event loops: the options of `stream`, its errors at the call, the same text."""
+        return aio.generate(self.astream(*args, **kwargs))
 
     def render(self, messages: str | Iterable[Message]) -> str:
         """The exact text that messages become; a str is one user turn."""
@@ -384,8 +388,8 @@ class Phi:
         return f"{type(self).__name__}({self.path!r}, n_ctx={self.n_ctx}, device={self.device!r}, {state})"
 
     def __reduce__(self) -> tuple[Callable[[], "Phi"], tuple[()]]:
-        opens, path, options = self._recipe
-        return functools.partial(opens, *path, **options), ()
+        opens, arguments, options = self._recipe
+        return functools.partial(opens, *arguments, **options), ()
 
     def _read(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
         """The ids of what a generation was given."""

@@ -11,6 +11,9 @@ from .errors import PhiError
 from .progress import Watch
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
+_LOOK = 0.075
+"""Seconds between two reports of progress: a callback is promised 20 a second at most, and one in 200 ms at least."""
+
 
 class Stream(Generator[Chunk, None, None]):
     """The text of one generation, as it is made.
@@ -39,10 +42,7 @@ class Stream(Generator[Chunk, None, None]):
         before = self._failure
         try:
             with self._reading:
-                if (
-                    self._failure is not None and self._failure is not before
-                ):  # of the thread whose turn it was: no silent end for the others
-                    raise copy.copy(self._failure)
+                self._raise_since(before)
                 self._reader = threading.get_ident()
                 try:
                     chunk = self._read()
@@ -58,17 +58,52 @@ class Stream(Generator[Chunk, None, None]):
             raise StopIteration
         return chunk
 
+    def _raise_since(self, before: PhiError | None) -> None:
+        """The failure that another reader has met meanwhile: no silent end for this one."""
+        if self._failure is not None and self._failure is not before:
+            raise copy.copy(self._failure)
+
     def _read(self) -> Chunk | None:
         while piece := self._stream.next(self._watch):
-            text, ids, entries = piece
-            logprobs = None if entries is None else [_logprob(entry) for entry in entries]
-            if self._logprobs is not None and logprobs:
-                self._logprobs += logprobs
-            if text:
-                self._pieces.append(text)
-                return Chunk(text, ids, logprobs)
-            # the last piece may have only ids that made no text: they are no chunk
+            if chunk := self._chunk(piece):
+                return chunk
         return None
+
+    def _poll(self) -> tuple[bool, Chunk | None]:
+        """Whether there is something to read, and if so, the next chunk, None at the end. Never waits."""
+        _ = self._stream.finish_reason  # ForkError, as above
+        self._report(end=False)
+        chunk = None
+        with self._reading:
+            try:
+                ready, piece = self._stream.poll()
+                while piece and not (chunk := self._chunk(piece)):
+                    ready, piece = self._stream.poll()
+            except PhiError as error:
+                self._failure = error
+                raise
+        if ready and chunk is None:
+            self._report(end=True)
+        return ready, chunk
+
+    def _chunk(self, piece: "_engine._Read") -> Chunk | None:
+        """Notes what was read. The last piece may have only ids that made no text: they are no chunk."""
+        text, ids, entries = piece
+        logprobs = None if entries is None else [_logprob(entry) for entry in entries]
+        if self._logprobs is not None and logprobs:
+            self._logprobs += logprobs
+        self._pieces.append(text)
+        return Chunk(text, ids, logprobs) if text else None
+
+    def _report(self, end: bool) -> None:
+        if self._watch is not None:
+            for progress in self._stream.progress(end):
+                self._watch(*progress)
+
+    def _pause(self) -> float | None:
+        """Seconds after which who waits for `_poll` must look again; None: when there is something."""
+        pauses = [self._stream.time_left, None if self._watch is None else _LOOK]
+        return min((pause for pause in pauses if pause is not None), default=None)
 
     def send(self, value: None, /) -> Chunk:
         """`send(None)` is `next()`."""
