@@ -14,14 +14,14 @@ use crate::generate::{Generation, Request};
 use crate::gguf::Gguf;
 use crate::kernels::{self, Kernel};
 use crate::logits::Logits;
-use crate::model::{Model, Want};
+use crate::model::{self, Model, Want};
 use crate::ops::Backend;
 use crate::phi3::Phi3;
 use crate::schedule::Scheduler;
 use crate::stock::Stock;
 use crate::stream::{Stream, TextStream};
 use crate::task::{Phase, Task};
-use crate::threads::{self, Pool, lock};
+use crate::threads::{self, Cancel, Pool, lock};
 use crate::tokenizer::{Special, Tokenizer};
 
 /// How to load. The names and defaults are the Python API's.
@@ -232,6 +232,18 @@ impl Engine {
     /// Bytes per second at which `n_threads` threads read the weights and do nothing else. Takes about a second.
     pub fn bandwidth(&self) -> Result<f64> {
         bandwidth::measure(&self.parts()?.gguf, self.info.n_threads)
+    }
+
+    /// Seconds of a decode pass over so many tokens at once, with the logits of each. It waits for no turn.
+    pub fn decode_pass(&self, tokens: usize) -> Result<f64> {
+        let mut sequence = self.parts()?.model.clone().sequence()?;
+        let mut pass = || -> Result<f64> {
+            let start = Instant::now();
+            sequence.forward(&vec![0; tokens], model::Phase::Decode, Want::Every, &Cancel::default())?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        pass()?; // makes room for the activations
+        pass()
     }
 
     /// Bytes that decoding the last of so many positions reads: of weights, and of keys and values.

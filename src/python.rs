@@ -313,6 +313,10 @@ impl Model {
         detached(py, || self.0.bandwidth())
     }
 
+    fn decode_pass(&self, py: Python<'_>, tokens: usize) -> PyResult<f64> {
+        detached(py, || self.0.decode_pass(tokens))
+    }
+
     fn bytes_per_token(&self, positions: usize) -> PyResult<(usize, usize)> {
         Ok(self.0.bytes_per_token(positions)?)
     }

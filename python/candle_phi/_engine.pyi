@@ -99,6 +99,9 @@ class Model:
     def bandwidth(self) -> float:
         """Bytes per second at which `n_threads` threads read the weights and do nothing else. About a second's work."""
 
+    def decode_pass(self, tokens: int) -> float:
+        """Seconds of a decode pass over so many tokens at once, with the logits of each."""
+
     def bytes_per_token(self, positions: int) -> tuple[int, int]:
         """Bytes that decoding the last of so many positions reads: of weights, and of keys and values."""
 
