@@ -43,7 +43,7 @@ def main() -> int:
         print("no function has a VEX or EVEX instruction: has the library its symbols?", file=sys.stderr)
         return 1
     for crate, count in sorted(collections.Counter(map(home, functions)).items()):
-        print(f"{count:4} functions in {crate}: {DISPATCHING.get(crate, 'chosen by kernels::fastest')}")
+        print(f"{count:4} functions in {crate}: {DISPATCHING.get(crate, 'chosen when a model is opened')}")
     strangers = [name for name in functions if home(name) not in ("candle_phi::kernels", *DISPATCHING)]
     for name in strangers:
         print(f"beyond x86-64, and not known to ask the CPU: {name}", file=sys.stderr)
