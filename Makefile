@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test asan lint bench require engine
+.PHONY: help demo build test asan lint bench wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
@@ -48,9 +48,34 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against th
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest candle_phi._engine
+	$(BIN)/python packaging/third_party.py --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet --pedantic .github/workflows
 
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
+
+# As .github/workflows/release.yml does it. zig links against glibc 2.17, whatever this system has.
+MATURIN_WHEEL := $(BIN)/maturin build --release $(if $(filter Linux,$(shell uname)),--zig)
+
+wheel: require .venv/wheel ## this machine's wheel as a release builds it, in dist
+	$(MATURIN_WHEEL) --out dist
+
+test-wheel: .venv/wheel ## installs dist's wheel in bare environments, on emulated CPUs and in a frozen app
+	$(BIN)/python -m pytest --confcutdir tests/wheel tests/wheel
+
+baseline: wheel ## checks that all of the wheel's code runs on any x86-64 CPU, or asks first (Linux; needs binutils)
+	rm -rf target/unstripped
+	$(MATURIN_WHEEL) --out target/unstripped -- -C strip=none
+	$(BIN)/python packaging/baseline.py target/unstripped/*.whl dist/$$(ls target/unstripped)
+
+sdist: require .venv/build ## the source distribution, in dist, and a build from it in a bare environment
+	rm -f dist/*.tar.gz
+	$(BIN)/maturin sdist --out dist
+	$(BIN)/python tests/wheel/install.py dist/*.tar.gz
+
+rust-version:
+	@echo $(RUST_VERSION)
 
 # What is missing or too old, in one line.
 require:

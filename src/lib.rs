@@ -25,6 +25,9 @@
 //!
 //! Imports go down this list, never up.
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("candle-phi needs a 64-bit system, and for the package a 64-bit Python: models are larger than 2 GB");
+
 pub mod bandwidth;
 pub mod cache;
 pub mod chat;

@@ -497,6 +497,14 @@ mod _engine {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        #[cfg(all(target_arch = "aarch64", target_feature = "fp16"))]
+        if !crate::kernels::has_fp16() {
+            return Err(pyo3::exceptions::PyImportError::new_err(
+                "candle_phi was built for CPUs with half-precision arithmetic (ARMv8.2, fp16), and this CPU has none. \
+                 The published wheels run here: python -m pip install --force-reinstall --only-binary :all: candle-phi. \
+                 A build from source does too with RUSTFLAGS='-C target-feature=+neon'.",
+            ));
+        }
         crate::panic::silence();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));

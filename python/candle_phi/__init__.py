@@ -7,8 +7,16 @@ with Phi.demo() as phi:
         print(chunk, end="", flush=True)
 """
 
+try:
+    from ._engine import __version__
+except ImportError as error:
+    from . import _installation
+
+    if reason := _installation.fault(error):
+        raise ImportError(f"candle_phi: {reason}") from error
+    raise
+
 from . import hub
-from ._engine import __version__
 from .errors import (
     BusyError,
     ClosedError,

@@ -1,7 +1,6 @@
 """Whether a model fits into the memory that is free."""
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -75,6 +74,8 @@ def _of_cgroup() -> list[int]:
 
 
 def _of_windows() -> int | None:
+    import ctypes  # not at import: it takes as long as the rest of this file
+
     class Status(ctypes.Structure):
         _fields_ = (
             ("length", ctypes.c_ulong),

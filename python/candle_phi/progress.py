@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +102,9 @@ class _Bar:
             left = round((p.total - p.done) / speed)
             parts += [f"{speed / 1e6:.1f} MB/s", f"{left // 60}:{left % 60:02} left"]
         numbers = "  ".join(filter(None, parts))
-        columns = shutil.get_terminal_size().columns - 1
+        from shutil import get_terminal_size  # not at import: it brings five modules for compression
+
+        columns = get_terminal_size().columns - 1
         room = columns - len(numbers) - len(self._label) - 6
         bar = ""
         if room >= 10:

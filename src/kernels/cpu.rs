@@ -35,6 +35,28 @@ pub fn features() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
+/// The half-precision arithmetic that an aarch64 build with `+fp16` takes for granted. Such a build cannot ask the
+/// standard library, whose answer is a constant then.
+#[cfg(all(target_arch = "aarch64", target_feature = "fp16"))]
+pub fn has_fp16() -> bool {
+    // The auxiliary vector's AT_HWCAP, with the bits FPHP and ASIMDHP.
+    #[cfg(target_os = "linux")]
+    {
+        use std::ffi::c_ulong;
+        unsafe extern "C" {
+            safe fn getauxval(kind: c_ulong) -> c_ulong;
+        }
+        getauxval(16) >> 9 & 3 == 3
+    }
+    // Windows has no bit for it. No CPU has it (ARMv8.2) without the atomics of ARMv8.1, for which there is one.
+    #[cfg(windows)]
+    {
+        std::arch::is_aarch64_feature_detected!("lse")
+    }
+    #[cfg(not(any(target_os = "linux", windows)))]
+    true // every Apple CPU
+}
+
 /// Whether there are the tiles of AMX, eight of 16 rows of 64 bytes, and their bf16 products. (The standard library cannot
 /// be asked yet. The bits are those of Intel's manual, volume 1, chapter 18.)
 #[cfg(target_arch = "x86_64")]
