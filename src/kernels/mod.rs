@@ -41,9 +41,9 @@ mod x86;
 use std::ops::Range;
 
 pub use blocks::Format;
+pub use cpu::features;
 #[cfg(all(target_arch = "aarch64", target_feature = "fp16"))]
 pub use cpu::has_fp16;
-pub use cpu::features;
 pub use kv::{KvPage, KvSlice, KvSliceMut, PAGE};
 pub use pack::{Line, view, view_mut};
 pub use portable::{Portable, dequantize};

@@ -53,3 +53,16 @@ def test_a_build_from_source_says_that_a_cpu_lacks_fp16() -> None:
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ImportError: ")
     assert "fp16" in error
+
+
+def test_candles_engine_is_refused_where_it_would_end_the_process() -> None:
+    script = (
+        "from candle_phi import Phi\n"
+        "try: phi = Phi.demo(engine='candle')\n"
+        "except ValueError as error: print(error)\n"
+        "else: print(phi.generate('Hi', temperature=0, max_tokens=2, ignore_eos=True).usage.completion_tokens)\n"
+    )
+    refused, runs = run("cortex-a53", "-c", script), run("cortex-a76", "-c", script)
+    assert (refused.returncode, runs.returncode) == (0, 0), refused.stderr + runs.stderr
+    assert "dotprod" in refused.stdout
+    assert runs.stdout == "2\n"
