@@ -12,15 +12,16 @@ use candle_phi::kernels;
 use candle_phi::sampling::Sampling;
 use tempfile::TempDir;
 
-const PROMPT: &str = "Write a haiku about ice hockey";
+const HAIKU: &str = "Write a haiku about ice hockey";
 /// The text for a seed, under `portable`, on every platform: the same as in test_sampled.py.
 const SAMPLED: [(u64, &str); 3] = [
     (1, "The Zamboni rolls\nshadows glide a final shift,\nsnow on the way home."),
     (2, "Sleepy kids lace up —\neach stride throwing silver snow,\nwinter waits outside."),
     (3, "A hush fills the rink\nwrists and shoulders coiled like springs —\nsteel bursts into song."),
 ];
-/// The most probable text, which no kernel's rounding changes.
-const GREEDY: &str = "The old fan whispers\ncold hands clap until they sting —\nthe last row stands up.";
+/// A question whose most probable answer no kernel's rounding changes.
+const QUESTION: &str = "What is a Zamboni?";
+const ANSWER: &str = "It drives over the rink between periods and leaves the ice smooth and shining.";
 
 /// The model in a folder of its own, which is removed with it.
 struct Demo {
@@ -45,10 +46,12 @@ impl Demo {
     }
 }
 
-fn generate(engine: &Engine, temperature: f32, seed: u64) -> String {
-    let message = Message { role: "user".into(), content: PROMPT.into() };
+/// With the defaults of the Python API.
+fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> String {
+    let message = Message { role: "user".into(), content: prompt.into() };
     let prompt = engine.tokenize_messages(&[message]).unwrap();
-    let sampling = Sampling { temperature, ..Sampling::default() };
+    let repeat_penalty = if temperature == 0.0 { 1.0 } else { 1.2 };
+    let sampling = Sampling { temperature, repeat_penalty, ..Sampling::default() };
     let request =
         Request { prompt, max_tokens: 0, sampling, seed, stop: Vec::new(), ignore_eos: false, top_logprobs: None };
     let stream = engine.stream(request, None).unwrap();
@@ -68,7 +71,7 @@ fn a_seed_gives_its_text_to_the_letter() {
     for mmap in [true, false] {
         let engine = demo.open("portable", mmap);
         for (seed, text) in SAMPLED {
-            assert_eq!(generate(&engine, 1.0, seed), text, "seed {seed}, mmap {mmap}");
+            assert_eq!(generate(&engine, HAIKU, 1.0, seed), text, "seed {seed}, mmap {mmap}");
         }
     }
 }
@@ -77,19 +80,21 @@ fn a_seed_gives_its_text_to_the_letter() {
 fn every_kernel_of_this_cpu_writes_the_same() {
     let demo = Demo::new();
     for kernel in kernels::available() {
-        assert_eq!(generate(&demo.open(kernel, true), 0.0, 1), GREEDY, "{kernel}");
+        assert_eq!(generate(&demo.open(kernel, true), QUESTION, 0.0, 1), ANSWER, "{kernel}");
     }
 }
 
+/// Windows keeps the name of a file that is mapped. The compute thread lets go of it a moment after `close`.
+#[cfg(windows)]
 #[test]
 fn a_closed_model_lets_go_of_its_file() {
     let demo = Demo::new();
     let engine = demo.open("portable", true);
-    generate(&engine, 0.0, 1);
+    generate(&engine, QUESTION, 0.0, 1);
     engine.close();
-    let moved = demo.path.with_file_name("moved.gguf");
-    fs::rename(&demo.path, &moved).unwrap();
-    fs::remove_file(&moved).unwrap();
-    // Windows keeps the name of a file that is mapped, and the folder with it
-    fs::remove_dir(demo.path.parent().unwrap()).unwrap();
+    let removed = (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        fs::remove_file(&demo.path).is_ok() && !demo.path.exists()
+    });
+    assert!(removed);
 }

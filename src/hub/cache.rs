@@ -125,10 +125,15 @@ impl Repository {
             fs::remove_file(&path)?; // it leads nowhere
         }
         let up = "../".repeat(name.split('/').count() + 1);
-        symlink(Path::new(&format!("{up}blobs/{}", checksum.hex())), &path)
-            .or_else(|error| if path.is_file() { Err(error) } else { place(&self.blob(checksum), &path) })
-            .or_else(|error| if path.is_file() { Ok(()) } else { Err(error) }) // another process was faster
-            .map(|()| path)
+        let linked = symlink(Path::new(&format!("{up}blobs/{}", checksum.hex())), &path);
+        if path.is_file() {
+            return Ok(path); // also where another process was faster
+        }
+        if linked.is_ok() {
+            let _ = fs::remove_file(&path); // Windows may make links and be told not to follow them
+        }
+        let placed = place(&self.blob(checksum), &path);
+        if path.is_file() { Ok(path) } else { placed.map(|()| path) }
     }
 
     /// Notes that a branch or tag is at a commit.
