@@ -11,7 +11,7 @@ unexport CONDA_PREFIX
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build ## build, and stream a haiku from the bundled model
 	$(BIN)/candle-phi "Write a haiku about ice hockey" --model demo
@@ -98,3 +98,5 @@ require:
 .venv/build .venv/test .venv/lint .venv/wheel: .venv/%: .venv/made pyproject.toml
 	$(BIN)/python -m pip install --quiet --group $*
 	@touch $@
+
+include platforms.mk

@@ -14,6 +14,7 @@ use candle_transformers::models::quantized_phi3::ModelWeights;
 use crate::cache::KvType;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::kernels;
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::phi3::Config;
 use crate::task::{self, Task};
@@ -33,6 +34,11 @@ impl Stock {
         if POOL.get_or_init(ForkGuard::here).is_forked() {
             let message = "engine 'candle' was used before a fork(), which its thread pool does not survive: use spawn";
             return Err(Error::Fork(message.into()));
+        }
+        if kernels::features().contains(&("dotprod", false)) {
+            let message = "engine 'candle' takes the instructions dotprod without asking, and this CPU has none; engine \
+                           'native' runs here";
+            return Err(Error::Value(message.into()));
         }
         let file = gguf.path().display();
         let config = Config::read(gguf)?;

@@ -544,12 +544,11 @@ def test_the_cache_folder_is_theirs(env: dict[str, str]) -> None:
     ("calls", "error"),
     [
         ("'symlink', 'symlinkat'", 1),
-        ("'symlink', 'symlinkat', 'link', 'linkat'", 1),
         ("'flock'", 38),
         ("'flock'", 37),
         ("'flock'", 0),
     ],
-    ids=["no symbolic links", "no links", "no locks", "no locks left", "locks that keep nobody out"],
+    ids=["no links", "no locks", "no locks left", "locks that keep nobody out"],
 )
 def test_strange_file_systems(home: Path, server: FakeHub, calls: str, error: int) -> None:
     slow(server, 0.002)
@@ -563,7 +562,7 @@ def test_strange_file_systems(home: Path, server: FakeHub, calls: str, error: in
     assert path is not None
     assert path.read_bytes() == CONTENT
     assert path.is_symlink() == ("link" not in calls)
-    assert hub.remove("org/model") >= len(CONTENT)
+    assert hub.remove("org/model") == len(CONTENT)  # so it took its room once
     assert not list(home.rglob("*.gguf"))
 
 

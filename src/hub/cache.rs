@@ -110,8 +110,9 @@ impl Repository {
         names(&self.locks).into_iter().map(|name| self.locks.join(name)).collect()
     }
 
-    /// Gives a content its name: by a link, where the file system has any, else by a copy.
-    pub fn link(&self, commit: &str, name: &str, checksum: &Checksum) -> io::Result<PathBuf> {
+    /// Gives a content its name: by a link. Where the file system has none, `place` brings the content itself there: a
+    /// `moved` one, so that it takes its room once and goes with its name, or a `copied` one that others link to.
+    pub fn link(&self, commit: &str, name: &str, checksum: &Checksum, place: Place) -> io::Result<PathBuf> {
         if !is_commit(commit) || !is_inside(name) {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the name leads out of the cache"));
         }
@@ -120,18 +121,19 @@ impl Repository {
             return Ok(path);
         }
         fs::create_dir_all(path.parent().unwrap_or(&self.folder))?;
-        let blob = self.blob(checksum);
+        if path.is_symlink() {
+            fs::remove_file(&path)?; // it leads nowhere
+        }
         let up = "../".repeat(name.split('/').count() + 1);
-        let made = symlink(Path::new(&format!("{up}blobs/{}", checksum.hex())), &path).or_else(|error| {
-            if error.kind() == ErrorKind::AlreadyExists {
-                if path.is_file() {
-                    return Ok(()); // another process was faster
-                }
-                fs::remove_file(&path)?; // it leads nowhere
-            }
-            fs::hard_link(&blob, &path).or_else(|_| copy(&blob, &path))
-        });
-        made.map(|()| path)
+        let linked = symlink(Path::new(&format!("{up}blobs/{}", checksum.hex())), &path);
+        if path.is_file() {
+            return Ok(path); // also where another process was faster
+        }
+        if linked.is_ok() {
+            let _ = fs::remove_file(&path); // Windows may make links and be told not to follow them
+        }
+        let placed = place(&self.blob(checksum), &path);
+        if path.is_file() { Ok(path) } else { placed.map(|()| path) }
     }
 
     /// Notes that a branch or tag is at a commit.
@@ -228,9 +230,16 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-fn copy(from: &Path, to: &Path) -> io::Result<()> {
+/// How a content gets to where its name is.
+pub type Place = fn(&Path, &Path) -> io::Result<()>;
+
+pub fn copied(from: &Path, to: &Path) -> io::Result<()> {
     let new = beside(to);
     fs::copy(from, &new).and_then(|_| fs::rename(&new, to)).inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+pub fn moved(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to).or_else(|_| copied(from, to))
 }
 
 #[cfg(unix)]

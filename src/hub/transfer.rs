@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ureq::http::Method;
 
-use super::cache::{Repository, beside};
+use super::cache::{Place, Repository, beside, copied, moved};
 use super::checksum::{Checksum, Hasher};
 use super::choice::bytes;
 use super::client::{Answer, Ask, Client, Failure, Retry, clean};
@@ -26,11 +26,17 @@ pub struct Share {
 /// Gets a content into `blobs`, unless it is there, and gives it its name.
 pub fn fetch(client: &Client, repository: &Repository, remote: &Remote, name: &str, share: Share) -> Result<PathBuf> {
     let blob = repository.blob(&remote.checksum);
-    let link = || {
-        repository.link(&remote.commit, name, &remote.checksum).map_err(|error| unwritable(repository.folder(), &error))
+    let link = |place: Place| {
+        let linked = repository.link(&remote.commit, name, &remote.checksum, place);
+        linked.map_err(|error| unwritable(repository.folder(), &error))
     };
-    if is_whole(&blob, remote.size) {
-        return link();
+    let there = || {
+        // without links the content itself has the name
+        let named = repository.file(&remote.commit, name).filter(|path| is_whole(path, remote.size));
+        named.map(Ok).or_else(|| is_whole(&blob, remote.size).then(|| link(copied)))
+    };
+    if let Some(path) = there() {
+        return path;
     }
     let task = &client.task;
     let path = blob.with_file_name(format!("{}.incomplete", remote.checksum.hex()));
@@ -40,23 +46,21 @@ pub fn fetch(client: &Client, repository: &Repository, remote: &Remote, name: &s
     };
     let lock_path = repository.lock(&remote.checksum);
     let lock = lock::wait(&lock_path, task, waiting)?.map_err(|error| unwritable(&lock_path, &error))?;
-    if is_whole(&blob, remote.size) {
-        return link(); // the other process has it
+    if let Some(path) = there() {
+        return path; // the other process has it
     }
     // Where locks keep nobody out, somebody else may write the same: to a file of our own, and without resuming.
     let path = if lock.is_real { path } else { beside(&blob) };
     let mut transfer = Transfer::open(client, remote, &path, share)?;
     let result = transfer.run();
+    drop(transfer); // an open file cannot be renamed everywhere
     if !lock.is_real && result.is_err() {
-        drop(transfer);
         let _ = fs::remove_file(&path);
-        return result.and_then(|()| link());
     }
     result?;
-    drop(transfer);
     fs::rename(&path, &blob).map_err(|error| unwritable(&blob, &error))?;
     sync_folder(&blob);
-    link()
+    link(moved)
 }
 
 fn is_whole(blob: &Path, size: u64) -> bool {
