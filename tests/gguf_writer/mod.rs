@@ -1,6 +1,8 @@
 //! Writes GGUF files for the tests, wrong ones too: every field can be said differently from what it is.
 #![allow(dead_code)] // each test binary uses its own part of it
 
+pub mod model;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
