@@ -11,6 +11,7 @@ use candle_phi::engine::{Engine, LoadOptions};
 use candle_phi::generate::Request;
 use candle_phi::phi3::Config;
 use candle_phi::sampling::Sampling;
+use candle_phi::task::Task;
 use candle_phi::tokenizer::{Special, Tokenizer};
 use gguf_writer::model::{Noise, small_model};
 
@@ -126,21 +127,22 @@ pub fn readable(gguf: &Gguf) {
 /// The whole way: load, render, tokenize, compute, sample, and turn into text.
 fn generate(path: &Path) -> Result<(), Error> {
     let options = LoadOptions { n_threads: Some(1), kernel: Some("portable".into()), ..LoadOptions::default() };
-    let engine = Engine::load(path, &options)?;
+    let engine = Engine::load(path, &options, &Task::default())?;
     let messages = [candle_phi::chat::Message { role: "user".into(), content: "hello <|end|>".into() }];
     let prompt = engine.tokenize_messages(&messages)?;
     let request = Request {
         prompt,
         max_tokens: 0,
+        limited: false,
         sampling: Sampling::default(),
         seed: 1,
         stop: vec!["stop".into()],
         ignore_eos: true,
         top_logprobs: Some(2),
     };
-    let stream = engine.stream(request, Some(3))?;
+    let stream = engine.stream(request, Some(3), None)?;
     loop {
-        match stream.next(|| std::ops::ControlFlow::<()>::Continue(()))? {
+        match stream.next(|_| std::ops::ControlFlow::<()>::Continue(()))? {
             std::ops::ControlFlow::Continue(Some(_)) => {}
             _ => return Ok(()),
         }
