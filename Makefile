@@ -66,6 +66,7 @@ soak: engine ## SOAK_SECONDS (60) of generations by several threads, a fifth of 
 
 lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against the compiled module
 	cargo fmt --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --lib --no-default-features -- -D warnings
 	cargo clippy --all-targets --features python -- -D warnings

@@ -33,8 +33,12 @@ fn main() {
         write("template", &format!("usual-{i}"), source.as_bytes());
     }
 
-    let stops: [(&str, &[u8]); 4] =
-        [("ab\n", b"xxabab"), ("\u{1f3d2}\nc", "go \u{1f3d2}\u{1f945}".as_bytes()), ("", b"\xf0\x9f\xff\xe2\x96"), ("aab\nab", b"aaab\xf1\xf2\xf3")];
+    let stops: [(&str, &[u8]); 4] = [
+        ("ab\n", b"xxabab"),
+        ("\u{1f3d2}\nc", "go \u{1f3d2}\u{1f945}".as_bytes()),
+        ("", b"\xf0\x9f\xff\xe2\x96"),
+        ("aab\nab", b"aaab\xf1\xf2\xf3"),
+    ];
     for (i, (stops, ids)) in stops.iter().enumerate() {
         write("text", &format!("stop-{i}"), &[stops.as_bytes(), b"\n\n", ids].concat());
     }

@@ -12,7 +12,7 @@ use scratch::{check_message, sound};
 
 static SOUND: LazyLock<(Gguf, Arc<Tokenizer>)> = LazyLock::new(sound);
 
-/// The first character says which conversation it is.
+// The first character says which conversation it is.
 fuzz_target!(|input: &str| {
     let (gguf, tokenizer) = &*SOUND;
     let roles = match input.bytes().next() {

@@ -27,8 +27,8 @@ fn watch<'a>(stops: &[String], pieces: impl Iterator<Item = &'a str>) -> (String
     (text + &watch.finish(), false)
 }
 
-/// (lines that are stop strings, and then, after the first empty line, ids of one byte: the token of that byte, or from
-/// 249 on one of the last of the vocabulary, among them the pieces and control tokens)
+// The lines before the first empty one are stop strings. Each byte from there on is an id: the token of that byte, or from
+// 240 on one of the last of the vocabulary, among them control tokens and longer pieces.
 fuzz_target!(|input: &[u8]| {
     let (_, tokenizer) = &*SOUND;
     let split = input.windows(2).position(|pair| pair == b"\n\n").unwrap_or(0);
@@ -41,7 +41,8 @@ fuzz_target!(|input: &[u8]| {
     let mut detokenizer = Detokenizer::new(tokenizer.clone(), false);
     let pieces: Vec<String> = ids.iter().filter_map(|&id| detokenizer.push(id)).collect();
     let streamed = pieces.concat();
-    let bytes: Vec<u8> = ids.iter().filter(|id| !tokenizer.is_special(**id)).flat_map(|&id| tokenizer.bytes(id).to_vec()).collect();
+    let bytes: Vec<u8> =
+        ids.iter().filter(|id| !tokenizer.is_special(**id)).flat_map(|&id| tokenizer.bytes(id).to_vec()).collect();
     let whole = String::from_utf8_lossy(&bytes);
     assert!(whole.starts_with(&streamed) && whole[streamed.len()..].chars().count() <= 3, "{streamed:?} of {whole:?}");
 

@@ -138,6 +138,7 @@ impl Writer {
 
 pub fn save(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
+    let _ = fs::remove_file(&path); // written over, it would go to the disk at once on some file systems
     fs::write(&path, bytes).expect("the test's folder is writable");
     path
 }
