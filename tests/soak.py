@@ -1,9 +1,9 @@
 """Hours of use in minutes: `make soak` (SOAK_SECONDS, 60).
 
-Threads share one bundled model and generate with random options; a fifth of the streams is cancelled at a random moment,
-by whoever reads or by another thread, and now and then a thread opens a model of its own and closes it under a live
-stream. Memory, file descriptors and threads must not grow, and every text must be the one that a serial run with the same
-seed gives; a cancelled one the beginning of it.
+Threads share one bundled model and generate with random options. A fifth of the streams is cancelled at a random moment:
+by whoever reads, by another thread, by its timeout. Now and then a thread opens a model of its own and closes it under a
+live stream. Memory, file descriptors and threads must not grow, and every text must be the one that a serial run with the
+same seed gives, a cancelled one the beginning of it.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Soak:
         self.until = time.monotonic() + seconds
         self.numbers = iter(range(first, sys.maxsize))
         self.lock = threading.Lock()
-        self.done: dict[int, tuple[int, bytes]] = {}  # number: length and hash of the text, and whether it is whole
+        self.done: dict[int, tuple[int, bytes]] = {}  # number: length and hash of the text
         self.whole: set[int] = set()
         self.tokens = 0
         self.errors: list[str] = []
@@ -78,26 +78,28 @@ class Soak:
         prompt, options, draw = job(number)
         if draw.random() < OWN_MODEL:
             self.close_under_a_stream(prompt, options)
-        stream = self.phi.stream(prompt, **options)
-        if draw.random() < CANCELLED:
-            reads, delay = draw.randint(0, 6), draw.random() * 0.02
-            match draw.choice(["cancel", "another thread", "close", "drop", "with"]):
-                case "another thread":
-                    other = threading.Timer(delay, stream.cancel)
-                    other.start()
-                    for _ in stream:
-                        pass
-                    other.join()
-                case "with":
-                    with stream:
-                        self.read(stream, reads)
-                case how:
+        reads, delay = draw.randint(0, 6), draw.random() * 0.02
+        ends = ["cancel", "another thread", "close", "drop", "with", "timeout"]
+        how = draw.choice(ends) if draw.random() < CANCELLED else None
+        stream = self.phi.stream(prompt, timeout=delay if how == "timeout" else None, **options)
+        match how:
+            case None | "timeout":
+                for _ in stream:
+                    pass
+            case "another thread":
+                other = threading.Timer(delay, stream.cancel)
+                other.start()
+                for _ in stream:
+                    pass
+                other.join()
+            case "with":
+                with stream:
                     self.read(stream, reads)
-                    if how != "drop":
-                        getattr(stream, how)()
-        else:
-            for _ in stream:
-                pass
+            case "drop":
+                self.read(stream, reads)
+            case _:
+                self.read(stream, reads)
+                getattr(stream, how)()
         text, whole = stream.text, stream.finish_reason in ("stop", "length")
         tokens = len(stream.token_ids)
         with self.lock:
@@ -139,7 +141,11 @@ def digest(text: str) -> bytes:
 def resources() -> tuple[float, int, int]:
     """Resident MiB, open files and threads of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    return (
+        pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir("/proc/self/task")),
+    )
 
 
 def main() -> int:
@@ -178,7 +184,7 @@ def main() -> int:
     _, files_left, threads_left = resources()
 
     print(
-        f"{len(soak.done)} generations ({cancelled} cancelled), {soak.tokens} tokens, in {took:.0f} s by {WORKERS} threads\n"
+        f"{len(soak.done)} generations ({cancelled} cancelled), {soak.tokens} tokens in {took:.0f} s by {WORKERS} threads\n"
         f"resident memory: {before:.1f} MiB in the first third, {after:.1f} MiB in the last\n"
         f"open files: {min(files)} to {max(files)} during, {files_left} after; threads after: {threads_left}\n"
         f"serial re-run: {len(soak.done) - len(soak.errors)} of {len(soak.done)} texts equal"

@@ -1,4 +1,4 @@
-"""Files that are no models, or change under us, from Python: always an exception, soon, and never the end of the process."""
+"""Files that are no models, or that change under us: always an exception, soon, and never the end of the process."""
 
 import os
 import shutil
