@@ -211,6 +211,7 @@ impl Engine {
         // Without a limit of the caller's, an engine that cannot go to the end says so when it comes to its own.
         let asked = max_tokens.map_or(1, |n| n.min(room));
         parts.model.check_length(request.prompt.len() + asked - 1)?;
+        parts.gguf.check_length()?;
         request.max_tokens = max_tokens.unwrap_or(room).min(room);
         request.limited = max_tokens.is_some();
         let generation = Generation::new(parts.model.clone(), parts.tokenizer.clone(), request);
@@ -226,6 +227,7 @@ impl Engine {
             return Err(Error::ContextLength { prompt_tokens: ids.len(), n_ctx: self.info.n_ctx });
         }
         parts.model.check_length(ids.len())?;
+        parts.gguf.check_length()?;
         Ok(Stream::new(Logits::new(parts.model.clone(), ids, want), self.scheduler.clone(), None))
     }
 

@@ -11,8 +11,9 @@ use crate::task::{Phase, Task};
 /// What is read at once, and how often somebody who waits for it is asked: in some 10 ms, from a fast disk.
 const READ: usize = 16 << 20;
 
-/// The whole file, which starts with "GGUF": mapped, or read into private memory (page-aligned too).
-pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<Mmap> {
+/// The whole file, which starts with "GGUF": mapped, and then with the file itself, or read into private memory
+/// (page-aligned too).
+pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option<File>)> {
     let failed = |error: std::io::Error| match error.kind() {
         ErrorKind::NotFound => Error::ModelNotFound(format!("{}: no such file", path.display())),
         _ => Error::InvalidModel(format!("{}: cannot be read: {error}", path.display())),
@@ -47,7 +48,7 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<Mmap> {
         memory.make_read_only().map_err(failed)?
     };
     match map.get(..4) {
-        Some(b"GGUF") => Ok(map),
+        Some(b"GGUF") => Ok((map, mmap.then_some(file))),
         _ => Err(diagnose(path, &map)),
     }
 }
