@@ -38,6 +38,11 @@ asan: require ## the tests of kernels, files and tokenizers under AddressSanitiz
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --no-default-features \
 		--target $$(rustc --print host-tuple) --lib --test kernels --test gguf --test tokenizer --test chat
 
+# It takes a standard library that was built with the sanitizer, and so the source of the one that rustc has.
+tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustup component add rust-src`)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=thread cargo test --no-default-features -Zbuild-std \
+		--target $$(rustc --print host-tuple) --lib --test generate --test phi3
+
 FUZZ_SECONDS := 60
 FUZZ_TARGETS := gguf template text tokenizer
 

@@ -102,8 +102,8 @@ impl Tokenizer {
     /// `UnsupportedModel` for tokenizers of another kind than BPE.
     pub fn from_json(path: &Path, gguf: &Gguf) -> Result<Self> {
         let document = json::Document::open(path)?;
-        // The components of a file are code paths of `tokenizers` that nobody has tried with such a file (a
-        // FixedLength of 0 divides by it), so a panic in them is the file's fault. The probe runs each of them once.
+        // The steps of a file are code paths of `tokenizers` that nobody has tried with such a file, so a panic in them
+        // is the file's fault. The probe runs each of them once.
         let build = || {
             let tokenizer = Self::assemble(path, document.parts(vocabulary::size(gguf)?)?, gguf)?;
             tokenizer.encode("A probe: 1\u{a0}é\n", Special::All)?;

@@ -1,9 +1,9 @@
 """Hours of use in minutes: `make soak` (SOAK_SECONDS, 60).
 
-Threads share one bundled model and generate with random options. A fifth of the streams is cancelled at a random moment:
-by whoever reads, by another thread, by its timeout. Now and then a thread opens a model of its own and closes it under a
-live stream. Memory, file descriptors and threads must not grow, and every text must be the one that a serial run with the
-same seed gives, a cancelled one the beginning of it.
+Threads share one bundled model and generate with random options. A fifth of the streams is cancelled at a random
+moment: by whoever reads, by another thread, by its timeout. Now and then a thread opens a model of its own and closes
+it under a live stream. Memory, file descriptors and threads must not grow, and every text must be the one that a serial
+run with the same seed gives, a cancelled one the beginning of it.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def main() -> int:
     _, files_left, threads_left = resources()
 
     print(
-        f"{len(soak.done)} generations ({cancelled} cancelled), {soak.tokens} tokens in {took:.0f} s by {WORKERS} threads\n"
+        f"{len(soak.done)} generations ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
         f"resident memory: {before:.1f} MiB in the first third, {after:.1f} MiB in the last\n"
         f"open files: {min(files)} to {max(files)} during, {files_left} after; threads after: {threads_left}\n"
         f"serial re-run: {len(soak.done) - len(soak.errors)} of {len(soak.done)} texts equal"
