@@ -89,6 +89,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Pool {
     shared: Arc<Shared>,
     n_threads: usize,
+    /// Of each thread, the task of its share that comes next.
+    shares: Vec<Share>,
     /// One `run` at a time.
     turn: Mutex<()>,
     fork_guard: ForkGuard,
@@ -96,6 +98,13 @@ pub struct Pool {
 
 /// How long a thread looks for work, or for the end of it, before it sleeps.
 const LOOK: Duration = Duration::from_micros(100);
+
+/// In a cache line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
+}
 
 struct Shared {
     state: Mutex<State>,
@@ -123,7 +132,7 @@ struct State {
 /// A borrowed job: valid until `run` returns.
 #[derive(Copy, Clone)]
 struct Job {
-    work: *const (dyn Fn() + Sync),
+    work: *const (dyn Fn(usize) + Sync),
 }
 
 // SAFETY: `work` points to a Sync closure that `run` keeps alive until no worker uses it any more.
@@ -142,39 +151,49 @@ impl Pool {
         for i in 1..n_threads {
             let shared = shared.clone();
             let worker = std::thread::Builder::new().name(format!("candle-phi-{i}"));
-            if worker.spawn(move || shared.work()).is_err() {
+            if worker.spawn(move || shared.work(i)).is_err() {
                 break;
             }
         }
-        Pool { shared, n_threads, turn: Mutex::new(()), fork_guard: ForkGuard::here() }
+        let shares = (0..n_threads).map(|_| Share::default()).collect();
+        Pool { shared, n_threads, shares, turn: Mutex::new(()), fork_guard: ForkGuard::here() }
     }
 
     pub fn n_threads(&self) -> usize {
         self.n_threads
     }
 
-    /// Calls `task(i)` once for each i in 0..tasks, on all threads, in any order; returns when all are done. A panic in
-    /// a task is raised here.
+    /// Calls `task(i)` once for each i in 0..tasks, on all threads; returns when all are done. A panic in a task is
+    /// raised here.
+    ///
+    /// Each thread has a share of the tasks, which it takes in order, so that what lies side by side in memory is read in
+    /// one run; when it is done it helps the others.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         if tasks <= 1 || self.n_threads == 1 {
             return (0..tasks).for_each(task);
         }
         let _turn = lock(&self.turn);
-        let next = AtomicUsize::new(0);
+        let first = |share: usize| tasks * share / self.n_threads;
+        for (i, share) in self.shares.iter().enumerate() {
+            share.next.store(first(i), Relaxed);
+        }
         let panic = Mutex::new(None);
-        let work = || {
-            let share = || {
-                while let Some(i) = Some(next.fetch_add(1, Relaxed)).filter(|&i| i < tasks) {
-                    task(i);
+        let work = |thread: usize| {
+            let all = || {
+                for share in (thread..self.n_threads).chain(0..thread) {
+                    let (next, end) = (&self.shares[share].next, first(share + 1));
+                    while let Some(i) = Some(next.fetch_add(1, Relaxed)).filter(|&i| i < end) {
+                        task(i);
+                    }
                 }
             };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(share)) {
-                next.store(tasks, Relaxed);
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(all)) {
+                self.shares.iter().for_each(|share| share.next.store(tasks, Relaxed));
                 *lock(&panic) = Some(payload);
             }
         };
         self.shared.publish(&work);
-        work();
+        work(0);
         self.shared.retire();
         if let Some(payload) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(payload);
@@ -184,9 +203,9 @@ impl Pool {
 
 impl Shared {
     /// Offers `work` to the workers.
-    fn publish(&self, work: &(dyn Fn() + Sync)) {
+    fn publish(&self, work: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime is erased; `retire` takes the job back before `run`, which owns it, returns.
-        let work: &'static (dyn Fn() + Sync) = unsafe { std::mem::transmute(work) };
+        let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
         let mut state = lock(&self.state);
         state.job = Some(Job { work });
         self.announce(&mut state);
@@ -211,8 +230,8 @@ impl Shared {
         }
     }
 
-    /// The life of a worker.
-    fn work(&self) {
+    /// The life of the worker of this number, which starts at 1.
+    fn work(&self, thread: usize) {
         let mut seen = 0;
         loop {
             look_until(|| self.number.load(Acquire) != seen);
@@ -231,7 +250,7 @@ impl Shared {
             self.working.store(state.working, Release);
             drop(state);
             // SAFETY: `working` was raised under the lock while the job was there, so `retire` waits for us.
-            unsafe { (*job.work)() };
+            unsafe { (*job.work)(thread) };
             let mut state = lock(&self.state);
             state.working -= 1;
             self.working.store(state.working, Release);

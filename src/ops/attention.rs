@@ -23,6 +23,11 @@ const BLOCK: usize = PAGES * PAGE;
 /// Queries that one task takes together.
 const QUERIES: usize = 16;
 
+/// Multiplications that take as long as storing a feature of a key: each lies in a cache line of its own.
+const STORE: usize = 64;
+/// Multiplications that take as long as what a query does with a feature of a key and of a value.
+const GATHER: usize = 4;
+
 /// Write the keys and values of some rows of qkv to a page, from position `at` of the page on.
 pub fn append(
     pool: &Pool,
@@ -37,7 +42,7 @@ pub fn append(
     let qkv = Rows::of(storage, layout)?;
     let AttentionShape { n_head_kv, head_dim, .. } = shape;
     let (k, v) = (Heads::new(&mut page.k, n_head_kv)?, Heads::new(&mut page.v, n_head_kv)?);
-    let work = rows.len() * shape.kv_dim();
+    let work = STORE * rows.len() * shape.kv_dim();
     let head = |head: usize| {
         // SAFETY: a head a task.
         let (mut k, mut v) = unsafe { (k.head(head), v.head(head)) };
@@ -47,7 +52,7 @@ pub fn append(
             v.store_value(at + i, &kv[shape.kv_dim() + head * head_dim..][..head_dim]);
         }
     };
-    if 2 * work < PARALLEL_FROM {
+    if work < PARALLEL_FROM {
         (0..n_head_kv).for_each(head)
     } else {
         pool.run(n_head_kv, head)
@@ -153,7 +158,7 @@ impl InplaceOp2 for Attention<'_> {
                 *lock(&failure) = Some(error);
             }
         };
-        if qkv.rows * seen.len() * width < PARALLEL_FROM {
+        if GATHER * qkv.rows * seen.len() * width < PARALLEL_FROM {
             (0..n_blocks * tasks).for_each(one)
         } else {
             self.pool.run(n_blocks * tasks, one)
