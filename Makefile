@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test asan lint bench wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test asan tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
@@ -36,10 +36,37 @@ test: engine ## the tests of the engine (cargo) and of the package (pytest), wit
 # A target that is named, even this machine's own, leaves build scripts and derive macros without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --no-default-features \
-		--target $$(rustc --print host-tuple) --test kernels --test gguf --test tokenizer
+		--target $$(rustc --print host-tuple) --lib --test kernels --test gguf --test tokenizer --test chat
+
+FUZZ_SECONDS := 60
+FUZZ_TARGETS := gguf template text tokenizer
+
+# libFuzzer's instrumentation, as `cargo fuzz` sets it, with AddressSanitizer; the versions are those of Cargo.lock. Beyond
+# 512 MiB or 5 seconds counts as a find. What was learned stays in fuzz/corpus, what was found in fuzz/artifacts.
+fuzz: export RUSTC_BOOTSTRAP := 1
+fuzz: export RUSTFLAGS := --cfg fuzzing -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 \
+	inline-8bit-counters pc-table trace-compares) -Zsanitizer=address
+fuzz: export ASAN_OPTIONS := quarantine_size_mb=16
+fuzz: require ## FUZZ_SECONDS (60) of every fuzz target, or of FUZZ_TARGETS=... (Linux; takes a C++ compiler)
+	cp Cargo.lock fuzz/Cargo.lock
+	@set -e; cd fuzz; host=$$(rustc --print host-tuple); \
+	cargo build --release --target $$host; \
+	built=$${CARGO_TARGET_DIR:-target}/$$host/release; \
+	$$built/seeds corpus; \
+	for target in $(FUZZ_TARGETS); do \
+		mkdir -p artifacts/$$target; \
+		$$built/$$target corpus/$$target -artifact_prefix=artifacts/$$target/ -max_total_time=$(FUZZ_SECONDS) \
+			-rss_limit_mb=512 -timeout=5 -max_len=65536 -print_final_stats=1; \
+	done
+
+SOAK_SECONDS := 60
+
+soak: engine ## SOAK_SECONDS (60) of generations by several threads, a fifth of them cancelled (Linux)
+	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against the compiled module
 	cargo fmt --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --lib --no-default-features -- -D warnings
 	cargo clippy --all-targets --features python -- -D warnings
@@ -50,13 +77,13 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against th
 	$(BIN)/python -m mypy.stubtest candle_phi._engine
 	$(BIN)/python packaging/third_party.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet --pedantic .github/workflows
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
 
-# As .github/workflows/release.yml does it. zig links against glibc 2.17, whatever this system has.
-MATURIN_WHEEL := $(BIN)/maturin build --release $(if $(filter Linux,$(shell uname)),--zig)
+# As .github/workflows/release.yml does it. zig, which maturin looks for on PATH, links against glibc 2.17.
+MATURIN_WHEEL := PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release $(if $(filter Linux,$(shell uname)),--zig)
 
 wheel: require .venv/wheel ## this machine's wheel as a release builds it, in dist
 	$(MATURIN_WHEEL) --out dist

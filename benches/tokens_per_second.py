@@ -280,7 +280,7 @@ def write(
         gains.append(f"reading memory {mine['bandwidth'] / alone['bandwidth']:.2f}x")
         notes.append(f"{threads} threads over one: {', '.join(gains)}.")
     if "four over one" in mine:
-        notes.append(f"A pass over 4 tokens takes {mine['four over one']:.2f} times as long as over one.")
+        notes.append(f"A decode pass over 4 tokens takes {mine['four over one']:.2f} times as long as over one.")
     notes += [f"Left out: {what}" for what in left_out]
     text = tables(engines, names, reads) + "".join(f"\n{note}\n" for note in notes)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -2,8 +2,8 @@
 symbols, and the one to be published, whose code must be the same to the byte.
 
 A wheel runs on every x86-64 CPU if each function with newer instructions is called after the CPU was asked. So every
-function with an instruction in the VEX or EVEX encoding (AVX and all that came after) has to be in `candle_phi::kernels`,
-or in a crate of `DISPATCHING`. The disassembly is objdump's (binutils, 2.37 or later).
+function with an instruction in the VEX or EVEX encoding (AVX and all that came after) has to be in
+`candle_phi::kernels`, or in a crate of `DISPATCHING`. The disassembly is objdump's (binutils, 2.37 or later).
 """
 
 import collections
@@ -16,7 +16,7 @@ from pathlib import Path
 
 DISPATCHING = {  # each asks when it runs, here:
     "aho_corasick": "Teddy's searchers are made after is_x86_feature_detected!",
-    "candle_core": "cpu::features and quantized::k_quants; only `engine=\"candle\"` comes here",
+    "candle_core": 'cpu::features and quantized::k_quants; only `engine="candle"` comes here',
     "compiler_builtins": "fma and fmaf look at CPUID once",
     "core_arch": "intrinsics that were not inlined: whoever calls one is counted as if it had the instruction",
     "gemm_common": "gemm's tables of kernels are filled after feature_detected!",
@@ -40,10 +40,10 @@ def main() -> int:
             return 1
         functions = beyond(unstripped)
     if not functions:
-        print("no function has a VEX or EVEX instruction: is this the library, and has it its symbols?", file=sys.stderr)
+        print("no function has a VEX or EVEX instruction: has the library its symbols?", file=sys.stderr)
         return 1
     for crate, count in sorted(collections.Counter(map(home, functions)).items()):
-        print(f"{count:4} functions in {crate}: {DISPATCHING.get(crate, 'chosen by kernels::fastest')}")
+        print(f"{count:4} functions in {crate}: {DISPATCHING.get(crate, 'chosen when a model is opened')}")
     strangers = [name for name in functions if home(name) not in ("candle_phi::kernels", *DISPATCHING)]
     for name in strangers:
         print(f"beyond x86-64, and not known to ask the CPU: {name}", file=sys.stderr)

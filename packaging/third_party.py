@@ -31,13 +31,13 @@ CHOICE = {  # SPDX: what its text is known by
     "Zlib": "This software is provided 'as-is'",
     "Unicode-3.0": "UNICODE LICENSE V3",
     "CDLA-Permissive-2.0": "Community Data License Agreement",  # Mozilla's certificates
-    "MPL-2.0": "Mozilla Public License",  # asks for the way to the source: the heading's link
+    "MPL-2.0": "Mozilla Public License",  # asks for the way to the source: the heading names it
 }
 HEAD = """\
 # Third-party software in the wheels
 
-The compiled module contains these crates, unmodified; the source of each is at `https://crates.io/crates/NAME`. It also
-contains parts of the Rust standard library (https://github.com/rust-lang/rust), under MIT or Apache-2.0. Written by
+The compiled module contains these crates, unmodified; the source of each is published by its name and version in the
+registry of Rust's crates. It also contains parts of the Rust standard library, under MIT or Apache-2.0. Written by
 `packaging/third_party.py` from `Cargo.lock`.
 """
 
@@ -81,7 +81,8 @@ def document(crates: list[dict[str, Any]]) -> str:
             key = " ".join(text.split())
             texts.setdefault(key, text.strip())
             names.setdefault(key, []).append(f"{crate['name']} {crate['version']}")
-    parts = [f"## {', '.join(names[key])}\n\n```text\n{texts[key]}\n```\n" for key in sorted(names, key=names.__getitem__)]
+    ordered = sorted(texts, key=names.__getitem__)
+    parts = [f"## {', '.join(names[key])}\n\n```text\n{texts[key]}\n```\n" for key in ordered]
     return "\n".join([HEAD, *parts])
 
 

@@ -1,8 +1,8 @@
 //! A loaded model with all that it takes to talk to it: file, tokenizer, chat template, weights, and its compute thread.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use candle_core::Device;
 
@@ -13,13 +13,15 @@ use crate::error::{Error, Result};
 use crate::generate::{Generation, Request};
 use crate::gguf::Gguf;
 use crate::kernels::{self, Kernel};
-use crate::model::{Model, Phase, Want};
+use crate::logits::Logits;
+use crate::model::{self, Model, Want};
 use crate::ops::Backend;
 use crate::phi3::Phi3;
 use crate::schedule::Scheduler;
 use crate::stock::Stock;
-use crate::stream::{TextStream, run_once};
-use crate::threads::{self, Pool, lock};
+use crate::stream::{Stream, TextStream};
+use crate::task::{Phase, Task};
+use crate::threads::{self, Cancel, Pool, lock};
 use crate::tokenizer::{Special, Tokenizer};
 
 /// How to load. The names and defaults are the Python API's.
@@ -35,6 +37,8 @@ pub struct LoadOptions {
     /// Path of a `tokenizer.json`.
     pub tokenizer: Option<PathBuf>,
     pub chat_template: Option<String>,
+    /// Streams that may hold a KV cache at once.
+    pub max_concurrent: Option<usize>,
 }
 
 impl Default for LoadOptions {
@@ -49,6 +53,7 @@ impl Default for LoadOptions {
             mmap: true,
             tokenizer: None,
             chat_template: None,
+            max_concurrent: None,
         }
     }
 }
@@ -85,13 +90,17 @@ pub struct Parts {
 }
 
 impl Engine {
-    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let gguf = Gguf::open(path, options.mmap)?;
-        let model = load_model(&gguf, options)?; // first: it says what kind of file this is
+    /// Open a file. `task` is told of bytes, and asked whether to go on.
+    pub fn load(path: &Path, options: &LoadOptions, task: &Task) -> Result<Self> {
+        task.report(Phase::Load, 0, None);
+        let gguf = Gguf::open_for(task, path, options.mmap)?;
+        let model = load_model(&gguf, options, task)?; // first: it says what kind of file this is
+        task.check()?;
         let tokenizer = match &options.tokenizer {
             Some(json) => Tokenizer::from_json(json, &gguf)?,
             None => Tokenizer::from_gguf(&gguf)?,
         };
+        task.check()?;
         let tokenizer = Arc::new(tokenizer);
         let template = Template::new(options.chat_template.as_deref(), &gguf, tokenizer.clone())?;
         if tokenizer.n_vocab() > model.n_vocab() {
@@ -122,8 +131,14 @@ impl Engine {
             n_threads: model.n_threads(),
             system_fingerprint: fingerprint(&gguf, model.as_ref(), &options.kv_cache),
         };
+        task.check()?;
+        let size = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
+        task.report(Phase::Load, size, Some(size));
+        // Candle's loop keeps its one cache with the weights.
+        let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
+        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX));
         let parts = Parts { gguf, tokenizer, template, model };
-        Ok(Engine { info, scheduler: Scheduler::default(), parts: Mutex::new(Some(Arc::new(parts))) })
+        Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }
 
     /// The parts, unless the model is closed or this is a forked child.
@@ -178,8 +193,15 @@ impl Engine {
         self.parts()?.tokenizer.decode(ids, skip_special)
     }
 
-    /// Start a generation. `max_tokens` None: to the context's end. Nothing is computed before the first read.
-    pub fn stream(&self, mut request: Request, max_tokens: Option<usize>) -> Result<TextStream> {
+    /// Start a generation. `max_tokens` None: to the context's end; `timeout`: from now on. Nothing is computed before
+    /// the first read.
+    pub fn stream(
+        &self,
+        mut request: Request,
+        max_tokens: Option<usize>,
+        timeout: Option<Duration>,
+    ) -> Result<TextStream> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let parts = self.parts()?;
         self.check_ids(&request.prompt)?;
         let room = self.info.n_ctx.saturating_sub(request.prompt.len());
@@ -189,35 +211,41 @@ impl Engine {
         // Without a limit of the caller's, an engine that cannot go to the end says so when it comes to its own.
         let asked = max_tokens.map_or(1, |n| n.min(room));
         parts.model.check_length(request.prompt.len() + asked - 1)?;
+        parts.gguf.check_length()?;
         request.max_tokens = max_tokens.unwrap_or(room).min(room);
+        request.limited = max_tokens.is_some();
         let generation = Generation::new(parts.model.clone(), parts.tokenizer.clone(), request);
-        Ok(TextStream::new(generation, self.scheduler.clone()))
+        Ok(Stream::new(generation, self.scheduler.clone(), deadline))
     }
 
-    /// The logits after the last of `ids`, (n_vocab), or after each, (ids, n_vocab).
-    pub fn logits<B>(
-        &self,
-        ids: Vec<u32>,
-        want: Want,
-        keep_waiting: impl FnMut() -> ControlFlow<B>,
-    ) -> Result<ControlFlow<B, Vec<f32>>> {
+    /// The logits after the last of `ids`, (n_vocab), or after each, (ids, n_vocab): a stream of one item. It takes a
+    /// slot, since it has a KV cache.
+    pub fn logits(&self, ids: Vec<u32>, want: Want) -> Result<Stream<Logits>> {
         let parts = self.parts()?;
         self.check_ids(&ids)?;
         if ids.len() > self.info.n_ctx {
             return Err(Error::ContextLength { prompt_tokens: ids.len(), n_ctx: self.info.n_ctx });
         }
         parts.model.check_length(ids.len())?;
-        let model = parts.model.clone();
-        run_once(
-            &self.scheduler,
-            move |cancel| Ok(model.sequence()?.forward(&ids, Phase::Prefill, want, cancel)?.to_vec()),
-            keep_waiting,
-        )
+        parts.gguf.check_length()?;
+        Ok(Stream::new(Logits::new(parts.model.clone(), ids, want), self.scheduler.clone(), None))
     }
 
     /// Bytes per second at which `n_threads` threads read the weights and do nothing else. Takes about a second.
     pub fn bandwidth(&self) -> Result<f64> {
         bandwidth::measure(&self.parts()?.gguf, self.info.n_threads)
+    }
+
+    /// Seconds of a decode pass over so many tokens at once, with the logits of each. It waits for no turn.
+    pub fn decode_pass(&self, tokens: usize) -> Result<f64> {
+        let mut sequence = self.parts()?.model.clone().sequence()?;
+        let mut pass = || -> Result<f64> {
+            let start = Instant::now();
+            sequence.forward(&vec![0; tokens], model::Phase::Decode, Want::Every, &Cancel::default())?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        pass()?; // makes room for the activations
+        pass()
     }
 
     /// Bytes that decoding the last of so many positions reads: of weights, and of keys and values.
@@ -240,7 +268,7 @@ impl Engine {
     }
 }
 
-fn load_model(gguf: &Gguf, options: &LoadOptions) -> Result<Arc<dyn Model>> {
+fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn Model>> {
     let kv_type = KvType::named(&options.kv_cache)?;
     match options.engine.as_str() {
         "native" => {
@@ -260,7 +288,7 @@ fn load_model(gguf: &Gguf, options: &LoadOptions) -> Result<Arc<dyn Model>> {
             if let Some((_, what)) = taken.into_iter().find(|(given, _)| *given) {
                 return Err(Error::Value(format!("engine 'candle' takes no {what}")));
             }
-            Ok(Arc::new(Stock::load(gguf)?))
+            Ok(Arc::new(Stock::load(gguf, task)?))
         }
         other => Err(Error::Value(format!("engine must be 'native' or 'candle', not {other:?}"))),
     }

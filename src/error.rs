@@ -54,6 +54,17 @@ impl Error {
     }
 }
 
+/// A text out of a file, as a message shows it: on one line, and not longer than a message should be.
+pub fn excerpt(text: &str) -> String {
+    const SHOWN: usize = 80;
+    let mut shown: String = text.escape_debug().take(SHOWN + 1).collect();
+    if shown.chars().count() > SHOWN {
+        shown.pop();
+        shown.push('…');
+    }
+    shown
+}
+
 impl From<candle_core::Error> for Error {
     /// Shapes and types are checked at load, so an error from Candle afterwards is a bug of ours.
     fn from(error: candle_core::Error) -> Self {

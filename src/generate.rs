@@ -1,7 +1,7 @@
 //! One generation: a prompt is prefilled once, then ids are sampled one at a time and turned into text.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::detokenizer::Detokenizer;
 use crate::error::Result;
@@ -10,6 +10,7 @@ use crate::sampling::{Distribution, Sampler, Sampling};
 use crate::stop::StopStrings;
 use crate::threads::Cancel;
 use crate::tokenizer::Tokenizer;
+use crate::work::{FinishReason, Status, Step, Work};
 
 /// What to generate. The caller has checked the ranges.
 #[derive(Clone, Debug)]
@@ -18,6 +19,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Ids to generate at most: prompt and these fit the context.
     pub max_tokens: usize,
+    /// Whether that is a limit of the caller's, and so the measure of progress.
+    pub limited: bool,
     pub sampling: Sampling,
     pub seed: u64,
     pub stop: Vec<String>,
@@ -25,28 +28,6 @@ pub struct Request {
     pub ignore_eos: bool,
     /// None: no log probabilities; else how many of the most probable ids come along.
     pub top_logprobs: Option<usize>,
-}
-
-/// Why a generation ended.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub enum FinishReason {
-    /// A stop id or a stop string.
-    Stop,
-    /// `max_tokens`, or the context's end.
-    Length,
-    Cancelled,
-    Error,
-}
-
-impl FinishReason {
-    pub fn name(self) -> &'static str {
-        match self {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-            FinishReason::Cancelled => "cancelled",
-            FinishReason::Error => "error",
-        }
-    }
 }
 
 /// New text and the ids it took. Only the last piece of a generation may lack text: it has the ids that made none.
@@ -66,15 +47,6 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// What one step brought.
-#[derive(Debug, PartialEq)]
-pub enum Step {
-    /// An id, and the text that it completed, if it did.
-    Token(Option<Piece>),
-    /// The end, and what was still held back.
-    End(Option<Piece>, FinishReason),
-}
-
 /// A generation under way.
 pub struct Generation {
     request: Request,
@@ -86,12 +58,9 @@ pub struct Generation {
     stops: StopStrings,
     /// Ids that no text has been handed out for yet.
     pending: Piece,
-    last: Option<u32>,
-    generated: usize,
-    pub prefill_time: Duration,
-    pub decode_time: Duration,
-    /// Passes that `decode_time` took; the first id comes from the prefill.
-    pub decode_passes: usize,
+    /// Sampled, and not appended yet.
+    next: Option<u32>,
+    status: Status,
 }
 
 impl Generation {
@@ -105,35 +74,67 @@ impl Generation {
             tokenizer,
             sequence: None,
             pending: Piece::default(),
-            last: None,
-            generated: 0,
-            prefill_time: Duration::ZERO,
-            decode_time: Duration::ZERO,
-            decode_passes: 0,
+            next: None,
+            status: Status {
+                prompt: request.prompt.len(),
+                limit: request.limited.then_some(request.max_tokens),
+                ..Status::default()
+            },
             request,
         }
     }
 
-    /// The next id. The first step computes the whole prompt. Not to be called again after `End` or an error.
-    pub fn step(&mut self, cancel: &Cancel) -> Result<Step> {
+    fn prefill(model: &Arc<dyn Model>, prompt: &[u32]) -> Result<Box<dyn Sequence>> {
+        let mut sequence = model.clone().sequence()?;
+        sequence.append(prompt, Phase::Prefill, Want::Last)?;
+        Ok(sequence)
+    }
+
+    fn end(&mut self, reason: FinishReason) -> Step<Piece> {
+        let held = self.stops.finish();
+        self.pending.text.push_str(&held);
+        Step::End(self.rest(), reason)
+    }
+
+    /// Everything up to here that was not handed out yet.
+    fn rest(&mut self) -> Option<Piece> {
+        let piece = std::mem::take(&mut self.pending);
+        Some(piece).filter(|piece| !piece.ids.is_empty() || !piece.text.is_empty())
+    }
+}
+
+impl Work for Generation {
+    type Item = Piece;
+
+    /// A turn of the prompt, or the next id.
+    fn step(&mut self, cancel: &Cancel) -> Result<Step<Piece>> {
         let start = Instant::now();
         let sequence = match &mut self.sequence {
             Some(sequence) => sequence,
-            None => self.sequence.insert(self.model.clone().sequence()?),
+            none => none.insert(Self::prefill(&self.model, &self.request.prompt)?),
         };
-        let (ids, phase, time) = match &self.last {
-            Some(id) => (std::slice::from_ref(id), Phase::Decode, &mut self.decode_time),
-            None => (&self.request.prompt[..], Phase::Prefill, &mut self.prefill_time),
-        };
-        let logits = sequence.forward(ids, phase, Want::Last, cancel)?;
-        *time += start.elapsed();
-        self.decode_passes += usize::from(self.last.is_some());
+        if let Some(id) = self.next.take() {
+            sequence.append(&[id], Phase::Decode, Want::Last)?;
+        }
+        let more = sequence.advance(cancel)?;
+        let decoding = self.status.generated > 0;
+        if decoding {
+            self.status.decode_time += start.elapsed();
+            self.status.decode_passes += usize::from(!more);
+        } else {
+            self.status.prefilled = sequence.computed();
+            self.status.prefill_time += start.elapsed();
+        }
+        if more {
+            return Ok(Step::More(None));
+        }
+        let logits = sequence.logits();
         let id = self.sampler.sample(logits)?;
         if !self.request.ignore_eos && self.tokenizer.stop_ids().contains(&id) {
             return Ok(self.end(FinishReason::Stop));
         }
-        self.last = Some(id);
-        self.generated += 1;
+        self.next = Some(id);
+        self.status.generated += 1;
         self.pending.ids.push(id);
         if let Some(top) = self.request.top_logprobs {
             let distribution = Distribution::new(logits);
@@ -147,22 +148,18 @@ impl Generation {
                 return Ok(Step::End(self.rest(), FinishReason::Stop));
             }
         }
-        if self.generated == self.request.max_tokens {
+        if self.status.generated == self.request.max_tokens {
             return Ok(self.end(FinishReason::Length));
         }
         let has_text = !self.pending.text.is_empty();
-        Ok(Step::Token(if has_text { self.rest() } else { None }))
+        Ok(Step::More(if has_text { self.rest() } else { None }))
     }
 
-    fn end(&mut self, reason: FinishReason) -> Step {
-        let held = self.stops.finish();
-        self.pending.text.push_str(&held);
-        Step::End(self.rest(), reason)
+    fn status(&self) -> Status {
+        self.status
     }
 
-    /// Everything up to here that was not handed out yet.
-    fn rest(&mut self) -> Option<Piece> {
-        let piece = std::mem::take(&mut self.pending);
-        Some(piece).filter(|piece| !piece.ids.is_empty() || !piece.text.is_empty())
+    fn ids(piece: &Piece) -> &[u32] {
+        &piece.ids
     }
 }

@@ -10,12 +10,14 @@
 //! type and offset is checked once, against the bytes that are there, before anything is allocated for it, so that what
 //! [`Gguf::open`] returns can be used without further checks. Nothing of the tensors is copied.
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
+use crate::task::Task;
 
 mod file;
 mod header;
@@ -38,6 +40,8 @@ pub struct Gguf {
 struct Part {
     path: PathBuf,
     map: Arc<Mmap>,
+    /// What `map` shows; None for a private copy.
+    file: Option<File>,
 }
 
 impl Gguf {
@@ -47,7 +51,12 @@ impl Gguf {
     /// the model is in use. Errors: `ModelNotFound` (no such file, a missing part, a directory), `InvalidModel` (damaged,
     /// cut, or not a GGUF file at all), `UnsupportedModel` (big-endian, or a version that is not 2 or 3).
     pub fn open(path: &Path, mmap: bool) -> Result<Gguf> {
-        let (first, metadata, mut tensors) = Part::open(path, mmap)?;
+        Gguf::open_for(&Task::default(), path, mmap)
+    }
+
+    /// The same for somebody who waits, is told how much of a file was read into memory, and may leave.
+    pub fn open_for(task: &Task, path: &Path, mmap: bool) -> Result<Gguf> {
+        let (first, metadata, mut tensors) = Part::open(task, path, mmap)?;
         let mut parts = vec![first];
         match SplitName::of(path) {
             Some(split) if split.number != 1 => {
@@ -70,7 +79,7 @@ impl Gguf {
                             path.display()
                         )));
                     }
-                    let (part, metadata, more) = Part::open(&path, mmap)?;
+                    let (part, metadata, more) = Part::open(task, &path, mmap)?;
                     check_part(&path, &metadata, number - 1, split.count)?;
                     parts.push(part);
                     tensors.extend(more);
@@ -104,7 +113,7 @@ impl Gguf {
                 return Err(Error::InvalidModel(format!(
                     "{}: tensor `{}` is in two parts",
                     path.display(),
-                    tensor.name.escape_debug()
+                    excerpt(&tensor.name)
                 )));
             }
         }
@@ -130,6 +139,23 @@ impl Gguf {
         self.index.get(name).map(|&i| &self.tensors[i])
     }
 
+    /// Whether the mapped files are as long as they were: to read where one was cut off ends the process. Asked before
+    /// each piece of work, this catches a file that was written over in the meantime, not one that shrinks during it.
+    pub fn check_length(&self) -> Result<()> {
+        for Part { path, map, file } in &self.parts {
+            let length = file.as_ref().and_then(|file| file.metadata().ok()).map(|file| file.len());
+            if let Some(length) = length.filter(|&length| length < map.len() as u64) {
+                return Err(Error::InvalidModel(format!(
+                    "{}: the file shrank from {} to {length} bytes since it was opened; open it again (mmap=False reads \
+                     a private copy)",
+                    path.display(),
+                    map.len()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Path and whole content of every part.
     pub fn parts(&self) -> impl ExactSizeIterator<Item = (&Path, &[u8])> {
         self.parts.iter().map(|part| (part.path.as_path(), &part.map[..]))
@@ -137,10 +163,11 @@ impl Gguf {
 }
 
 impl Part {
-    fn open(path: &Path, mmap: bool) -> Result<(Part, Metadata, Vec<Tensor>)> {
-        let map = Arc::new(file::load(path, mmap)?);
+    fn open(task: &Task, path: &Path, mmap: bool) -> Result<(Part, Metadata, Vec<Tensor>)> {
+        let (map, file) = file::load(task, path, mmap)?;
+        let map = Arc::new(map);
         let (metadata, tensors) = header::read(path, &map)?;
-        Ok((Part { path: path.to_owned(), map }, metadata, tensors))
+        Ok((Part { path: path.to_owned(), map, file }, metadata, tensors))
     }
 }
 

@@ -9,10 +9,10 @@
 //! Engine::stream          engine      prompt ids checked; nothing is computed yet
 //!   Template::render      chat        messages -> prompt text, user text marked as text
 //!   Tokenizer::encode     tokenizer   text -> ids
-//! TextStream::next        stream      the reader waits; the compute thread takes a step
-//!   Scheduler             schedule    whose turn it is
-//!   Generation::step      generate    the prompt in one pass, then an id at a time
-//!     Sequence::forward   phi3        the model, over ops, rope and cache (or stock: Candle's own)
+//! Stream::next            stream      the reader waits at an outbox; the compute thread takes a step
+//!   Scheduler             schedule    whose turn it is, and who waits for a slot
+//!   Generation::step      generate    the prompt in turns, then an id at a time (or logits: the prompt alone)
+//!     Sequence::advance   phi3        the model, over ops, rope and cache (or stock: Candle's own)
 //!       Ops::norm_linear  ops         a Candle custom op: tasks for the thread pool
 //!         Kernel::matmul  kernels     plain slices; portable, avx2, avx512, amx or neon: chosen for this CPU
 //!     Sampler::sample     sampling    logits -> id
@@ -21,7 +21,8 @@
 //! Engine::bandwidth       bandwidth   how fast the weights can be read at all: for benchmarks
 //! ```
 //!
-//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs.
+//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs, `ready`
+//! says which of many streams have something to read.
 //!
 //! Imports go down this list, never up.
 
@@ -38,13 +39,16 @@ pub mod generate;
 pub mod gguf;
 pub mod hub;
 pub mod kernels;
+pub mod logits;
 pub mod memory;
 pub mod model;
 pub mod ops;
+pub mod outbox;
 pub mod panic;
 pub mod phi3;
 #[cfg(feature = "python")]
 mod python;
+pub mod ready;
 pub mod rope;
 pub mod sampling;
 pub mod schedule;
@@ -54,3 +58,4 @@ pub mod stream;
 pub mod task;
 pub mod threads;
 pub mod tokenizer;
+pub mod work;

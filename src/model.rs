@@ -37,12 +37,27 @@ pub trait Model: Send + Sync {
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>>;
 }
 
-/// One sequence of tokens and its KV cache.
+/// One sequence of tokens and its KV cache. After an error or a cancellation it is of no more use.
 pub trait Sequence: Send {
-    /// Append `ids` and compute the logits of the last of them, (n_vocab), or of each, (ids, n_vocab). Prompts are
-    /// prefilled, generated ids decoded: within a phase the logits have the same bits however ids are grouped. After an
-    /// error or a cancellation the sequence is of no more use.
-    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]>;
+    /// Hand over ids; nothing is computed yet. Prompts are prefilled, generated ids decoded: within a phase the logits
+    /// have the same bits however ids are grouped.
+    fn append(&mut self, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
+
+    /// Compute for a turn, so that other sequences get theirs: true as long as there is more to do.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool>;
+
+    /// How many of the ids last appended are computed; inside a pass, by the layers that are.
+    fn computed(&self) -> usize;
+
+    /// Once all is computed: the logits of the last of the ids appended, (n_vocab), or of each, (ids, n_vocab).
+    fn logits(&self) -> &[f32];
+
+    /// All of it, without turns.
+    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
+        self.append(ids, phase, want)?;
+        while self.advance(cancel)? {}
+        Ok(self.logits())
+    }
 }
 
 /// The positions whose logits are wanted.

@@ -5,6 +5,7 @@
 
 mod config;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Storage, Tensor};
@@ -85,39 +86,42 @@ impl Phi3 {
         })
     }
 
-    /// One pass over the positions `start .. start + ids.len()`. The logits of the last of them, or of each, are added
-    /// to `logits`.
-    fn pass(
+    /// A pass over some positions begins with their embeddings.
+    fn embed(&self, ids: &[u32], start: usize, long: bool, buffers: &mut Buffers, ops: Ops<'_>) -> Result<()> {
+        self.rope.fill(&mut buffers.angles, start..start + ids.len(), long);
+        ops.embed(&self.token_embd, ids, &mut buffers.x)
+    }
+
+    /// One layer of the pass.
+    fn layer(&self, layer: &Layer, kv: &mut KvLayer, buffers: &mut Buffers, ops: Ops<'_>) -> Result<()> {
+        let Buffers { angles, x, qkv, heads, gate_up, .. } = buffers;
+        let shape = self.attention;
+        ops.norm_linear(x, &layer.attn_norm, &layer.attn_qkv, qkv)?;
+        ops.rope(angles, shape, qkv)?;
+        ops.append(qkv, shape, kv)?;
+        ops.attention(qkv, kv, shape, heads)?;
+        ops.linear_add(heads, &layer.attn_output, x)?;
+
+        ops.norm_linear(x, &layer.ffn_norm, &layer.ffn_up, gate_up)?;
+        ops.swiglu_linear_add(gate_up, &layer.ffn_down, x)?;
+        ops.check()
+    }
+
+    /// The logits of its last position, or of each, are added to `logits`.
+    fn head(
         &self,
-        ids: &[u32],
-        cache: &mut Cache,
-        Buffers { angles, x, qkv, heads, gate_up, out }: &mut Buffers,
-        want: Option<Want>,
+        want: Want,
+        Buffers { x, out, .. }: &mut Buffers,
         ops: Ops<'_>,
         logits: &mut Vec<f32>,
     ) -> Result<()> {
-        let (start, shape) = (cache.len(), self.attention);
-        self.rope.fill(angles, start..start + ids.len(), cache.long);
-        ops.embed(&self.token_embd, ids, x)?;
-        for (layer, kv) in self.layers.iter().zip(&mut cache.layers) {
-            ops.norm_linear(x, &layer.attn_norm, &layer.attn_qkv, qkv)?;
-            ops.rope(angles, shape, qkv)?;
-            ops.append(qkv, shape, kv)?;
-            ops.attention(qkv, kv, shape, heads)?;
-            ops.linear_add(heads, &layer.attn_output, x)?;
-
-            ops.norm_linear(x, &layer.ffn_norm, &layer.ffn_up, gate_up)?;
-            ops.swiglu_linear_add(gate_up, &layer.ffn_down, x)?;
-            ops.check()?;
-        }
+        let tokens = x.dim(0)?;
         let last; // (1, hidden)
-        let x = match want {
-            None => return Ok(()),
-            Some(Want::Last) if ids.len() > 1 => {
-                last = x.narrow(0, ids.len() - 1, 1)?;
-                &last
-            }
-            Some(_) => x,
+        let x = if want == Want::Last && tokens > 1 {
+            last = x.narrow(0, tokens - 1, 1)?;
+            &last
+        } else {
+            x
         };
         if out.dim(0)? != x.dim(0)? {
             *out = Tensor::zeros((x.dim(0)?, self.config.n_vocab), DType::F32, x.device())?;
@@ -203,7 +207,16 @@ impl Model for Phi3 {
 
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
         let (cache, buffers) = (Cache::new(&self), Buffers::new(&self, 1)?);
-        Ok(Box::new(Phi3Sequence { cache, buffers, ids: Vec::new(), logits: Vec::new(), model: self }))
+        let asked = Asked { from: 0, phase: Phase::Prefill, want: Want::Last };
+        Ok(Box::new(Phi3Sequence {
+            cache,
+            buffers,
+            ids: Vec::new(),
+            asked,
+            pass: None,
+            logits: Vec::new(),
+            model: self,
+        }))
     }
 }
 
@@ -245,39 +258,101 @@ struct Phi3Sequence {
     buffers: Buffers,
     /// Every id so far: a sequence that outgrows the short rope factors is computed anew.
     ids: Vec<u32>,
+    asked: Asked,
+    /// Under way.
+    pass: Option<Pass>,
     logits: Vec<f32>,
 }
 
+/// What was last appended.
+#[derive(Copy, Clone)]
+struct Asked {
+    /// Positions before it are only computed again.
+    from: usize,
+    phase: Phase,
+    want: Want,
+}
+
+/// Some tokens on their way through the layers.
+struct Pass {
+    positions: Range<usize>,
+    phase: Phase,
+    want: Option<Want>,
+    /// Layers that are done.
+    layers: usize,
+}
+
+impl Phi3Sequence {
+    /// The next positions that go through the model together.
+    fn next_pass(&mut self) -> Result<Pass> {
+        let (start, Asked { from, phase, want }) = (self.cache.len(), self.asked);
+        let (border, phase) = if start < from { (from, Phase::Prefill) } else { (self.ids.len(), phase) };
+        let end = border.min(start + PREFILL_CHUNK);
+        let wanted = match want {
+            Want::Every => start >= from,
+            Want::Last => end == self.ids.len(),
+        };
+        if self.buffers.tokens()? != end - start {
+            self.buffers = Buffers::new(&self.model, end - start)?;
+        }
+        Ok(Pass { positions: start..end, phase, want: wanted.then_some(want), layers: 0 })
+    }
+}
+
 impl Sequence for Phi3Sequence {
-    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
+    fn append(&mut self, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
         let n_vocab = self.model.config.n_vocab;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= n_vocab) {
             return Err(Error::Value(format!("token id {id} is outside the vocabulary of {n_vocab}")));
         }
-        let wanted_from = self.ids.len(); // positions before it are only computed again
+        self.asked = Asked { from: self.ids.len(), phase, want };
         self.ids.extend_from_slice(ids);
         let long = self.model.rope.is_long(self.ids.len());
         if long != self.cache.long {
             self.cache.restart(long);
         }
         self.logits.clear();
-        while self.cache.len() < self.ids.len() {
-            let start = self.cache.len();
-            let (border, phase) =
-                if start < wanted_from { (wanted_from, Phase::Prefill) } else { (self.ids.len(), phase) };
-            let end = border.min(start + PREFILL_CHUNK);
-            let wanted = match want {
-                Want::Every => start >= wanted_from,
-                Want::Last => end == self.ids.len(),
-            };
-            if self.buffers.tokens()? != end - start {
-                self.buffers = Buffers::new(&self.model, end - start)?;
-            }
-            let ops = self.model.backend.ops(phase, cancel);
-            let (chunk, want) = (&self.ids[start..end], wanted.then_some(want));
-            self.model.pass(chunk, &mut self.cache, &mut self.buffers, want, ops, &mut self.logits)?;
+        Ok(())
+    }
+
+    /// A layer of a chunk of the prompt, which is some 200 ms where a token is as much; or a token. What others do in
+    /// between changes no bit of it.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+        let model = self.model.clone();
+        let mut pass = match self.pass.take() {
+            Some(pass) => pass,
+            None if self.cache.len() == self.ids.len() => return Ok(false),
+            None => self.next_pass()?,
+        };
+        let ops = model.backend.ops(pass.phase, cancel);
+        if pass.layers == 0 {
+            let Range { start, end } = pass.positions;
+            model.embed(&self.ids[start..end], start, self.cache.long, &mut self.buffers, ops)?;
         }
-        Ok(&self.logits)
+        for (layer, kv) in model.layers.iter().zip(&mut self.cache.layers).skip(pass.layers) {
+            model.layer(layer, kv, &mut self.buffers, ops)?;
+            pass.layers += 1;
+            if pass.phase == Phase::Prefill && pass.layers < model.layers.len() {
+                self.pass = Some(pass);
+                return Ok(true);
+            }
+        }
+        if let Some(want) = pass.want {
+            model.head(want, &mut self.buffers, ops, &mut self.logits)?;
+        }
+        Ok(self.cache.len() < self.ids.len())
+    }
+
+    fn computed(&self) -> usize {
+        let reached = match &self.pass {
+            Some(pass) => pass.positions.start + pass.positions.len() * pass.layers / self.model.layers.len(),
+            None => self.cache.len(),
+        };
+        reached.saturating_sub(self.asked.from)
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
     }
 }
 

@@ -5,6 +5,8 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -13,14 +15,15 @@ use pyo3::types::{PyBytes, PyDict, PyList};
 use crate::chat::Message;
 use crate::engine::{Engine, LoadOptions, choose_kernel};
 use crate::error::Error;
-use crate::generate::{FinishReason, Piece, Request, TokenLogprob};
+use crate::generate::{Piece, Request, TokenLogprob};
 use crate::gguf::Value;
 use crate::model::Want;
 use crate::sampling::Sampling;
 use crate::stream::TextStream;
-use crate::task::{self, Phase, Progress, Task};
+use crate::task::{self, Progress, Task};
 use crate::tokenizer::Tokenizer;
-use crate::{hub, kernels, memory, panic, threads};
+use crate::work::FinishReason;
+use crate::{hub, kernels, memory, panic, ready, threads};
 
 mod raised {
     use pyo3::import_exception;
@@ -61,36 +64,85 @@ impl From<Error> for PyErr {
 
 /// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
-    let caught = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    let caught = py.detach(|| {
+        let caught = catch_unwind(AssertUnwindSafe(work));
+        exit::enter();
+        caught
+    });
+    exit::leave();
     Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(panic::message(panic))))?)
 }
 
-/// What a waiting reader asks: has Python a signal to handle? Its exception ends the wait.
-fn signals() -> ControlFlow<PyErr> {
-    match Python::attach(|py| py.check_signals()) {
-        Ok(()) => ControlFlow::Continue(()),
-        Err(error) => ControlFlow::Break(error),
+/// The interpreter's end, which a daemon thread of the application may see from inside the engine. Coming back, it would
+/// be unwound by the interpreter, right through our frames, and that aborts the process. So it stays where it is.
+mod exit {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::thread::{self, ThreadId};
+    use std::time::{Duration, Instant};
+
+    use pyo3::prelude::*;
+
+    /// The thread that ends the interpreter.
+    static ENDING: OnceLock<ThreadId> = OnceLock::new();
+    /// Threads that were let through: they wait for the interpreter's lock, or run a callback.
+    static INSIDE: AtomicUsize = AtomicUsize::new(0);
+    /// How long these may take. A callback that sleeps for longer, in a daemon thread, is unwound after all.
+    const PATIENCE: Duration = Duration::from_millis(500);
+
+    /// Before a thread takes the interpreter's lock. `leave` follows: once it has it, or has given it back.
+    pub fn enter() {
+        INSIDE.fetch_add(1, SeqCst);
+        if ENDING.get().is_some_and(|ending| *ending != thread::current().id()) {
+            leave();
+            loop {
+                thread::park();
+            }
+        }
+    }
+
+    pub fn leave() {
+        INSIDE.fetch_sub(1, SeqCst);
+    }
+
+    /// `atexit` calls it: the threads that may still use the interpreter come back now, the others never.
+    #[pyfunction]
+    pub fn end(py: Python<'_>) {
+        let _ = ENDING.set(thread::current().id());
+        let begin = Instant::now();
+        py.detach(|| {
+            while INSIDE.load(SeqCst) > 0 && begin.elapsed() < PATIENCE {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
     }
 }
 
-/// Runs the engine in a thread of its own, and tells `watch(phase, done, total)` how far it is. Its exception, or that
-/// of a signal, ends the wait.
+/// What a waiting caller does now and then: it lets Python handle a signal, and tells `watch(phase, done, total)` how
+/// far the work is. An exception of either ends the wait.
+fn look(watch: Option<&Py<PyAny>>, progress: &[Progress]) -> ControlFlow<PyErr> {
+    let call = |py: Python<'_>| {
+        py.check_signals()?;
+        for Progress { phase, done, total } in progress {
+            if let Some(watch) = watch {
+                watch.call1(py, (phase.name(), done, total))?;
+            }
+        }
+        Ok(())
+    };
+    exit::enter();
+    let called = Python::attach(call);
+    exit::leave();
+    called.map_or_else(ControlFlow::Break, ControlFlow::Continue)
+}
+
+/// Runs the engine in a thread of its own while this one looks up now and then.
 fn watched<T: Send + 'static>(
     py: Python<'_>,
     watch: Option<Py<PyAny>>,
     work: impl FnOnce(&Task) -> Result<T, Error> + Send + 'static,
 ) -> PyResult<T> {
-    let look = |progress: Progress| {
-        let call = |py: Python<'_>| {
-            py.check_signals()?;
-            if let Some(watch) = &watch {
-                watch.call1(py, (progress.phase.name(), progress.done, progress.total))?;
-            }
-            Ok(())
-        };
-        Python::attach(call).map_or_else(ControlFlow::Break, ControlFlow::Continue)
-    };
-    finished(detached(py, || task::run(work, look))?)
+    finished(detached(py, || task::run(work, |progress| look(watch.as_ref(), &[progress])))?)
 }
 
 fn finished<T>(result: ControlFlow<PyErr, T>) -> PyResult<T> {
@@ -106,7 +158,8 @@ struct Model(Engine);
 #[pymethods]
 impl Model {
     #[new]
-    #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template, watch))]
+    #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template,
+        max_concurrent, watch))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn new(
         py: Python<'_>,
@@ -120,15 +173,22 @@ impl Model {
         mmap: bool,
         tokenizer: Option<PathBuf>,
         chat_template: Option<String>,
+        max_concurrent: Option<usize>,
         watch: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
-        let options =
-            LoadOptions { n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template };
-        let load = move |task: &Task| {
-            task.report(Phase::Load, 0, None);
-            Engine::load(&path, &options)
+        let options = LoadOptions {
+            n_ctx,
+            n_threads,
+            device,
+            engine,
+            kernel,
+            kv_cache,
+            mmap,
+            tokenizer,
+            chat_template,
+            max_concurrent,
         };
-        watched(py, watch, load).map(Model)
+        watched(py, watch, move |task| Engine::load(&path, &options, task)).map(Model)
     }
 
     #[getter]
@@ -201,8 +261,11 @@ impl Model {
         &self.0.info.system_fingerprint
     }
 
-    fn close(&self, py: Python<'_>) {
-        py.detach(|| self.0.close());
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.close();
+            Ok(())
+        })
     }
 
     fn render(&self, py: Python<'_>, messages: Vec<(String, String)>) -> PyResult<String> {
@@ -221,9 +284,23 @@ impl Model {
         detached(py, || self.0.detokenize(&ids, skip_special))
     }
 
-    fn logits<'py>(&self, py: Python<'py>, ids: Vec<u32>, every_position: bool) -> PyResult<Bound<'py, PyBytes>> {
+    fn logits<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Vec<u32>,
+        every_position: bool,
+        watch: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let want = if every_position { Want::Every } else { Want::Last };
-        let logits = finished(detached(py, || self.0.logits(ids, want, signals))?)?;
+        let logits = finished(detached(py, || {
+            let stream = self.0.logits(ids, want)?;
+            let mut look = |progress: &[Progress]| look(watch.as_ref(), progress);
+            match stream.next(&mut look)? {
+                ControlFlow::Continue(logits) => Ok(stream.next(look)?.map_continue(|_end| logits)),
+                left => Ok(left),
+            }
+        })?)?;
+        let Some(logits) = logits else { return Err(Error::Closed.into()) };
         PyBytes::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
             for (place, logit) in bytes.as_chunks_mut().0.iter_mut().zip(logits) {
                 *place = logit.to_ne_bytes();
@@ -236,12 +313,16 @@ impl Model {
         detached(py, || self.0.bandwidth())
     }
 
+    fn decode_pass(&self, py: Python<'_>, tokens: usize) -> PyResult<f64> {
+        detached(py, || self.0.decode_pass(tokens))
+    }
+
     fn bytes_per_token(&self, positions: usize) -> PyResult<(usize, usize)> {
         Ok(self.0.bytes_per_token(positions)?)
     }
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
-        presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs))]
+        presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn stream(
         &self,
@@ -262,6 +343,7 @@ impl Model {
         ignore_eos: bool,
         logprobs: bool,
         top_logprobs: usize,
+        timeout: Option<f64>,
     ) -> PyResult<Stream> {
         let sampling = Sampling {
             temperature,
@@ -276,10 +358,13 @@ impl Model {
         };
         let prompt_tokens = prompt.len();
         let top_logprobs = logprobs.then_some(top_logprobs);
+        // what is too long for a Duration is no limit
+        let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         detached(py, || {
             let seed = seed.map_or_else(random_seed, Ok)?;
-            let request = Request { prompt, max_tokens: 0, sampling, seed, stop, ignore_eos, top_logprobs };
-            let stream = self.0.stream(request, max_tokens)?;
+            let request =
+                Request { prompt, max_tokens: 0, limited: false, sampling, seed, stop, ignore_eos, top_logprobs };
+            let stream = self.0.stream(request, max_tokens, timeout)?;
             let tokenizer = self.0.parts()?.tokenizer.clone();
             Ok(Stream { stream, tokenizer, seed, prompt_tokens, logprobs })
         })
@@ -331,18 +416,41 @@ struct Stream {
 
 #[pymethods]
 impl Stream {
-    #[allow(clippy::type_complexity)] // the tuple that `_engine.pyi` describes
-    fn next<'py>(&self, py: Python<'py>) -> PyResult<Option<(String, Vec<u32>, Option<Vec<Bound<'py, PyAny>>>)>> {
-        let Some(Piece { text, ids, logprobs }) = finished(detached(py, || self.stream.next(signals))?)? else {
-            return Ok(None);
-        };
-        let entries = || logprobs.iter().map(|entry| self.spell(py, entry)).collect::<PyResult<_>>();
-        let entries = if self.logprobs { Some(entries()?) } else { None };
-        Ok(Some((text, ids, entries)))
+    fn next<'py>(&self, py: Python<'py>, watch: Option<Py<PyAny>>) -> PyResult<Option<Read<'py>>> {
+        let look = |progress: &[Progress]| look(watch.as_ref(), progress);
+        let piece = finished(detached(py, || self.stream.next(look))?)?;
+        piece.map(|piece| self.read(py, piece)).transpose()
     }
 
-    fn cancel(&self, py: Python<'_>) {
-        py.detach(|| self.stream.cancel());
+    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(bool, Option<Read<'py>>)> {
+        match detached(py, || self.stream.poll())? {
+            Poll::Ready(piece) => Ok((true, piece.map(|piece| self.read(py, piece)).transpose()?)),
+            Poll::Pending => Ok((false, None)),
+        }
+    }
+
+    fn notify(&self, py: Python<'_>, queue: &ReadyQueue, ticket: u64) -> PyResult<()> {
+        let queue = queue.0.clone();
+        detached(py, || {
+            self.stream.on_change(Box::new(move || queue.put(ticket)));
+            Ok(())
+        })
+    }
+
+    #[getter]
+    fn time_left(&self) -> Option<f64> {
+        self.stream.time_left().map(|left| left.as_secs_f64())
+    }
+
+    fn progress(&self, end: bool) -> PyResult<Vec<(&'static str, u64, Option<u64>)>> {
+        Ok(self.stream.progress(end)?.into_iter().map(|p| (p.phase.name(), p.done, p.total)).collect())
+    }
+
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.stream.cancel();
+            Ok(())
+        })
     }
 
     #[getter]
@@ -368,7 +476,7 @@ impl Stream {
     #[getter]
     fn timings(&self) -> PyResult<(f64, f64, f64, Option<f64>, usize)> {
         let t = self.stream.timings()?;
-        let seconds = std::time::Duration::as_secs_f64;
+        let seconds = Duration::as_secs_f64;
         Ok((
             seconds(&t.queue),
             seconds(&t.prefill),
@@ -379,7 +487,16 @@ impl Stream {
     }
 }
 
+/// Text, its ids, and their log probabilities, if they were asked for.
+type Read<'py> = (String, Vec<u32>, Option<Vec<Bound<'py, PyAny>>>);
+
 impl Stream {
+    fn read<'py>(&self, py: Python<'py>, piece: Piece) -> PyResult<Read<'py>> {
+        let entries = || piece.logprobs.iter().map(|entry| self.spell(py, entry)).collect::<PyResult<_>>();
+        let entries = if self.logprobs { Some(entries()?) } else { None };
+        Ok((piece.text, piece.ids, entries))
+    }
+
     fn spell<'py>(&self, py: Python<'py>, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
         let top = |id: u32, logprob: f32| -> PyResult<_> {
             let bytes = self.tokenizer.bytes(id);
@@ -389,6 +506,29 @@ impl Stream {
         let (id, text, bytes, logprob) = top(entry.id, entry.logprob)?;
         let others = entry.top.iter().map(|&(id, logprob)| top(id, logprob)).collect::<PyResult<Vec<_>>>()?;
         Ok((id, text, bytes, logprob, others).into_pyobject(py)?.into_any())
+    }
+}
+
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct ReadyQueue(Arc<ready::ReadyQueue>);
+
+#[pymethods]
+impl ReadyQueue {
+    #[new]
+    fn new() -> Self {
+        ReadyQueue(Arc::default())
+    }
+
+    fn put(&self, ticket: u64) {
+        self.0.put(ticket);
+    }
+
+    fn take(&self, py: Python<'_>) -> PyResult<Option<Vec<u64>>> {
+        detached(py, || Ok(self.0.take()))
+    }
+
+    fn close(&self) {
+        self.0.close();
     }
 }
 
@@ -493,7 +633,7 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Model, Stream, doctor, memory_needed};
+    use super::{Hub, Model, ReadyQueue, Stream, doctor, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -506,6 +646,8 @@ mod _engine {
             ));
         }
         crate::panic::silence();
+        let end = wrap_pyfunction!(super::exit::end, module)?;
+        module.py().import("atexit")?.call_method1("register", (end,))?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
         module.add("KNOWN_MODELS", known.collect::<Vec<_>>())?;

@@ -3,7 +3,7 @@
 //! It refuses at load what it would compute wrongly, and, in a model with a sliding window, a sequence longer than the
 //! window. It copies the weights, keeps one cache inside, and computes on Candle's global thread pool.
 
-use std::io::Cursor;
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -17,6 +17,7 @@ use crate::gguf::Gguf;
 use crate::kernels;
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::phi3::Config;
+use crate::task::{self, Task};
 use crate::threads::{Cancel, ForkGuard, lock};
 
 pub struct Stock {
@@ -26,8 +27,8 @@ pub struct Stock {
 }
 
 impl Stock {
-    /// Copy the weights out of the file, as Candle's loop does.
-    pub fn load(gguf: &Gguf) -> Result<Self> {
+    /// Copy the weights out of the file, as Candle's loop does. `task` may end that.
+    pub fn load(gguf: &Gguf, task: &Task) -> Result<Self> {
         /// Candle's thread pool is made once in a process, and a child has none of its threads.
         static POOL: OnceLock<ForkGuard> = OnceLock::new();
         if POOL.get_or_init(ForkGuard::here).is_forked() {
@@ -59,12 +60,36 @@ impl Stock {
         let load = || {
             let bytes = gguf.parts().next().map_or(&[][..], |(_, bytes)| bytes);
             let content = Content::read(&mut Cursor::new(bytes))?;
-            ModelWeights::from_gguf(false, content, &mut Cursor::new(bytes), &Device::Cpu)
+            let mut reader = Watched { bytes: Cursor::new(bytes), task };
+            ModelWeights::from_gguf(false, content, &mut reader, &Device::Cpu)
         };
-        let weights = load().map_err(|error: candle_core::Error| {
+        let weights = load();
+        task.check()?;
+        let weights = weights.map_err(|error: candle_core::Error| {
             Error::UnsupportedModel(format!("{file}: engine 'candle' cannot load it: {error}; engine 'native' can"))
         })?;
         Ok(Stock { config, weights: Mutex::new(weights), taken: AtomicBool::new(false) })
+    }
+}
+
+/// The file for Candle's reader, which ends when nobody waits for it any more. It reads tensor by tensor.
+struct Watched<'a> {
+    bytes: Cursor<&'a [u8]>,
+    task: &'a Task,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.task.check().map_err(io::Error::other)?;
+        let n = self.bytes.read(buffer)?;
+        self.task.report(task::Phase::Load, self.bytes.position(), Some(self.bytes.get_ref().len() as u64));
+        Ok(n)
+    }
+}
+
+impl Seek for Watched<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.bytes.seek(to)
     }
 }
 
@@ -113,30 +138,51 @@ impl Model for Stock {
                 "engine 'candle' holds 1 stream at a time, and there is 1: finish or close it first".into(),
             ));
         }
-        Ok(Box::new(StockSequence { model: self, len: 0, logits: Vec::new() }))
+        Ok(Box::new(StockSequence { model: self, len: 0, appended: Vec::new(), logits: Vec::new() }))
     }
 }
 
 struct StockSequence {
     model: Arc<Stock>,
+    /// Positions computed so far.
     len: usize,
+    /// Ids that are not computed yet.
+    appended: Vec<u32>,
     logits: Vec<f32>,
 }
 
 impl Sequence for StockSequence {
-    fn forward(&mut self, ids: &[u32], _: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
+    fn append(&mut self, ids: &[u32], _: Phase, want: Want) -> Result<()> {
         if want == Want::Every {
             return Err(Error::UnsupportedModel(
                 "engine 'candle' computes the logits of the last position only".into(),
             ));
         }
         self.model.check_length(self.len + ids.len())?;
+        self.appended = ids.to_vec();
+        Ok(())
+    }
+
+    /// All in one turn, which nothing interrupts: such is Candle's loop.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+        if self.appended.is_empty() {
+            return Ok(false);
+        }
         self.logits = {
-            let input = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
+            let input = Tensor::new(&self.appended[..], &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
             lock(&self.model.weights).forward(&input, self.len)?.flatten_all()?.to_vec1()?
         };
-        self.len += ids.len();
-        if cancel.is_set() { Err(Error::Cancelled) } else { Ok(&self.logits) }
+        self.len += self.appended.len();
+        self.appended.clear();
+        if cancel.is_set() { Err(Error::Cancelled) } else { Ok(false) }
+    }
+
+    fn computed(&self) -> usize {
+        if self.appended.is_empty() { self.len } else { 0 }
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
     }
 }
 

@@ -14,13 +14,15 @@ use crate::threads::{Cancel, lock};
 /// How often the waiting caller looks up: less than 20 times a second, which is what a progress callback is promised.
 const POLL: Duration = Duration::from_millis(60);
 
-/// What is being done.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+/// What is being done. A generation goes through some of these in this order.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     Wait,
     Download,
     Verify,
     Load,
+    Prefill,
+    Decode,
 }
 
 impl Phase {
@@ -30,11 +32,13 @@ impl Phase {
             Phase::Download => "download",
             Phase::Verify => "verify",
             Phase::Load => "load",
+            Phase::Prefill => "prefill",
+            Phase::Decode => "decode",
         }
     }
 }
 
-/// How far it is, in bytes.
+/// How far it is: in tokens, if it is a generation, else in bytes.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
     pub phase: Phase,
@@ -52,12 +56,14 @@ pub struct Task {
     interrupt: Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>,
 }
 
-impl Task {
-    fn new() -> Self {
+impl Default for Task {
+    fn default() -> Self {
         let progress = Progress { phase: Phase::Wait, done: 0, total: None };
         Task { cancel: Cancel::default(), progress: Arc::new(Mutex::new(progress)), interrupt: Arc::default() }
     }
+}
 
+impl Task {
     pub fn report(&self, phase: Phase, done: u64, total: Option<u64>) {
         *lock(&self.progress) = Progress { phase, done, total };
     }
@@ -100,7 +106,7 @@ pub fn run<T: Send + 'static, B>(
     work: impl FnOnce(&Task) -> Result<T> + Send + 'static,
     mut watch: impl FnMut(Progress) -> ControlFlow<B>,
 ) -> Result<ControlFlow<B, T>> {
-    let task = Task::new();
+    let task = Task::default();
     let (sender, receiver) = sync_channel(1);
     let theirs = task.clone();
     std::thread::Builder::new()

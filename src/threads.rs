@@ -62,17 +62,34 @@ impl ForkGuard {
     }
 }
 
-/// A flag that any thread may set to stop the work that watches it.
+/// A flag that stops the work that watches it: any thread may set it, and it sets itself at the deadline, if there is
+/// one.
 #[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+pub struct Cancel {
+    set: Arc<AtomicBool>,
+    deadline: Option<Instant>,
+}
 
 impl Cancel {
+    pub fn at(deadline: Option<Instant>) -> Self {
+        Cancel { set: Arc::default(), deadline }
+    }
+
     pub fn set(&self) {
-        self.0.store(true, Relaxed);
+        self.set.store(true, Relaxed);
     }
 
     pub fn is_set(&self) -> bool {
-        self.0.load(Relaxed)
+        self.set.load(Relaxed) || self.is_late()
+    }
+
+    /// Whether the deadline has passed.
+    pub fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
     }
 }
 

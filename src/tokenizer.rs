@@ -14,7 +14,7 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{Model, Normalizer, OffsetType, PreTokenizedString, PreTokenizer};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
 use crate::gguf::Gguf;
 
 mod added;
@@ -92,7 +92,7 @@ impl Tokenizer {
     ///
     /// Errors: `UnsupportedModel` for other kinds, `InvalidModel` for arrays that are missing or contradict each other.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        Self::assemble(vocabulary::read(gguf)?, gguf)
+        Self::assemble(gguf.path(), vocabulary::read(gguf)?, gguf)
     }
 
     /// A `tokenizer.json` to use instead of the one in `gguf`, which still says how many ids there are and which of
@@ -105,7 +105,7 @@ impl Tokenizer {
         // The components of a file are code paths of `tokenizers` that nobody has tried with such a file (a
         // FixedLength of 0 divides by it), so a panic in them is the file's fault. The probe runs each of them once.
         let build = || {
-            let tokenizer = Self::assemble(document.parts(vocabulary::size(gguf)?)?, gguf)?;
+            let tokenizer = Self::assemble(path, document.parts(vocabulary::size(gguf)?)?, gguf)?;
             tokenizer.encode("A probe: 1\u{a0}é\n", Special::All)?;
             Ok(tokenizer)
         };
@@ -115,9 +115,10 @@ impl Tokenizer {
         })
     }
 
-    fn assemble(parts: Parts<'_>, gguf: &Gguf) -> Result<Self> {
+    /// `path`: of the file that `parts` are from.
+    fn assemble(path: &Path, parts: Parts<'_>, gguf: &Gguf) -> Result<Self> {
         let Parts { family, n_vocab, normalizer, pre_tokenizer, model, added, decoder, pieces } = parts;
-        let added = AddedTokens::new(added, normalizer.as_ref())?;
+        let added = AddedTokens::new(path, added, normalizer.as_ref())?;
         let spelling = Spelling::new(n_vocab, &decoder, pieces.into_iter().chain(added.texts()));
         let mut tokenizer = Self {
             family,
@@ -161,7 +162,14 @@ impl Tokenizer {
 
     /// The ids of `text`; no BOS is added. An empty text has none.
     pub fn encode(&self, text: &str, special: Special<'_>) -> Result<Vec<u32>> {
-        self.try_encode(text, special).map_err(|e| Error::Internal(format!("tokenizing {} bytes: {e}", text.len())))
+        // From a `tokenizer.json`, whose regular expression may give up on a text.
+        self.try_encode(text, special).map_err(|e| {
+            Error::InvalidModel(format!(
+                "the tokenizer fails on a text of {} bytes: {}",
+                text.len(),
+                excerpt(&e.to_string())
+            ))
+        })
     }
 
     fn try_encode(&self, text: &str, special: Special<'_>) -> tokenizers::Result<Vec<u32>> {

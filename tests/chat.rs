@@ -8,7 +8,9 @@ use candle_phi::error::{Error, Result};
 use candle_phi::gguf::Gguf;
 use candle_phi::tokenizer::{Special, Tokenizer};
 
+mod attacks;
 mod gguf_writer;
+use attacks::attacks;
 use gguf_writer::{ARRAY, F32, I32, STRING, Writer, array, string, strings};
 
 /// The official Phi-3 file's: without a system branch.
@@ -386,10 +388,11 @@ fn errors_say_where_and_what() {
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "line 1:"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "line 1:"),
         ("{{ debug() }}", "unknown function"),
+        ("{{ raise_exception('a\\nb ' ~ 'c' * 9000) }}", "line 1: a b ccc"),
     ];
     for (source, part) in cases {
         let error = value_error(given(source).render(&[user("x")]));
-        assert!(error.contains(part), "{source}: {error}");
+        assert!(error.contains(part) && error.len() < 400, "{source}: {error}");
     }
     let syntax = [
         ("a\n{% if %}", "chat_template: line 2: syntax error"),
@@ -452,122 +455,33 @@ fn a_long_conversation_fits() {
     assert!(error.contains("the template writes more than 8 MiB"), "{error}");
 }
 
-/// Templates made to hang, to fill memory or to end the stack.
-fn attacks() -> Vec<(&'static str, String)> {
-    let repeat = |text: &str, n: usize| text.repeat(n);
-    let nest =
-        |open: &str, inner: &str, close: &str, n: usize| [repeat(open, n), inner.into(), repeat(close, n)].concat();
-    let counted = |body: &str| format!("{{% for i in range(100000) %}}{body}{{% endfor %}}");
-    let ns = "{% set ns = namespace(a='x', l=[], n=none) %}";
-    vec![
-        ("range", "{% for i in range(1000000000) %}x{% endfor %}".into()),
-        ("range, not used", "{{ range(1000000000) | length }}".into()),
-        ("range of 2^63", "{{ range(-9223372036854775808, 9223372036854775807, 1) | list }}".into()),
-        ("nested ranges", format!("{}x{}", repeat("{% for i in range(1000) %}", 9), repeat("{% endfor %}", 9))),
-        ("many ranges", counted("{% set x = range(100000) | list %}")),
-        ("repeated text", "{{ 'x' * 1000000000 }}".into()),
-        ("repeated text, folded", format!("{{{{ {}'' }}}}", repeat("'x' * 90000000 ~ ", 3000))),
-        ("repeated text, in a loop", counted("{% set x = 'x' * 1000000 %}")),
-        ("repeated list", "{{ [0] * 1000000000 }}".into()),
-        ("repeated list of lists", counted("{% set x = [[0] * 1000] * 1000 %}")),
-        ("doubled by ~", format!("{{% set x = 'x' %}}{}{{{{ x }}}}", repeat("{% set x = x ~ x %}", 60))),
-        ("doubled by +", format!("{{% set x = 'x' %}}{}{{{{ x }}}}", repeat("{% set x = x + x %}", 60))),
-        ("doubled in a loop", format!("{ns}{}", counted("{% set ns.a = ns.a ~ ns.a %}"))),
-        ("doubled list", format!("{ns}{{% set ns.l = [0] %}}{}", counted("{% set ns.l = ns.l + ns.l %}"))),
-        ("doubled by capture", format!("{{% set x = 'x' %}}{}", repeat("{% set x %}{{ x }}{{ x }}{% endset %}", 60))),
-        ("doubled by a filter block", format!("{ns}{}", counted("{% set ns.a %}{% filter upper %}{{ ns.a }}{{ ns.a }}{% endfilter %}{% endset %}"))),
-        ("doubled by format", format!("{ns}{}", counted("{% set ns.a = '{}{}'.format(ns.a, ns.a) %}"))),
-        ("doubled by replace", format!("{ns}{}", counted("{% set ns.a = ns.a | replace('x', 'xx') %}"))),
-        ("doubled by .replace", format!("{ns}{}", counted("{% set ns.a = ns.a.replace('x', 'xx') %}"))),
-        ("doubled by join", format!("{ns}{}", counted("{% set ns.a = [ns.a, ns.a] | join(ns.a) %}"))),
-        ("doubled by .join", format!("{ns}{}", counted("{% set ns.a = ns.a.join([ns.a, ns.a]) %}"))),
-        ("doubled by a macro", format!("{{% macro f(x) %}}{{{{ x }}}}{{{{ x }}}}{{% endmacro %}}{{% set x = 'x' %}}{}", repeat("{% set x = f(x) %}", 60))),
-        ("laughs", format!("{{% set x = ['ha'] %}}{}{{{{ x }}}}", repeat("{% set x = [x, x, x, x, x, x, x, x, x, x] %}", 20))),
-        ("laughs as JSON", format!("{{% set x = ['ha'] %}}{}{{{{ x | tojson }}}}", repeat("{% set x = {'a': x, 'b': x, 'c': x} %}", 30))),
-        ("laughs compared", format!("{{% set x = ['ha'] %}}{{% set y = ['ha'] %}}{}{{{{ x == y }}}}", repeat("{% set x = [x, x, x] %}{% set y = [y, y, y] %}", 30))),
-        ("laughs kept", format!("{ns}{}", counted("{% set ns.l = [ns.l, ns.l] %}"))),
-        ("deep list", format!("{ns}{}{{{{ ns.l }}}}", counted("{% set ns.l = [ns.l] %}"))),
-        ("deep map", format!("{ns}{}", counted("{% set ns.l = {'a': ns.l} %}"))),
-        ("deep list, straight", format!("{{% set x = [] %}}{}{{{{ x }}}}", repeat("{% set x = [x] %}", 3800))),
-        ("chain of slices", format!("{{% set x = range(1000) %}}{}{{{{ x }}}}", repeat("{% set x = x[1:] %}", 3000))),
-        ("a namespace in itself", format!("{ns}{{% set ns.n = ns %}}{{{{ ns }}}}{{{{ ns == ns }}}}{}", counted("{% set ns.n = ns %}"))),
-        ("chain of macros", format!("{ns}{}", counted("{% set p = ns.n %}{% macro m() %}{{ p }}{% endmacro %}{% set ns.n = m %}"))),
-        ("recursive macro", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into()),
-        ("recursive macro, twice", "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}".into()),
-        ("macros that call each other", "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ f() }}".into()),
-        ("recursive loop", "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}".into()),
-        ("recursive loop, wide", "{% for x in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}".into()),
-        ("call blocks", "{% macro f() %}{{ caller() }}{% endmacro %}{% macro g() %}{% call f() %}{{ g() }}{% endcall %}{% endmacro %}{{ g() }}".into()),
-        ("10 MB of output", counted(&"x".repeat(128))),
-        ("10 MB of captured output", format!("{{% set x %}}{}{{% endset %}}", counted(&"x".repeat(60_000)))),
-        ("10 MB in a macro", format!("{{% macro f() %}}{}{{% endmacro %}}{{% set x = f() %}}", counted(&"x".repeat(60_000)))),
-        ("large text looked at", format!("{{% set x = 'x' * 10000000 %}}{}", counted("{% if x == x %}{% endif %}{% set y = x | upper %}"))),
-        ("large text in tests", format!("{{% set x = 'x' * 10000000 %}}{}", counted("{% if 'y' in x or x is upper %}{% endif %}"))),
-        ("large text indexed", format!("{{% set x = 'x' * 10000000 %}}{}", counted("{{ x[5000000] }}{{ x[1:2] }}"))),
-        ("large text counted", format!("{{% set x = 'x' * 10000000 %}}{}", counted("{% set n = x | length %}"))),
-        ("large text in methods", format!("{{% set x = 'x' * 10000000 %}}{}", counted("{% set n = x.find('y') %}"))),
-        ("large text, looped", format!("{{% set x = 'x' * 10000000 %}}{}", counted("{% for c in x %}{% break %}{% endfor %}"))),
-        ("large text, split", "{{ ('x,' * 10000000).split(',') | length }}".into()),
-        ("large text, split into words", "{{ ('x ' * 10000000).split() | length }}".into()),
-        ("large text, as a list", "{{ ('x' * 20000000) | list | length }}".into()),
-        ("large text, sorted", "{{ ('x' * 20000000) | sort | map('upper') | unique | list | length }}".into()),
-        ("count of nothing", "{{ 'abc'.count('') }}".into()),
-        ("split at nothing", "{{ 'abc'.split('') }}".into()),
-        ("replace of nothing", "{{ ('x' * 5000).replace('', 'x' * 100000) }}".into()),
-        ("replace by much", "{{ ('x' * 1000000) | replace('x', 'x' * 1000000) }}".into()),
-        ("join of much", "{{ range(100000) | join('x' * 1000000) }}".into()),
-        ("indent by much", "{{ ('\n' * 100000) | indent(1000000000) }}".into()),
-        ("JSON indented by much", "{{ [[[1]]] | tojson(indent=1000000000) }}".into()),
-        ("JSON of much", "{{ (['\"'] * 1000000) | tojson }}".into()),
-        ("format to a width", "{{ '{:>1000000000}'.format(1) }}".into()),
-        ("round to much", "{{ 1.5 | round(1000000000) }}".into()),
-        ("power", "{{ 9 ** 9 ** 9 ** 9 }}".into()),
-        ("large numbers", format!("{{% set x = 9 %}}{}", repeat("{% set x = x * x %}", 60))),
-        ("centred", "{{ 'x' | center(1000000000) }}".into()),
-        ("batches", "{{ [1] | batch(1000000000, 0) | list }}".into()),
-        ("words", "{{ ('x' * 1000000) | wordwrap(1) }}".into()),
-        ("deep parentheses", format!("{{{{ {} }}}}", nest("(", "1", ")", 30_000))),
-        ("deep brackets", format!("{{{{ {} }}}}", nest("[", "1", "]", 30_000))),
-        ("deep minus", format!("{{{{ {}1 }}}}", repeat("-", 60_000))),
-        ("deep not", format!("{{{{ {}1 }}}}", repeat("not ", 16_000))),
-        ("deep if", nest("{% if 1 %}", "x", "{% endif %}", 2900)),
-        ("deep for", nest("{% for i in [1] %}", "x", "{% endfor %}", 2000)),
-        ("deep elif", format!("{{% if 0 %}}{}{{% endif %}}", repeat("{% elif 0 %}x", 4900))),
-        ("deep if expression", format!("{{{{ {}1 }}}}", repeat("1 if 0 else ", 5400))),
-        ("deep sum", format!("{{{{ messages{} }}}}", repeat("+x", 32_000))),
-        ("deep concatenation", format!("{{{{ x{} }}}}", repeat("~x", 32_000))),
-        ("deep difference", format!("{{{{ x{} }}}}", repeat("-1", 32_000))),
-        ("deep or", format!("{{{{ x{} }}}}", repeat(" or x", 13_000))),
-        ("deep power", format!("{{{{ 1{} }}}}", repeat("**1", 21_000))),
-        ("deep filters", format!("{{{{ x{} }}}}", repeat("|e", 32_000))),
-        ("deep tests", format!("{{{{ x{} }}}}", repeat(" is string", 6_000))),
-        ("deep attributes", format!("{{{{ x{} }}}}", repeat(".x", 32_000))),
-        ("deep items", format!("{{{{ x{} }}}}", repeat("[0]", 21_000))),
-        ("deep calls", format!("{{{{ x{} }}}}", repeat("()", 32_000))),
-        ("deep comparison", format!("{{{{ 1{} }}}}", repeat("<x", 32_000))),
-        ("deep target", format!("{{% set {} = 1 %}}", nest("(", "a,", ")", 20_000))),
-        ("many arguments", format!("{{{{ range({}1) }}}}", repeat("1,", 32_000))),
-        ("many comparisons", format!("{ns}{}", counted("{% if messages == messages %}{% endif %}"))),
-    ]
-}
-
 #[test]
 fn no_template_hangs_or_fills_memory() {
     let mut slowest = (Duration::ZERO, "");
-    for (name, source) in attacks() {
+    let attacks = attacks();
+    assert!(attacks.len() >= 80, "{}", attacks.len());
+    for (name, source) in attacks {
         assert!(source.len() <= 64 << 10, "{name}: {} bytes", source.len());
-        let start = Instant::now();
-        let (_, template) = load(&file(Phi3, None), Some(&source));
-        let result = template.and_then(|template| template.render(&[user("x")]));
-        let took = start.elapsed();
-        slowest = slowest.max((took, name));
-        // Far above what it takes (the slowest measured: 0.23 s): the machine may be busy.
-        assert!(took < Duration::from_secs(2), "{name}: {took:?}");
-        match result {
-            Err(Error::Value(message)) => assert!(message.len() < 300 && !message.contains('\n'), "{name}: {message}"),
-            Err(other) => panic!("{name}: {other:?}"),
-            Ok(rendered) => assert!(rendered.text.len() <= 8 << 20, "{name}: {} bytes", rendered.text.len()),
+        // 100 ms is what it may take; a busy machine is given five tries and more time.
+        let mut took = Duration::MAX;
+        for _ in 0..5 {
+            let start = Instant::now();
+            let (_, template) = load(&file(Phi3, None), Some(&source));
+            let result = template.and_then(|template| template.render(&[user("x")]));
+            took = took.min(start.elapsed());
+            match result {
+                Err(Error::Value(message)) => {
+                    assert!(message.len() < 300 && !message.contains('\n'), "{name}: {message}");
+                }
+                Err(other) => panic!("{name}: {other:?}"),
+                Ok(rendered) => assert!(rendered.text.len() <= 8 << 20, "{name}: {} bytes", rendered.text.len()),
+            }
+            if took < Duration::from_millis(100) {
+                break;
+            }
         }
+        slowest = slowest.max((took, name));
+        assert!(took < Duration::from_millis(500), "{name}: {took:?}");
     }
     println!("slowest: {slowest:?}");
 }

@@ -5,7 +5,7 @@ mod gguf_writer;
 use candle_phi::error::{Error, Result};
 use candle_phi::gguf::Gguf;
 use candle_phi::phi3::Config;
-use gguf_writer::{F32, STRING, U32, Writer, string, strings};
+use gguf_writer::{F32, F64, STRING, U32, U64, Writer, string, strings};
 
 /// A small model file, to be said differently key by key and tensor by tensor.
 struct File {
@@ -152,6 +152,41 @@ fn a_file_that_contradicts_itself_is_refused_with_the_key_and_the_number() {
             message.contains("model.gguf") && parts.iter().all(|part| message.contains(part)),
             "{message}: {parts:?}"
         );
+    }
+}
+
+#[test]
+fn every_number_out_of_its_range_is_refused_with_the_key_and_the_number() {
+    let sizes = [
+        "phi3.context_length",
+        "phi3.embedding_length",
+        "phi3.feed_forward_length",
+        "phi3.block_count",
+        "phi3.attention.head_count",
+        "phi3.attention.head_count_kv",
+        "phi3.rope.dimension_count",
+    ];
+    let window = ["phi3.attention.sliding_window"];
+    let large = [1 << 32, 1 << 63, u64::MAX - 1, u64::MAX, (1 << 32) + 4, (1 << 63) + 4];
+    let mut cases: Vec<(&'static str, (u32, Vec<u8>), String)> = Vec::new();
+    let whole = |value: u64| (U64, value.to_le_bytes().to_vec());
+    for value in [0, 1 << 29, 1 << 31, u64::from(u32::MAX)].into_iter().chain(large) {
+        cases.extend(sizes.map(|key| (key, whole(value), value.to_string())));
+    }
+    for value in large {
+        cases.extend(window.map(|key| (key, whole(value), value.to_string())));
+    }
+    for value in [0.0, -0.0, -1e-30, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e300] {
+        for key in ["phi3.rope.freq_base", "phi3.attention.layer_norm_rms_epsilon"] {
+            cases.push((key, (F64, value.to_le_bytes().to_vec()), (value as f32).to_string()));
+        }
+    }
+    assert!(cases.len() > 80, "{}", cases.len());
+    for (key, value, number) in cases {
+        let error = File::new().key(key, value).config().expect_err(&format!("{key} = {number}"));
+        let Error::InvalidModel(message) = &error else { panic!("{key} = {number}: {error:?}") };
+        assert!(message.contains("model.gguf: ") && message.contains(key), "{key} = {number}: {message}");
+        assert!(message.contains(&format!(" {number}")), "{key} = {number}: {message}");
     }
 }
 

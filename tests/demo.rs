@@ -10,6 +10,7 @@ use candle_phi::engine::{Engine, LoadOptions};
 use candle_phi::generate::Request;
 use candle_phi::kernels;
 use candle_phi::sampling::Sampling;
+use candle_phi::task::Task;
 use tempfile::TempDir;
 
 const HAIKU: &str = "Write a haiku about ice hockey";
@@ -42,7 +43,7 @@ impl Demo {
 
     fn open(&self, kernel: &str, mmap: bool) -> Engine {
         let options = LoadOptions { kernel: Some(kernel.into()), n_threads: Some(2), mmap, ..LoadOptions::default() };
-        Engine::load(&self.path, &options).unwrap()
+        Engine::load(&self.path, &options, &Task::default()).unwrap()
     }
 }
 
@@ -52,12 +53,20 @@ fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Strin
     let prompt = engine.tokenize_messages(&[message]).unwrap();
     let repeat_penalty = if temperature == 0.0 { 1.0 } else { 1.2 };
     let sampling = Sampling { temperature, repeat_penalty, ..Sampling::default() };
-    let request =
-        Request { prompt, max_tokens: 0, sampling, seed, stop: Vec::new(), ignore_eos: false, top_logprobs: None };
-    let stream = engine.stream(request, None).unwrap();
+    let request = Request {
+        prompt,
+        max_tokens: 0,
+        limited: false,
+        sampling,
+        seed,
+        stop: Vec::new(),
+        ignore_eos: false,
+        top_logprobs: None,
+    };
+    let stream = engine.stream(request, None, None).unwrap();
     let mut text = String::new();
     loop {
-        match stream.next(|| ControlFlow::<Infallible>::Continue(())).unwrap() {
+        match stream.next(|_| ControlFlow::<Infallible>::Continue(())).unwrap() {
             ControlFlow::Continue(Some(piece)) => text += &piece.text,
             ControlFlow::Continue(None) => return text,
             ControlFlow::Break(never) => match never {},

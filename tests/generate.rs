@@ -5,18 +5,22 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::channel;
+use std::task::Poll;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_phi::error::{Error, Result};
-use candle_phi::generate::{FinishReason, Generation, Request};
+use candle_phi::generate::{Generation, Request};
 use candle_phi::gguf::Gguf;
 use candle_phi::model::{Model, Phase, Sequence, Want};
 use candle_phi::sampling::Sampling;
 use candle_phi::schedule::Scheduler;
 use candle_phi::stream::TextStream;
+use candle_phi::task::Phase as Doing;
 use candle_phi::threads::Cancel;
 use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::work::FinishReason;
 
 /// Follows a script of ids, and counts its passes.
 struct Scripted {
@@ -26,11 +30,14 @@ struct Scripted {
     failure: Option<Error>,
     panics: bool,
     pause: Duration,
+    prefill_pause: Duration,
 }
 
 struct ScriptedSequence {
     model: Arc<Scripted>,
     passes: usize,
+    appended: usize,
+    left: usize,
     logits: Vec<f32>,
 }
 
@@ -57,12 +64,25 @@ impl Model for Scripted {
         0
     }
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
-        Ok(Box::new(ScriptedSequence { logits: vec![0.0; self.n_vocab], model: self, passes: 0 }))
+        Ok(Box::new(ScriptedSequence { logits: vec![0.0; self.n_vocab], model: self, passes: 0, appended: 0, left: 0 }))
     }
 }
 
 impl Sequence for ScriptedSequence {
-    fn forward(&mut self, _: &[u32], _: Phase, _: Want, cancel: &Cancel) -> Result<&[f32]> {
+    fn append(&mut self, ids: &[u32], phase: Phase, _: Want) -> Result<()> {
+        self.left = if phase == Phase::Prefill { ids.len() } else { 1 };
+        self.appended = ids.len();
+        Ok(())
+    }
+
+    /// A turn for each token.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+        if self.left > 1 {
+            self.left -= 1;
+            thread::sleep(self.model.prefill_pause);
+            return if cancel.is_set() { Err(Error::Cancelled) } else { Ok(true) };
+        }
+        self.left = 0;
         self.model.passes.fetch_add(1, SeqCst);
         assert!(!self.model.panics, "the model panics");
         thread::sleep(self.model.pause);
@@ -76,7 +96,15 @@ impl Sequence for ScriptedSequence {
         self.logits.fill(0.0);
         self.logits[script[self.passes % script.len()] as usize] = 9.0;
         self.passes += 1;
-        Ok(&self.logits)
+        Ok(false)
+    }
+
+    fn computed(&self) -> usize {
+        self.appended - self.left
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
     }
 }
 
@@ -84,6 +112,8 @@ struct Setup {
     tokenizer: Arc<Tokenizer>,
     scheduler: Scheduler,
     model: Scripted,
+    /// None: a short one.
+    prompt: Option<Vec<u32>>,
 }
 
 impl Setup {
@@ -91,9 +121,11 @@ impl Setup {
     fn ids(script: &[u32]) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain.gguf");
         let tokenizer = Arc::new(Tokenizer::from_gguf(&Gguf::open(&path, true).unwrap()).unwrap());
-        let (n_vocab, passes, pause) = (tokenizer.n_vocab(), Arc::default(), Duration::ZERO);
-        let model = Scripted { script: script.to_vec(), n_vocab, passes, failure: None, panics: false, pause };
-        Setup { tokenizer, scheduler: Scheduler::default(), model }
+        let (n_vocab, passes) = (tokenizer.n_vocab(), Arc::default());
+        let (pause, prefill_pause) = (Duration::ZERO, Duration::ZERO);
+        let script = script.to_vec();
+        let model = Scripted { script, n_vocab, passes, failure: None, panics: false, pause, prefill_pause };
+        Setup { tokenizer, scheduler: Scheduler::default(), model, prompt: None }
     }
 
     /// The model says this text, then `<|end|>`.
@@ -106,19 +138,33 @@ impl Setup {
 
     fn request(&self) -> Request {
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-        let prompt = self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
-        Request { prompt, max_tokens: 500, sampling, seed: 1, stop: Vec::new(), ignore_eos: false, top_logprobs: None }
+        let short = || self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
+        let prompt = self.prompt.clone().unwrap_or_else(short);
+        Request {
+            prompt,
+            max_tokens: 500,
+            limited: true,
+            sampling,
+            seed: 1,
+            stop: Vec::new(),
+            ignore_eos: false,
+            top_logprobs: None,
+        }
     }
 
     fn stream(self, change: impl FnOnce(&mut Request)) -> TextStream {
+        self.stream_until(None, change)
+    }
+
+    fn stream_until(self, deadline: Option<Instant>, change: impl FnOnce(&mut Request)) -> TextStream {
         let mut request = self.request();
         change(&mut request);
-        TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler)
+        TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler, deadline)
     }
 }
 
 fn next(stream: &TextStream) -> Result<Option<candle_phi::generate::Piece>> {
-    match stream.next(|| ControlFlow::<Infallible>::Continue(()))? {
+    match stream.next(|_| ControlFlow::<Infallible>::Continue(()))? {
         ControlFlow::Continue(piece) => Ok(piece),
         ControlFlow::Break(never) => match never {},
     }
@@ -303,4 +349,189 @@ fn streams_take_turns() {
         assert_eq!(read(&short.stream(|_| {})).unwrap().0, "short");
         long.cancel();
     });
+}
+
+/// A prompt of so many tokens, each of which takes `pause`.
+fn long_prompt(tokens: usize, pause: Duration) -> Setup {
+    let mut setup = Setup::text("never ends");
+    setup.model.prefill_pause = pause;
+    setup.model.pause = pause;
+    setup.prompt = Some(vec![5; tokens]);
+    setup
+}
+
+fn in_ms(ms: u64) -> Option<Instant> {
+    Some(Instant::now() + Duration::from_millis(ms))
+}
+
+#[test]
+fn a_short_stream_is_not_stuck_behind_a_long_prompt() {
+    let long = long_prompt(900, Duration::from_millis(10));
+    let scheduler = long.scheduler.clone();
+    let long = long.stream(|_| {});
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read(&long).unwrap());
+        thread::sleep(Duration::from_millis(100));
+        let begin = Instant::now();
+        let short = Setup { scheduler, ..Setup::text("short") };
+        assert_eq!(read(&short.stream(|_| {})).unwrap().0, "short");
+        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+        assert!(!reader.is_finished());
+        long.cancel();
+    });
+}
+
+#[test]
+fn a_deadline_ends_a_stream_in_any_phase_and_keeps_the_text() {
+    // in the queue, behind a pass that takes long
+    let slow = long_prompt(2, Duration::from_secs(3));
+    let scheduler = slow.scheduler.clone();
+    let slow = slow.stream(|_| {});
+    assert_eq!(slow.poll(), Ok(Poll::Pending));
+    let queued = Setup { scheduler, ..Setup::text("late") }.stream_until(in_ms(200), |_| {});
+    // in a prompt, and in the text
+    let prompt = long_prompt(900, Duration::from_millis(10)).stream_until(in_ms(200), |_| {});
+    let mut text = Setup::text("never ends");
+    text.model.pause = Duration::from_millis(20);
+    let text = text.stream_until(in_ms(600), |request| request.ignore_eos = true);
+    for (stream, least, most) in [(queued, 200, 0), (prompt, 0, 0), (text, 0, 500)] {
+        let begin = Instant::now();
+        let (text, ids, reason) = read(&stream).unwrap();
+        assert_eq!(reason, FinishReason::Timeout);
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() >= Duration::from_millis(least / 2));
+        assert!(ids <= most && (most == 0 || text.starts_with("never")), "{text:?}");
+        assert_eq!(next(&stream), Ok(None));
+    }
+    // before the first read, and with text that nobody read yet
+    let stream = Setup::text("never read").stream_until(Some(Instant::now()), |_| {});
+    assert_eq!(read(&stream).unwrap(), (String::new(), 0, FinishReason::Timeout));
+    let stream = Setup::text("read late ".repeat(50).trim_end()).stream_until(in_ms(100), |_| {});
+    let mut text = next(&stream).unwrap().unwrap().text;
+    thread::sleep(Duration::from_millis(200));
+    let (rest, _, reason) = read(&stream).unwrap();
+    text += &rest;
+    assert_eq!(reason, FinishReason::Timeout);
+    assert!(text.starts_with("read") && !rest.is_empty() && text.len() < 100, "{text}");
+}
+
+#[test]
+fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
+    let first = Setup { scheduler: Scheduler::new(1), ..Setup::text(&"word ".repeat(90)) };
+    let scheduler = first.scheduler.clone();
+    let first = first.stream_until(in_ms(200), |_| {});
+    next(&first).unwrap();
+    let begin = Instant::now();
+    assert_eq!(read(&Setup { scheduler, ..Setup::text("next") }.stream(|_| {})).unwrap().0, "next");
+    assert!(begin.elapsed() < Duration::from_secs(5), "without waiting for its reader");
+}
+
+#[test]
+fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
+    let complete = Setup { scheduler: Scheduler::new(1), ..Setup::text("ab") };
+    let scheduler = complete.scheduler.clone();
+    let setup = |text: &str| Setup { scheduler: scheduler.clone(), ..Setup::text(text) };
+    let complete = complete.stream(|_| {});
+    next(&complete).unwrap();
+    let endless = setup("endless").stream(|request| request.ignore_eos = true);
+    next(&endless).unwrap();
+    let waiting = setup("waiting").stream(|_| {});
+    assert_eq!(waiting.poll(), Ok(Poll::Pending));
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(waiting.poll(), Ok(Poll::Pending));
+    endless.cancel();
+    assert_eq!(read(&waiting).unwrap().0, "waiting");
+    drop(setup("dropped while it waits").stream(|_| {}));
+    let dropped = setup("endless").stream(|request| request.ignore_eos = true);
+    next(&dropped).unwrap();
+    drop(dropped);
+    assert_eq!(read(&setup("after").stream(|_| {})).unwrap().0, "after");
+    assert_eq!(read(&complete).unwrap().2, FinishReason::Stop);
+}
+
+#[test]
+fn a_reader_may_be_called_instead_of_waiting() {
+    let mut setup = Setup::text("called");
+    setup.model.pause = Duration::from_millis(20);
+    let stream = setup.stream(|_| {});
+    let (mut text, mut calls) = (String::new(), 0);
+    let (sender, called) = channel();
+    loop {
+        match stream.poll().unwrap() {
+            Poll::Ready(Some(piece)) => text += &piece.text,
+            Poll::Ready(None) => break,
+            Poll::Pending => {
+                let sender = sender.clone();
+                stream.on_change(Box::new(move || sender.send(()).unwrap()));
+                called.recv_timeout(Duration::from_secs(5)).unwrap();
+                calls += 1;
+            }
+        }
+    }
+    assert_eq!((text.as_str(), called.try_recv().ok()), ("called", None));
+    assert!(calls > 1);
+    // also when another thread ends it
+    let endless = long_prompt(900, Duration::from_millis(10)).stream(|_| {});
+    assert_eq!(endless.poll(), Ok(Poll::Pending));
+    let theirs = sender.clone();
+    endless.on_change(Box::new(move || theirs.send(()).unwrap()));
+    endless.cancel();
+    called.recv_timeout(Duration::from_secs(5)).unwrap();
+    endless.on_change(Box::new(move || sender.send(()).unwrap()));
+    called.try_recv().expect("what has ended calls at once");
+}
+
+#[test]
+fn progress_goes_through_the_phases() {
+    let setup = long_prompt(40, Duration::from_millis(20));
+    let stream = setup.stream(|request| (request.max_tokens, request.ignore_eos) = (12, true));
+    let (mut seen, mut times) = (Vec::new(), Vec::new());
+    while let ControlFlow::Continue(Some(_)) = stream
+        .next(|progress| {
+            seen.extend_from_slice(progress);
+            times.push(Instant::now());
+            ControlFlow::<Infallible>::Continue(())
+        })
+        .unwrap()
+    {}
+    let of = |phase| seen.iter().filter(|p| p.phase == phase).map(|p| (p.done, p.total)).collect::<Vec<_>>();
+    assert_eq!(of(Doing::Wait)[0], (0, None));
+    let (prefill, decode) = (of(Doing::Prefill), of(Doing::Decode));
+    assert_eq!(prefill.last(), Some(&(40, Some(40))));
+    assert!(prefill.len() > 4 && prefill.is_sorted() && prefill[1].0 < 40, "{prefill:?}");
+    assert_eq!(decode.last(), Some(&(12, Some(12))));
+    assert!(decode.len() > 1 && decode.is_sorted(), "{decode:?}");
+    assert!(seen.is_sorted_by_key(|p| p.phase), "{seen:?}");
+    let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
+    assert!(gaps.max().unwrap() < Duration::from_millis(200 + 300), "with a margin for a busy machine");
+}
+
+#[test]
+fn a_reader_that_breaks_off_cancels() {
+    let stream = long_prompt(900, Duration::from_millis(10)).stream(|_| {});
+    let begin = Instant::now();
+    let mut looks = 0;
+    let left = stream.next(|_| {
+        looks += 1;
+        if looks < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break("enough") }
+    });
+    assert_eq!(left, Ok(ControlFlow::Break("enough")));
+    assert!(begin.elapsed() < Duration::from_secs(2));
+    assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Cancelled)));
+}
+
+#[test]
+fn closing_reaches_who_waits_for_a_slot_and_who_is_called() {
+    let holder = Setup { scheduler: Scheduler::new(1), ..Setup::text("never ends") };
+    let scheduler = holder.scheduler.clone();
+    let holder = holder.stream(|request| request.ignore_eos = true);
+    next(&holder).unwrap();
+    let waiting = Setup { scheduler: scheduler.clone(), ..Setup::text("waiting") }.stream(|_| {});
+    assert_eq!(waiting.poll(), Ok(Poll::Pending));
+    let (sender, called) = channel();
+    waiting.on_change(Box::new(move || sender.send(()).unwrap()));
+    scheduler.close();
+    called.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert_eq!(waiting.poll(), Err(Error::Closed));
+    assert_eq!(read(&holder), Err(Error::Closed));
 }

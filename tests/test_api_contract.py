@@ -114,7 +114,8 @@ def test_error_bases(name: str) -> None:
 
 
 def test_public_names() -> None:
-    assert set(candle_phi.__all__) >= {*ERRORS, "Phi", "Stream", "Chunk", "Result", "Usage", "Timings", "TokenLogprob"}
+    results = {"Chunk", "Result", "Usage", "Timings", "TokenLogprob", "Progress"}
+    assert set(candle_phi.__all__) >= {*ERRORS, *results, "Phi", "Stream", "AsyncStream", "hub", "testing"}
     assert all(hasattr(candle_phi, name) for name in candle_phi.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", candle_phi.__version__)
 

@@ -45,6 +45,13 @@ def test_a_prompt_streams_its_answer(phi: Phi) -> None:
     assert run("run", HAIKU, "--seed", "1", *DEMO).stdout == done.stdout
 
 
+def test_a_timeout_ends_the_answer() -> None:
+    done = run(HAIKU, "--json", "--timeout", "0", *DEMO)
+    assert (done.returncode, done.stderr) == (0, b"")
+    found = json.loads(done.stdout)
+    assert (found["text"], found["finish_reason"]) == ("", "timeout")
+
+
 @pytest.mark.parametrize("line_end", [b"", b"\n", b"\r\n"])
 def test_a_prompt_from_stdin(phi: Phi, line_end: bytes) -> None:
     done = run("-", "--seed=1", *DEMO, input=b"\xef\xbb\xbf" + HAIKU.encode() + line_end)
@@ -120,7 +127,8 @@ def test_model_options(phi: Phi) -> None:
         (["Hi", "--mmap"], "did you mean --no-mmap?"),
         (["Hi", "--add-bos"], "--parse-special and --add-bos are for --raw"),
         (["Hi", "--n-gpu-layers", "1"], "use --device"),
-        (["Hi", "--timeout", "5"], "not in this version"),
+        (["Hi", "--timeout", "-5"], "--timeout must be a finite number from 0"),
+        (["Hi", "--max-concurrent", "5"], "--max-concurrent"),
         (["Hi", "there"], "put it in quotes"),
         (["Hi", "--top-logprobs", "3", "--json"], "needs --logprobs"),
     ],

@@ -16,7 +16,8 @@ from fake_hub import FakeHub
 
 # All mounts but /proc become read-only for the command that follows, and it runs as user 12345.
 BARE = (
-    'for mount in $(cut -d " " -f 2 /proc/mounts | grep -v ^/proc); do mount -o remount,bind,ro $mount; done 2> /dev/null;'
+    'for mount in $(cut -d " " -f 2 /proc/mounts | grep -v ^/proc); '
+    "do mount -o remount,bind,ro $mount; done 2> /dev/null;"
     'exec unshare --user --map-user=12345 --map-group=12345 "$@"'
 )
 UNSHARE = ["unshare", "--mount", "sh", "-c", BARE, "sh"]
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(not allowed(), reason="takes Linux's unshare, as
 
 def bare(script: str, home: Path | None = None) -> str:
     checks = """
-        import os, pwd, tempfile
+        import os, pwd
         for folder in (".", "/tmp", "/var/tmp", "/dev/shm", os.environ.get("HF_HOME", "/")):
             try:
                 open(os.path.join(folder, "written"), "w")
@@ -74,7 +75,7 @@ def test_a_model_in_a_read_only_cache_opens(use: Callable[[FakeHub], Path], phi:
     script = f"""
         from candle_phi import Phi, hub
         with Phi.from_pretrained({server.repo!r}) as phi:
-            print(len(phi.generate({HAIKU!r}, seed=1).splitlines()), [file.name for file in hub.list_cached()])
+            print(len(phi.generate({HAIKU!r}, seed=1).splitlines()), [file.filename for file in hub.list_cached()])
     """
     assert bare(script, home) == "3 ['model.gguf']\n"
 

@@ -165,41 +165,6 @@ def test_from_pretrained_opens_a_path(phi: Phi) -> None:
         Phi.from_pretrained(phi.path, revision="main")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
-def test_a_model_from_before_a_fork() -> None:
-    script = (
-        "import os, sys\n"
-        "from candle_phi import ForkError, Phi\n"
-        "phi = Phi.demo()\n"
-        "phi.generate('Hi', seed=1, max_tokens=2)\n"
-        "if os.fork() == 0:\n"
-        "    try: phi.generate('Hi', seed=1, max_tokens=2)\n"
-        "    except ForkError: pass\n"
-        "    else: os._exit(3)\n"
-        "    with Phi.demo() as own: own.generate('Hi', seed=1, max_tokens=2)\n"
-        "    os._exit(0)\n"
-        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
-    )
-    run_python(script, warnings="ignore")  # newer Pythons warn of a fork with threads
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
-def test_candles_engine_is_not_used_on_both_sides_of_a_fork() -> None:
-    script = (
-        "import os, sys\n"
-        "from candle_phi import ForkError, Phi\n"
-        "Phi.demo(engine='candle').generate('Hi', seed=1, max_tokens=2)\n"
-        "if os.fork() == 0:\n"
-        "    try: Phi.demo(engine='candle')\n"
-        "    except ForkError: pass\n"
-        "    else: os._exit(3)\n"
-        "    Phi.demo().generate('Hi', seed=1, max_tokens=2)\n"
-        "    os._exit(0)\n"
-        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
-    )
-    run_python(script, warnings="ignore")  # newer Pythons warn of a fork with threads
-
-
 @pytest.mark.parametrize("options", [{"kernel": "portable"}, {"n_threads": 1}, {"kv_cache": "f32"}, {"device": "cuda"}])
 def test_candles_engine_refuses_what_it_would_ignore(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

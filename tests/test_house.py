@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import candle_phi
 from conftest import ROOT
 
 RUST = sorted((ROOT / "src").rglob("*.rs"))
@@ -59,7 +60,9 @@ def test_python_modules_import_only_downwards() -> None:
         "messages",
         "results",
         "stream",
+        "aio",
         "model",
+        "testing",
         "bench",
         "cli",
     ]
@@ -81,6 +84,28 @@ def test_builds_are_not_tied_to_one_cpu() -> None:
     for name in ("aarch64-unknown-linux-gnu", "aarch64-unknown-linux-musl", "aarch64-pc-windows-msvc"):
         assert "+fp16" in flags[name]
     assert not [name for name, given in flags.items() if "+fp16" in given and not name.startswith("aarch64")]
+
+
+def test_the_version_is_in_one_place() -> None:
+    version = tomllib.loads((ROOT / "Cargo.toml").read_text(encoding="utf-8"))["package"]["version"]
+    locked = tomllib.loads((ROOT / "Cargo.lock").read_text(encoding="utf-8"))["package"]
+    assert [package["version"] for package in locked if package["name"] == "candle_phi"] == [version]
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dynamic"] == ["version"]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version
+    assert candle_phi.__version__ == version
+
+
+def test_actions_are_pinned() -> None:
+    uses = [
+        line.strip()
+        for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "uses:" in line
+    ]
+    assert len(uses) > 10
+    assert [line for line in uses if not re.search(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line)] == []
 
 
 def test_no_file_is_large() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_phi import NotInThisVersionError, Phi
+from candle_phi import Phi
 from candle_phi.options import SAMPLING, sampling
 from conftest import HAIKU
 from test_api_contract import GENERATION
@@ -101,11 +101,13 @@ def test_accepted(phi: Phi, name: str, value: object) -> None:
         ("parse_special", 0, TypeError, "True or False"),
         ("parse_special", False, ValueError, "raw=True"),
         ("add_bos", True, ValueError, "raw=True"),
-        ("timeout", 5, NotInThisVersionError, "timeout"),
-        ("on_progress", print, NotInThisVersionError, "on_progress"),
+        ("timeout", -1, ValueError, "-1"),
+        ("timeout", float("nan"), ValueError, "finite"),
+        ("timeout", "5", TypeError, "a number"),
+        ("on_progress", 5, TypeError, "a function"),
     ],
 )
-@pytest.mark.parametrize("method", ["stream", "generate"])
+@pytest.mark.parametrize("method", ["stream", "generate", "astream", "agenerate"])
 def test_rejected_at_the_call(
     phi: Phi, method: str, name: str, value: object, error: type[Exception], says: str
 ) -> None:
@@ -162,7 +164,8 @@ def test_foreign_names_have_answers(phi: Phi, name: str, answer: str) -> None:
         ("mmap", 1, TypeError, "True or False"),
         ("tokenizer", 3, TypeError, "PathLike"),
         ("chat_template", b"x", TypeError, "bytes"),
-        ("max_concurrent", 2, NotInThisVersionError, "max_concurrent"),
+        ("max_concurrent", 0, ValueError, "from 1"),
+        ("max_concurrent", 1.0, TypeError, "an int"),
         ("on_progress", 5, TypeError, "a function"),
         ("num_ctx", 4096, TypeError, "use n_ctx"),
         ("n_gpu_layers", -1, TypeError, "use device"),
@@ -193,9 +196,3 @@ def test_repeat_penalty_depends_on_sampling(given: dict[str, Any], penalty: floa
 
 def test_off_is_the_same_whichever_way_it_is_written() -> None:
     assert sampling(DEFAULTS) == sampling(DEFAULTS | {"top_k": 0, "top_p": 1, "min_p": 0, "logit_bias": {}, "stop": []})
-
-
-def test_not_in_this_version(phi: Phi) -> None:
-    for method in (phi.astream, phi.agenerate):
-        with pytest.raises(NotInThisVersionError, match=method.__name__):
-            method(HAIKU)

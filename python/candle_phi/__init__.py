@@ -16,7 +16,8 @@ except ImportError as error:
         raise ImportError(f"candle_phi: {reason}") from error
     raise
 
-from . import hub
+from . import hub, testing
+from .aio import AsyncStream
 from .errors import (
     BusyError,
     ClosedError,
@@ -37,6 +38,7 @@ from .results import Chunk, Result, Timings, TokenLogprob, Usage
 from .stream import Stream
 
 __all__ = [
+    "AsyncStream",
     "BusyError",
     "Chunk",
     "ClosedError",
@@ -59,4 +61,5 @@ __all__ = [
     "Usage",
     "__version__",
     "hub",
+    "testing",
 ]

@@ -10,6 +10,7 @@ __all__ = [
     "KNOWN_MODELS",
     "Hub",
     "Model",
+    "ReadyQueue",
     "Stream",
     "__version__",
     "doctor",
@@ -25,9 +26,11 @@ KNOWN_MODELS: list[tuple[str, str, str]]
 """Short names, each with the repository and the file that it stands for."""
 
 _Watch: TypeAlias = Callable[[str, int, int | None], object]
-"""Called in the waiting thread, some 16 times a second: phase, bytes done, bytes in all."""
+"""Called in the waiting thread, some 15 times a second: phase, how much is done, of how much; bytes, or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
+_Read: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
+"""Text, with the ids and log probabilities that ride on it."""
 
 @final
 class Model:
@@ -46,6 +49,7 @@ class Model:
         mmap: bool,
         tokenizer: str | None,
         chat_template: str | None,
+        max_concurrent: int | None,
         watch: _Watch | None,
     ) -> Model: ...
     @property
@@ -89,11 +93,14 @@ class Model:
     def detokenize(self, ids: list[int], skip_special: bool) -> str:
         """The text of ids; ValueError for an id outside the vocabulary."""
 
-    def logits(self, ids: list[int], every_position: bool) -> bytes:
+    def logits(self, ids: list[int], every_position: bool, watch: _Watch | None) -> bytes:
         """float32 in the machine's order: `n_vocab` logits after the last id, or after each."""
 
     def bandwidth(self) -> float:
         """Bytes per second at which `n_threads` threads read the weights and do nothing else. About a second's work."""
+
+    def decode_pass(self, tokens: int) -> float:
+        """Seconds of a decode pass over so many tokens at once, with the logits of each."""
 
     def bytes_per_token(self, positions: int) -> tuple[int, int]:
         """Bytes that decoding the last of so many positions reads: of weights, and of keys and values."""
@@ -117,6 +124,7 @@ class Model:
         ignore_eos: bool,
         logprobs: bool,
         top_logprobs: int,
+        timeout: float | None,
     ) -> Stream:
         """A generation that starts at its first `next`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1."""
 
@@ -124,8 +132,23 @@ class Model:
 class Stream:
     """One generation."""
 
-    def next(self) -> tuple[str, list[int], list[_Logprob] | None] | None:
-        """The next text with the ids and logprobs that ride on it; None at the end. Waits without the GIL."""
+    def next(self, watch: _Watch | None) -> _Read | None:
+        """The next text; None at the end. Waits without the GIL, and with it calls `watch` and signal handlers now and
+        then."""
+
+    def poll(self) -> tuple[bool, _Read | None]:
+        """Whether there is something, and if so, what `next` would return. Never waits."""
+
+    def notify(self, queue: ReadyQueue, ticket: int) -> None:
+        """Puts the ticket into the queue, once, when `poll` has something: perhaps at once."""
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the timeout, when `poll` has something, too."""
+
+    def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
+        """What a watch is to be told now: nothing, when it was told less than 75 ms ago, no phase has begun since, and
+        this is not the end."""
 
     def cancel(self) -> None:
         """Ends the generation; returns at once, from any thread."""
@@ -143,6 +166,18 @@ class Stream:
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
         """Seconds: `(queue, prefill, decode, time to first token)`, and the passes that decode took."""
+
+@final
+class ReadyQueue:
+    """Where one thread waits for many streams."""
+
+    def __new__(cls) -> ReadyQueue: ...
+    def put(self, ticket: int) -> None: ...
+    def take(self) -> list[int] | None:
+        """Waits for tickets, without the GIL, and takes all that there are; None once it is closed."""
+
+    def close(self) -> None:
+        """Lets the waiting thread go. Any thread, any number of times."""
 
 def doctor() -> dict[str, object]:
     """What this build finds on this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""

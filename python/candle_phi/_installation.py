@@ -15,9 +15,10 @@ _NAMES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 def fault(error: ImportError) -> str | None:
     """What is wrong with this installation, or None if the error says it already."""
-    if isinstance(__loader__, zipimporter):
+    loader = sys.modules[__name__].__loader__
+    if isinstance(loader, zipimporter):
         return (
-            f"it cannot be imported from inside {__loader__.archive}, since a compiled module and a model must be files. "
+            f"it cannot be imported from inside {loader.archive}: the compiled module and the model must be files. "
             "shiv and pex build archives that unpack themselves; a plain zip file or zipapp does not"
         )
     if sys.maxsize < 2**32:

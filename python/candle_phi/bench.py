@@ -77,7 +77,7 @@ class Report:
     private_bytes_decoding: int | None
     """The same while it decodes, the largest found: with the KV cache."""
     four_tokens_over_one: float | None
-    """Time of a pass over 4 tokens, with the logits of each, over that of a pass over 1; None: not for this engine."""
+    """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None: not for this engine."""
     left_out: list[str]
     """What does not fit the model's context."""
 
@@ -120,8 +120,8 @@ def measure(
                 samples.append(speed)
                 private.append(memory)
             if phi.engine == "native":
-                fours.append(_pass(phi, _prompt(phi, ids, _TOGETHER)))
-                ones.append(_pass(phi, _prompt(phi, ids, 1)))
+                fours.append(phi._model.decode_pass(_TOGETHER))
+                ones.append(phi._model.decode_pass(1))
         traffic = [sum(phi._model.bytes_per_token(max(n, 1) + _DECODED // 2)) for n in contexts]
         weights, _ = phi._model.bytes_per_token(1)
     loads = [_load(open_model) for _ in range(repeat)]
@@ -181,7 +181,7 @@ def table(report: Report) -> str:
             private += f", {_megabytes(report.private_bytes_decoding)} when decoding"
         lines.append(private)
     if report.four_tokens_over_one is not None:
-        lines.append(f"a pass over 4 tokens takes {report.four_tokens_over_one:.2f} times as long as over one")
+        lines.append(f"a decode pass over 4 tokens takes {report.four_tokens_over_one:.2f} times as long as over one")
     lines += [f"left out: {what}" for what in report.left_out]
     return "\n".join([*lines, f"medians of {_counted(report.repeat, 'round')}"]) + "\n"
 
@@ -239,13 +239,6 @@ def _decode(phi: Phi, prompt: list[int]) -> tuple[float, int | None]:
                 break
         seconds = time.perf_counter() - start - _first_token_seconds(stream)
         return (len(stream.token_ids) - 1) / seconds, _private_bytes()
-
-
-def _pass(phi: Phi, prompt: list[int]) -> float:
-    """Seconds of one pass over the prompt that gives the logits of every token."""
-    start = time.perf_counter()
-    phi.logits(prompt, every_position=True)
-    return time.perf_counter() - start
 
 
 def _load(open_model: Callable[[], Phi]) -> float:

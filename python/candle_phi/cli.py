@@ -49,6 +49,7 @@ _SAMPLING_OPTIONS: Mapping[str, tuple[type, str]] = {
     "frequency_penalty": (float, "-2 to 2 (default: 0)"),
     "seed": (int, "the same seed gives the same text (default: drawn)"),
     "top_logprobs": (int, "with --logprobs: and of this many of the likeliest, at most 20"),
+    "timeout": (float, "seconds; then the answer ends as it is (default: none)"),
 }
 
 _T = TypeVar("_T")
@@ -77,8 +78,6 @@ class _Parser(argparse.ArgumentParser):
             if not word.startswith("-"):
                 raise _UsageError("one prompt, please: put it in quotes" if "prompt" in typed else f"no {word!r} here")
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in options.UNBUILT or name == "max_concurrent":
-                raise _UsageError(f"{word} is not in this version")
             known = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
             if name in known:  # with underscores, or without its no-
                 raise _UsageError(f"unknown option {word!r}; did you mean {known[name]}?")

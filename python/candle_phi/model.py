@@ -5,14 +5,15 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
 
-from . import _engine, hub, memory, options
+from . import _engine, aio, hub, memory, options
 from ._engine import DEFAULT_REPO
-from .errors import ModelNotFoundError, NotInThisVersionError
+from .aio import AsyncStream
+from .errors import ModelNotFoundError
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
-from .progress import OnProgress, watching
+from .progress import OnProgress, watching, watching_tokens
 from .results import Result
 from .stream import Stream
 
@@ -70,7 +71,9 @@ class Phi:
         mmap: False reads the file into private memory, for files that may change or lie on a network mount.
         tokenizer: the path of a `tokenizer.json`, or a repository of the Hub that has one; None: the GGUF's own.
         chat_template: a Jinja source; None: the file's, else the family's.
-        max_concurrent: not in this version.
+        max_concurrent: how many streams may hold a KV cache at once; None: no bound. A stream takes its slot at its
+            first read and gives it up when its text is complete, or when it is cancelled, closed or dropped; the others
+            wait in the order they came. `logits` takes one, too.
         on_progress: called with a `Progress` while it loads. An exception that it raises ends that.
 
     Raises:
@@ -78,7 +81,6 @@ class Phi:
         InvalidModelError: the file is damaged or contradicts itself.
         UnsupportedModelError: the file is sound, but not one that this build can run.
         TypeError, ValueError: an option that is unknown, of the wrong type or out of range.
-        NotInThisVersionError: an option that a later version has.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Phi:
         given = _arguments(locals(), "model_path")
         path = options.path("model_path", model_path)
         checked = options.checked(options.MODEL, given)
-        del checked["max_concurrent"], checked["on_progress"]
+        del checked["on_progress"]
         _check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
@@ -109,7 +111,7 @@ class Phi:
         with watching("", False, on_progress) as watch:
             self._model = _engine.Model(path, watch=watch, **checked)
         # how to open it again: what to call, with which path, with which options
-        self._recipe: tuple[Callable[..., Phi], tuple[str, ...], dict[str, Any]]
+        self._recipe: tuple[Callable[..., Phi], tuple[object, ...], dict[str, Any]]
         self._recipe = type(self), (os.path.abspath(path),), checked
 
     @classmethod
@@ -248,7 +250,7 @@ class Phi:
         logprobs: bool = False,
         top_logprobs: int = 0,
         timeout: float | None = None,
-        on_progress: Callable[..., object] | None = None,
+        on_progress: OnProgress | None = None,
         raw: bool = False,
         parse_special: bool | None = None,
         add_bos: bool = False,
@@ -274,8 +276,9 @@ class Phi:
             ignore_eos: generate through the model's own stop ids, for benchmarks.
             logprobs: report the log probability of every token.
             top_logprobs: and of this many of the most likely at its place, at most 20.
-            timeout: not in this version.
-            on_progress: not in this version: `Phi` and `from_pretrained` take it.
+            timeout: seconds from this call on, the time in the queue included; then the text ends as it is.
+            on_progress: called with a `Progress` while a reader waits: phase `"wait"`, `"prefill"` or `"decode"`, in
+                tokens. An exception that it raises cancels the stream, and comes out of the read.
             raw: take a str as it stands instead of as a user turn.
             parse_special: whether special tokens in a raw prompt count as such; None: they do.
             add_bos: put the beginning-of-text token before a raw prompt.
@@ -284,17 +287,23 @@ class Phi:
             ContextLengthError: the prompt leaves no room to generate.
             ClosedError: the model is closed.
             TypeError, ValueError: an option or a message that is unknown, of the wrong type or out of range.
-            NotInThisVersionError: an option or a role that a later version has.
+            NotInThisVersionError: a role that a later version has.
+
+        A read raises:
+            BusyError: with `max_concurrent`, when all slots are held by streams that nobody has read for 10 seconds.
+            ClosedError: the model was closed meanwhile.
         """
         given = _arguments(locals(), "prompt")
         read = options.checked(options.PROMPT, {name: given.pop(name) for name in options.PROMPT})
-        options.checked(options.UNBUILT, {name: given.pop(name) for name in options.UNBUILT})
+        watch = watching_tokens(
+            options.checked(options.WATCH, {"on_progress": given.pop("on_progress")})["on_progress"]
+        )
         chosen = options.sampling(given)
         for token in chosen["logit_bias"]:
             if token >= self.n_vocab:
                 raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {self.n_vocab}")
         ids = self._read(prompt, **read)
-        return Stream(self._model, self._model.stream(ids, **chosen), logprobs=chosen["logprobs"])
+        return Stream(self._model, self._model.stream(ids, **chosen), watch, logprobs=chosen["logprobs"])
 
     @_parameters_of(stream)
     def generate(self, *args: Any, **kwargs: Any) -> Result:
@@ -305,14 +314,17 @@ class Phi:
             return stream._result()
 
     @_parameters_of(stream)
-    def astream(self, *args: Any, **kwargs: Any) -> Never:
-        """Not in this version."""
-        raise NotInThisVersionError("astream() is not in this version: use stream() in a thread")
+    def astream(self, *args: Any, **kwargs: Any) -> AsyncStream:
+        """The same for event loops: the options of `stream` and, at the call, its errors; nothing here waits.
+
+        Reading it blocks no loop and takes no thread. `on_progress` is called in the loop's thread.
+        """
+        return AsyncStream(self.stream(*args, **kwargs))
 
     @_parameters_of(stream)
-    def agenerate(self, *args: Any, **kwargs: Any) -> Never:
-        """Not in this version."""
-        raise NotInThisVersionError("agenerate() is not in this version: use asyncio.to_thread(phi.generate, ...)")
+    def agenerate(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Result]:
+        """Generates the whole text for event loops: the options of `stream`, its errors at the call, the same text."""
+        return aio.generate(self.astream(*args, **kwargs))
 
     def render(self, messages: str | Iterable[Message]) -> str:
         """The exact text that messages become; a str is one user turn."""
@@ -345,19 +357,21 @@ class Phi:
         ids: Iterable[SupportsIndex],
         *,
         every_position: bool = False,
-        on_progress: Callable[..., object] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> "memoryview[float]":
         """The logits after the last id, float32 of shape (n_vocab,); or after each, (len(ids), n_vocab).
 
-        `numpy.asarray` takes the buffer without a copy.
+        `numpy.asarray` takes the buffer without a copy. The call takes a slot of `max_concurrent`, and waits for one;
+        meanwhile, and while it computes, it calls `on_progress`, whose exception ends it.
         """
         options.checked({"every_position": options.PROMPT["raw"]}, {"every_position": every_position})
-        options.checked(options.UNBUILT, {"on_progress": on_progress})
+        options.checked(options.WATCH, {"on_progress": on_progress})
         checked = token_ids(ids, self.n_vocab)
         if not checked:
             raise ValueError("logits() of no ids: give at least 1")
         shape = [len(checked), self.n_vocab] if every_position else [self.n_vocab]
-        return memoryview(self._model.logits(checked, every_position)).cast("f", shape)
+        logits = self._model.logits(checked, every_position, watching_tokens(on_progress))
+        return memoryview(logits).cast("f", shape)
 
     def close(self) -> None:
         """Ends every stream, whose readers get `ClosedError`, and lets go of the file. Any thread may, and again."""
@@ -374,8 +388,8 @@ class Phi:
         return f"{type(self).__name__}({self.path!r}, n_ctx={self.n_ctx}, device={self.device!r}, {state})"
 
     def __reduce__(self) -> tuple[Callable[[], "Phi"], tuple[()]]:
-        opens, path, options = self._recipe
-        return functools.partial(opens, *path, **options), ()
+        opens, arguments, options = self._recipe
+        return functools.partial(opens, *arguments, **options), ()
 
     def _read(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
         """The ids of what a generation was given."""

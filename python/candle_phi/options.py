@@ -7,8 +7,6 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
-from .errors import NotInThisVersionError
-
 Check = Callable[[str, object], Any]
 """Takes an option's name and value; returns the value as the engine wants it, or raises and names both."""
 
@@ -106,11 +104,6 @@ def _token(name: str, value: object) -> str | bool:
     return value if isinstance(value, bool) else encodable(name, value)
 
 
-def _unbuilt(name: str, value: object) -> None:
-    if value is not None:
-        raise NotInThisVersionError(f"the option {name} is not in this version")
-
-
 def _stop(name: str, value: object) -> list[str]:
     if value is None:
         return []
@@ -169,7 +162,7 @@ MODEL: dict[str, Check] = {
     "mmap": flag,
     "tokenizer": _maybe(path),
     "chat_template": _maybe(_name),
-    "max_concurrent": _unbuilt,
+    "max_concurrent": _maybe(_integer(1)),
     "on_progress": _maybe(_callable),
 }
 """The options of `Phi`."""
@@ -205,13 +198,14 @@ SAMPLING: dict[str, Check] = {
     "ignore_eos": flag,
     "logprobs": flag,
     "top_logprobs": _integer(0, 20),
+    "timeout": _maybe(_number(0)),
 }
 """The options of a generation that the engine takes; "off" is what `absent` says."""
 
-UNBUILT: dict[str, Check] = {"timeout": _unbuilt, "on_progress": _unbuilt}
-"""The options of a generation that later versions have."""
+WATCH: dict[str, Check] = {"on_progress": _maybe(_callable)}
+"""The option that everything has that takes long."""
 
-GENERATION: dict[str, Check] = {**SAMPLING, **UNBUILT, **PROMPT}
+GENERATION: dict[str, Check] = {**SAMPLING, **WATCH, **PROMPT}
 
 _FOREIGN = {
     "max_new_tokens": "use max_tokens",
@@ -264,7 +258,6 @@ def checked(known: Mapping[str, Check], given: Mapping[str, object]) -> dict[str
     Raises:
         TypeError: a name that is not in `known`, or a value of the wrong type.
         ValueError: a value out of range.
-        NotInThisVersionError: an option that is not built yet.
     """
     for name in given:
         if name not in known:

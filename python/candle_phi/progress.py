@@ -1,4 +1,4 @@
-"""How far a download or a load is: the callback's `Progress`, and the bar."""
+"""How far the work is: the callback's `Progress`, and the bar of a download."""
 
 import collections
 import contextlib
@@ -17,10 +17,11 @@ class Progress:
     """What `on_progress` is called with.
 
     Attributes:
-        phase: `"wait"` (for another process, or for the network), `"download"`, `"verify"` or `"load"`.
+        phase: `"wait"` (for another process, the network, or one's turn), `"download"`, `"verify"`, `"load"`,
+            `"prefill"` or `"decode"`.
         done: how much is done.
         total: of how much; None where nobody knows.
-        unit: what is counted: `"bytes"`.
+        unit: what is counted: `"bytes"`, or `"tokens"` of a generation.
     """
 
     phase: str
@@ -30,6 +31,13 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], object]
+
+
+def watching_tokens(on_progress: OnProgress | None) -> Watch | None:
+    """What the engine calls while it generates."""
+    if on_progress is None:
+        return None
+    return lambda phase, done, total: on_progress(Progress(phase, done, total, "tokens"))
 
 
 @contextlib.contextmanager

@@ -1,12 +1,18 @@
 """One generation, read piece by piece."""
 
+import copy
 import threading
 from collections.abc import Generator
 from types import TracebackType
 from typing import NoReturn, Self, cast
 
 from . import _engine
+from .errors import PhiError
+from .progress import Watch
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
+
+_LOOK = 0.075
+"""Seconds between two reports of progress: a callback is promised 20 a second at most, and one in 200 ms at least."""
 
 
 class Stream(Generator[Chunk, None, None]):
@@ -19,11 +25,13 @@ class Stream(Generator[Chunk, None, None]):
     It is an object rather than a Python generator so that another thread can end it while one waits inside `next`.
     """
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, *, logprobs: bool) -> None:
+    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Watch | None, *, logprobs: bool) -> None:
         self._model = model
         self._stream = stream
+        self._watch = watch  # called by a reader that waits
         self._reading = threading.Lock()  # one reader at a time: what is noted here keeps the order of the tokens
         self._reader: int | None = None  # the thread that is inside `next`
+        self._failure: PhiError | None = None
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
 
@@ -31,11 +39,16 @@ class Stream(Generator[Chunk, None, None]):
         if self._reader == threading.get_ident():  # from a signal handler: the lock below would never come
             raise ValueError("this thread is reading the stream already")
         _ = self._stream.finish_reason  # ForkError, where a thread that was not forked may hold the lock below
+        before = self._failure
         try:
             with self._reading:
+                self._raise_since(before)
                 self._reader = threading.get_ident()
                 try:
                     chunk = self._read()
+                except PhiError as error:
+                    self._failure = error
+                    raise
                 finally:
                     self._reader = None
         except BaseException:  # Ctrl-C, wherever in here it came
@@ -45,17 +58,52 @@ class Stream(Generator[Chunk, None, None]):
             raise StopIteration
         return chunk
 
+    def _raise_since(self, before: PhiError | None) -> None:
+        """The failure that another reader has met meanwhile: no silent end for this one."""
+        if self._failure is not None and self._failure is not before:
+            raise copy.copy(self._failure)
+
     def _read(self) -> Chunk | None:
-        while piece := self._stream.next():
-            text, ids, entries = piece
-            logprobs = None if entries is None else [_logprob(entry) for entry in entries]
-            if self._logprobs is not None and logprobs:
-                self._logprobs += logprobs
-            if text:
-                self._pieces.append(text)
-                return Chunk(text, ids, logprobs)
-            # the last piece may have only ids that made no text: they are no chunk
+        while piece := self._stream.next(self._watch):
+            if chunk := self._chunk(piece):
+                return chunk
         return None
+
+    def _poll(self) -> tuple[bool, Chunk | None]:
+        """Whether there is something to read, and if so, the next chunk, None at the end. Never waits."""
+        _ = self._stream.finish_reason  # ForkError, as above
+        self._report(end=False)
+        chunk = None
+        with self._reading:
+            try:
+                ready, piece = self._stream.poll()
+                while piece and not (chunk := self._chunk(piece)):
+                    ready, piece = self._stream.poll()
+            except PhiError as error:
+                self._failure = error
+                raise
+        if ready and chunk is None:
+            self._report(end=True)
+        return ready, chunk
+
+    def _chunk(self, piece: "_engine._Read") -> Chunk | None:
+        """Notes what was read. The last piece may have only ids that made no text: they are no chunk."""
+        text, ids, entries = piece
+        logprobs = None if entries is None else [_logprob(entry) for entry in entries]
+        if self._logprobs is not None and logprobs:
+            self._logprobs += logprobs
+        self._pieces.append(text)
+        return Chunk(text, ids, logprobs) if text else None
+
+    def _report(self, end: bool) -> None:
+        if self._watch is not None:
+            for progress in self._stream.progress(end):
+                self._watch(*progress)
+
+    def _pause(self) -> float | None:
+        """Seconds after which who waits for `_poll` must look again; None: when there is something."""
+        pauses = [self._stream.time_left, None if self._watch is None else _LOOK]
+        return min((pause for pause in pauses if pause is not None), default=None)
 
     def send(self, value: None, /) -> Chunk:
         """`send(None)` is `next()`."""

@@ -16,6 +16,7 @@ use super::text::Text;
 
 const MAX_SOURCE: usize = 64 << 10;
 const FUEL: u64 = 500_000;
+const MAX_MESSAGE: usize = 250;
 /// 64 KiB of the most nested source there is need between 8 and 16 MiB. Pages that are not touched cost nothing.
 const STACK: usize = 64 << 20;
 
@@ -73,6 +74,10 @@ fn explain(error: Error) -> String {
         (_, Some(detail)) => format!("{kind}: {detail}"),
         (_, None) => kind.to_string(),
     };
+    // What the template itself says may have lines, and any length.
+    let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
+    let what =
+        if what.chars().count() > MAX_MESSAGE { what.chars().take(MAX_MESSAGE).chain(['…']).collect() } else { what };
     match error.line() {
         Some(line) => format!("line {line}: {what}"),
         None => what,

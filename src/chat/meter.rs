@@ -9,8 +9,8 @@ use minijinja::{Error, ErrorKind};
 pub(super) const MAX_OUTPUT: usize = 8 << 20;
 /// Bytes touched. A sensible template touches each message a few times.
 const MAX_WORK: usize = 32 << 20;
-/// The work of one element of a list or map, in bytes: copying one takes as long as copying so much text.
-pub(super) const ELEMENT: usize = 128;
+/// The work of one element of a list or map, in bytes: making one takes as long as copying so much text.
+pub(super) const ELEMENT: usize = 256;
 /// Lists in lists, deeper than any conversation and far from the end of the stack.
 pub(super) const MAX_DEPTH: usize = 32;
 

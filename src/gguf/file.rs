@@ -6,9 +6,14 @@ use std::path::Path;
 use memmap2::{Mmap, MmapMut};
 
 use crate::error::{Error, Result};
+use crate::task::{Phase, Task};
 
-/// The whole file, which starts with "GGUF": mapped, or read into private memory (page-aligned too).
-pub(super) fn load(path: &Path, mmap: bool) -> Result<Mmap> {
+/// What is read at once, and how often somebody who waits for it is asked: in some 10 ms, from a fast disk.
+const READ: usize = 16 << 20;
+
+/// The whole file, which starts with "GGUF": mapped, and then with the file itself, or read into private memory
+/// (page-aligned too).
+pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option<File>)> {
     let failed = |error: std::io::Error| match error.kind() {
         ErrorKind::NotFound => Error::ModelNotFound(format!("{}: no such file", path.display())),
         _ => Error::InvalidModel(format!("{}: cannot be read: {error}", path.display())),
@@ -35,11 +40,15 @@ pub(super) fn load(path: &Path, mmap: bool) -> Result<Mmap> {
     } else {
         let too_large = || invalid(&format!("its {length} bytes do not fit this machine's address space"));
         let mut memory = MmapMut::map_anon(usize::try_from(length).map_err(|_| too_large())?).map_err(failed)?;
-        file.read_exact(&mut memory).map_err(failed)?;
+        for (i, part) in memory[..].chunks_mut(READ).enumerate() {
+            task.check()?;
+            task.report(Phase::Load, (i * READ) as u64, Some(length));
+            file.read_exact(part).map_err(failed)?;
+        }
         memory.make_read_only().map_err(failed)?
     };
     match map.get(..4) {
-        Some(b"GGUF") => Ok(map),
+        Some(b"GGUF") => Ok((map, mmap.then_some(file))),
         _ => Err(diagnose(path, &map)),
     }
 }

@@ -9,7 +9,7 @@ use memmap2::Mmap;
 use super::file::human_size;
 use super::metadata::{Array, ElementType, Metadata, STRING_PREFIX, Value};
 use super::tensor::{Bytes, GgmlType, Tensor};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
 
 // Far above any real file, and low enough that no header can make the reader use more than a few times its own size.
 const MAX_HEADER: usize = 256 << 20;
@@ -39,7 +39,7 @@ pub(super) fn read(path: &Path, map: &Arc<Mmap>) -> Result<(Metadata, Vec<Tensor
         let key = cursor.name(MAX_KEY, &format_args!("the name of key {i}"))?;
         let value = cursor.value(&key)?;
         if !metadata.insert(key.clone(), value) {
-            return Err(cursor.error(format!("key `{}` stands there twice, again at {at}", key.escape_debug())));
+            return Err(cursor.error(format!("key `{}` stands there twice, again at {at}", excerpt(&key))));
         }
     }
     let tensors = read_tensors(&mut cursor, n_tensors, &metadata)?;
@@ -152,7 +152,7 @@ fn check_layout(cursor: &Cursor<'_>, entries: &[Entry], start: u64, alignment: u
 
 impl Entry {
     fn label(&self) -> String {
-        format!("tensor `{}`", self.name.escape_debug())
+        format!("tensor `{}`", excerpt(&self.name))
     }
 }
 
@@ -246,7 +246,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn value(&mut self, key: &str) -> Result<Value> {
-        let what = format!("key `{}`", key.escape_debug());
+        let what = format!("key `{}`", excerpt(key));
         let at = self.at;
         let id = self.u32(&format_args!("the type of {what}"))?;
         if id == ARRAY {
@@ -312,7 +312,7 @@ impl<'a> Cursor<'a> {
     /// Row `i` of the tensor table.
     fn entry(&mut self, i: usize) -> Result<Entry> {
         let name = self.name(MAX_NAME, &format_args!("the name of tensor {i}"))?;
-        let what = format!("tensor `{}`", name.escape_debug());
+        let what = format!("tensor `{}`", excerpt(&name));
         let at = self.at;
         let n_dims = self.u32(&format_args!("the number of dimensions of {what}"))?;
         if !(1..=4).contains(&n_dims) {

@@ -2,7 +2,7 @@
 //! checked against each other and against the shape of every tensor before anything is computed.
 
 use crate::cache::KvType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
 use crate::gguf::{Gguf, Tensor};
 use crate::kernels::Weights;
 use crate::rope::{LongRope, default_attn_factor};
@@ -161,16 +161,18 @@ impl Keys<'_> {
                 ));
             }
             Some(other) => {
-                return Err(
-                    self.unsupported(format!("general.architecture is `{other}`; this is a library for `phi3`"))
-                );
+                return Err(self.unsupported(format!(
+                    "general.architecture is `{}`; this is a library for `phi3`",
+                    excerpt(other)
+                )));
             }
             None => return Err(self.invalid("the key general.architecture is missing".into())),
         }
         match self.gguf.metadata().str("phi3.rope.scaling.type")? {
             None | Some("none" | "longrope" | "su") => {}
             Some(other) => {
-                return Err(self.unsupported(format!("phi3.rope.scaling.type is `{other}`; only `longrope` is known")));
+                return Err(self
+                    .unsupported(format!("phi3.rope.scaling.type is `{}`; only `longrope` is known", excerpt(other))));
             }
         }
         for (key, because) in [

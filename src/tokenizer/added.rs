@@ -3,6 +3,8 @@
 //! The rules are those of `tokenizers`' AddedVocabulary: the leftmost match, of several there the longest; `lstrip` and
 //! `rstrip` take the (Unicode) whitespace around a match with it; tokens with `normalized` are looked for in what the
 //! normalizer makes of the rest. One rule is ours: no match starts in the user's text (`literal`).
+use std::path::Path;
+
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 use tokenizers::normalizer::Range;
 use tokenizers::normalizers::NormalizerWrapper;
@@ -10,6 +12,9 @@ use tokenizers::utils::SysRegex;
 use tokenizers::{NormalizedString, Normalizer, Token};
 
 use crate::error::{Error, Result};
+
+/// Of the texts of all tokens: an automaton over them takes a hundred times as much. Phi-4-mini has 3 KB.
+const MAX_BYTES: usize = 256 << 10;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AddedToken {
@@ -45,12 +50,20 @@ type Split = (NormalizedString, Option<Vec<Token>>);
 
 impl AddedTokens {
     /// Tokens without text are left out, as `tokenizers` does; of two with the same id the later one counts.
-    pub fn new(mut tokens: Vec<AddedToken>, normalizer: Option<&NormalizerWrapper>) -> Result<Self> {
+    pub fn new(path: &Path, mut tokens: Vec<AddedToken>, normalizer: Option<&NormalizerWrapper>) -> Result<Self> {
         let internal = |e: tokenizers::Error| Error::Internal(format!("added tokens: {e}"));
         tokens.retain(|token| !token.content.is_empty());
         tokens.reverse();
         tokens.sort_by_key(|token| token.id);
         tokens.dedup_by_key(|token| token.id);
+        let bytes: usize = tokens.iter().map(|token| token.content.len()).sum();
+        if bytes > MAX_BYTES {
+            return Err(Error::InvalidModel(format!(
+                "{}: the tokenizer has {} added tokens of {bytes} bytes together; at most {MAX_BYTES} are allowed",
+                path.display(),
+                tokens.len()
+            )));
+        }
         let mut texts = Vec::with_capacity(tokens.len());
         for token in &tokens {
             let mut text = NormalizedString::from(token.content.as_str());

@@ -13,7 +13,16 @@ use super::added::AddedToken;
 use super::merges::{Encoding, Merge};
 use super::spelling::Decoder;
 use super::{Family, Parts};
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
+
+/// The largest of this family have 16 MB; parsed JSON takes several times its length.
+const MAX_FILE: u64 = 64 << 20;
+
+/// How many normalizers and splits a text may go through, by what factor they may lengthen it together, and how long a
+/// regular expression may be: "a -> aa" sixty times is a line of JSON, and so is an automaton of a hundred MB.
+const MAX_STEPS: usize = 16;
+const MAX_GROWTH: usize = 64;
+const MAX_REGEX: usize = 1024;
 
 pub(super) struct Document {
     path: PathBuf,
@@ -23,10 +32,23 @@ pub(super) struct Document {
 impl Document {
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display();
-        let bytes = std::fs::read(path).map_err(|e| match e.kind() {
+        let failed = |e: std::io::Error| match e.kind() {
             std::io::ErrorKind::NotFound => Error::ModelNotFound(format!("{name}: no such file")),
             _ => Error::InvalidModel(format!("{name}: {e}")),
-        })?;
+        };
+        let kind = std::fs::metadata(path).map_err(failed)?;
+        if !kind.is_file() {
+            return Err(Error::InvalidModel(format!(
+                "{name}: not a tokenizer: this is neither a file nor a link to one"
+            )));
+        }
+        if kind.len() > MAX_FILE {
+            let length = kind.len();
+            return Err(Error::InvalidModel(format!(
+                "{name}: not a tokenizer: {length} bytes long; at most {MAX_FILE} are read"
+            )));
+        }
+        let bytes = std::fs::read(path).map_err(failed)?;
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(root)) => Ok(Self { path: path.to_owned(), root }),
             Ok(_) => Err(Error::InvalidModel(format!("{name}: not a tokenizer: JSON, but not an object"))),
@@ -39,11 +61,11 @@ impl Document {
         let model = self.root.get("model").and_then(Value::as_object);
         let model = model.ok_or_else(|| self.invalid("not a tokenizer: `model` is missing"))?;
         if let Some(kind) = model.get("type").filter(|kind| *kind != "BPE") {
-            return Err(self.unsupported(format!("`model.type` is {kind}; supported here: \"BPE\"")));
+            return Err(self.unsupported(format!("`model.type` is {}; supported here: \"BPE\"", excerpt(kind))));
         }
         for affix in ["continuing_subword_prefix", "end_of_word_suffix"] {
             if let Some(text) = model.get(affix).filter(|text| !text.is_null() && *text != "") {
-                return Err(self.unsupported(format!("`model.{affix}` is {text}; supported here: \"\"")));
+                return Err(self.unsupported(format!("`model.{affix}` is {}; supported here: \"\"", excerpt(text))));
             }
         }
         let pieces = self.pieces(model, n_vocab)?;
@@ -51,7 +73,7 @@ impl Document {
         let added = self.added(n_vocab)?;
         let unk = model.get("unk_token").and_then(Value::as_str);
         if let Some(unk) = unk.filter(|unk| !vocab.contains_key(*unk)) {
-            return Err(self.invalid(format!("`model.unk_token` {unk:?} is not in the vocabulary")));
+            return Err(self.invalid(format!("`model.unk_token` \"{}\" is not in the vocabulary", error::excerpt(unk))));
         }
         // A control token is never reached from its characters, which a user's text may spell out.
         let special = added.iter().filter(|token| token.special && unk != Some(&token.content));
@@ -76,8 +98,10 @@ impl Document {
             ignore_merges: self.flag(model, "ignore_merges")?,
         };
         let model = encoding.build(&format!("{}: `model.merges`", self.path.display()))?;
+        self.check_steps()?;
         let component = |key: &str| self.root.get(key).cloned().unwrap_or_default();
-        let broken = |key: &str, e| self.invalid(format!("`{key}`: {e}"));
+        let broken =
+            |key: &str, e: serde_json::Error| self.invalid(format!("`{key}`: {}", error::excerpt(&e.to_string())));
         let normalizer = serde_json::from_value(component("normalizer")).map_err(|e| broken("normalizer", e))?;
         let pre_tokenizer = component("pre_tokenizer");
         let pre_tokenizer = serde_json::from_value(pre_tokenizer).map_err(|e| broken("pre_tokenizer", e))?;
@@ -92,8 +116,10 @@ impl Document {
 
     fn id(&self, token: &str, id: &Value, n_vocab: usize) -> Result<u32> {
         let known = id.as_u64().filter(|&id| id < n_vocab as u64).and_then(|id| u32::try_from(id).ok());
-        known
-            .ok_or_else(|| self.invalid(format!("token {token:?} has the id {id}, but the model has {n_vocab} tokens")))
+        known.ok_or_else(|| {
+            let (token, id) = (error::excerpt(token), excerpt(id));
+            self.invalid(format!("token \"{token}\" has the id {id}, but the model has {n_vocab} tokens"))
+        })
     }
 
     fn merges(&self, model: &Map<String, Value>) -> Result<Vec<Merge>> {
@@ -113,7 +139,8 @@ impl Document {
         // A merges.txt that was copied line by line begins with its version.
         let is_merge = |merge: &&Value| !merge.as_str().is_some_and(|line| line.starts_with("#version"));
         let merges = merges.iter().filter(is_merge).enumerate();
-        let wrong = |i, merge| self.invalid(format!("`model.merges`: merge {i}, {merge}, is not two tokens"));
+        let wrong =
+            |i, merge| self.invalid(format!("`model.merges`: merge {i}, {}, is not two tokens", excerpt(merge)));
         merges.map(|(i, merge)| pair(merge).ok_or_else(|| wrong(i, merge))).collect()
     }
 
@@ -142,6 +169,48 @@ impl Document {
         Ok(tokens)
     }
 
+    /// Whether the normalizers and pre-tokenizers are of known kinds, and how much longer they make a text.
+    fn check_steps(&self) -> Result<()> {
+        let (mut steps, mut growth) = (0, 1usize);
+        let component = |key| self.root.get(key).filter(|step| !step.is_null()).map(|step| (key, step));
+        let mut todo: Vec<(&str, &Value)> = ["normalizer", "pre_tokenizer"].into_iter().filter_map(component).collect();
+        while let Some((key, step)) = todo.pop() {
+            let length = |name: &str| step[name].as_str().map_or(0, str::len);
+            let pattern = &step["pattern"];
+            if let Some(regex) = pattern["Regex"].as_str().filter(|regex| regex.len() > MAX_REGEX) {
+                let n = regex.len();
+                return Err(self.unsupported(format!("`{key}` has a regex of {n} bytes; at most {MAX_REGEX} are read")));
+            }
+            growth = growth.saturating_mul(match step["type"].as_str().unwrap_or_default() {
+                "Sequence" => {
+                    let parts = step["normalizers"].as_array().or(step["pretokenizers"].as_array());
+                    todo.extend(parts.into_iter().flatten().map(|part| (key, part)));
+                    1
+                }
+                // Each occurrence becomes the content; a regex, or an empty text, occurs at every byte and at the end.
+                "Replace" => match pattern["String"].as_str().map_or(0, str::len) {
+                    0 => length("content") + 1,
+                    n => length("content").div_ceil(n).max(1),
+                },
+                "Prepend" => length("prepend") + 1,
+                "Metaspace" => 5,
+                "ByteLevel" => 2,
+                "NFC" | "NFD" | "NFKC" | "NFKD" => 12, // U+FDFA decomposes into 18 characters
+                "Lowercase" => 2,
+                "Strip" | "StripAccents" | "Split" | "Digits" | "Punctuation" | "Whitespace" | "WhitespaceSplit" => 1,
+                _ => return Err(self.unsupported(format!("`{key}` has the step {}", excerpt(step)))),
+            });
+            steps += 1;
+        }
+        if steps > MAX_STEPS || growth > MAX_GROWTH {
+            return Err(self.unsupported(format!(
+                "`normalizer` and `pre_tokenizer` have {steps} steps that make a text {growth} times as long; at most \
+                 {MAX_STEPS} steps and {MAX_GROWTH} times are supported"
+            )));
+        }
+        Ok(())
+    }
+
     /// The decoder, as far as it can be told from the bytes of single tokens: the kinds that this family uses.
     fn decoder(&self) -> Result<Decoder> {
         let root = self.root.get("decoder").unwrap_or(&Value::Null);
@@ -160,11 +229,13 @@ impl Document {
                 Some("Fuse") => fused = true,
                 Some("Replace") if space => decoder.metaspace = true,
                 Some("Strip") if strip && fused => decoder.strip = step["start"] == 1,
-                _ => return Err(self.unsupported(format!("`decoder` has the step {step}"))),
+                _ => return Err(self.unsupported(format!("`decoder` has the step {}", excerpt(step)))),
             }
         }
         if decoder.byte_level == decoder.metaspace {
-            return Err(self.unsupported(format!("`decoder` {root} is neither byte-level nor SentencePiece's")));
+            return Err(
+                self.unsupported(format!("`decoder` {} is neither byte-level nor SentencePiece's", excerpt(root)))
+            );
         }
         Ok(decoder)
     }
@@ -174,7 +245,7 @@ impl Document {
         match object.get(key) {
             None | Some(Value::Null) => Ok(false),
             Some(Value::Bool(flag)) => Ok(*flag),
-            Some(other) => Err(self.invalid(format!("`{key}` is {other}; it must be true or false"))),
+            Some(other) => Err(self.invalid(format!("`{key}` is {}; it must be true or false", excerpt(other)))),
         }
     }
 
@@ -184,5 +255,18 @@ impl Document {
 
     fn unsupported(&self, what: impl std::fmt::Display) -> Error {
         Error::UnsupportedModel(format!("{}: {what}", self.path.display()))
+    }
+}
+
+/// A value of the file, as a message shows it.
+fn excerpt(value: &Value) -> String {
+    match value {
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(map) => match map.get("type") {
+            Some(kind @ Value::String(_)) => format!("{{\"type\": {}}}", excerpt(kind)),
+            _ => "an object".to_owned(),
+        },
+        Value::String(text) => format!("\"{}\"", error::excerpt(text)),
+        other => other.to_string(),
     }
 }

@@ -3,7 +3,7 @@ use std::collections::HashMap;
 
 use tokenizers::models::bpe::{BPE, Vocab};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
 
 pub(super) type Merge = (String, String);
 
@@ -11,21 +11,32 @@ pub(super) type Merge = (String, String);
 /// others, those with a higher score first; of the same piece, those parts that come first in the vocabulary.
 ///
 /// `pieces`: (id, text, score) of the ordinary pieces, ascending by id; `ids`: all that a merge may consist of. The
-/// order is that of the `tokenizer.json` which Hugging Face publishes for Phi-3.
-pub(super) fn by_score<'a>(pieces: impl Iterator<Item = (&'a str, f32)>, ids: &HashMap<&str, u32>) -> Vec<Merge> {
+/// order is that of the `tokenizer.json` which Hugging Face publishes for Phi-3. None: there are far more than a
+/// vocabulary has that was learned from text, as when it holds "a", "aa", "aaa" and so on: they would fill memory.
+pub(super) fn by_score<'a>(
+    pieces: impl Iterator<Item = (&'a str, f32)>,
+    ids: &HashMap<&str, u32>,
+) -> Option<Vec<Merge>> {
     let mut merges = Vec::new(); // (score, left, right)
     let mut splits = Vec::new(); // of one piece: (id of the left part, id of the right part, length of the left)
+    let (mut most, mut most_bytes) = (1 << 16, 1 << 20usize);
     for (piece, score) in pieces {
+        // Phi-3 has 1.9 merges for a piece.
+        (most, most_bytes) = (most + 8, most_bytes + 16 * piece.len());
         splits.clear();
         splits.extend(piece.char_indices().skip(1).filter_map(|(at, _)| {
             let (left, right) = piece.split_at(at);
             Some((ids.get(left)?, ids.get(right)?, at))
         }));
         splits.sort_unstable();
+        most_bytes = most_bytes.checked_sub(splits.len() * piece.len())?;
+        if merges.len() + splits.len() > most {
+            return None;
+        }
         merges.extend(splits.iter().map(|&(_, _, at)| (score, piece.split_at(at))));
     }
     merges.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-    merges.into_iter().map(|(_, (left, right))| (left.to_owned(), right.to_owned())).collect()
+    Some(merges.into_iter().map(|(_, (left, right))| (left.to_owned(), right.to_owned())).collect())
 }
 
 /// A byte-pair encoding, as `tokenizers` builds it.
@@ -49,8 +60,9 @@ impl Encoding {
             merged.push_str(left);
             merged.push_str(right);
             if !self.vocab.contains_key(&merged) {
+                let [merged, left, right] = [&merged, left, right].map(|text| excerpt(text));
                 return Err(Error::InvalidModel(format!(
-                    "{name}: merge {i} makes {merged:?} of {left:?} and {right:?}, but that is not in the vocabulary"
+                    "{name}: merge {i} makes \"{merged}\" of \"{left}\" and \"{right}\", but that is not in the vocabulary"
                 )));
             }
         }
@@ -64,6 +76,6 @@ impl Encoding {
         if let Some(unk) = self.unk {
             builder = builder.unk_token(unk);
         }
-        builder.build().map_err(|e| Error::InvalidModel(format!("{name}: {e}")))
+        builder.build().map_err(|e| Error::InvalidModel(format!("{name}: {}", excerpt(&e.to_string()))))
     }
 }

@@ -14,7 +14,7 @@ use super::added::AddedToken;
 use super::merges::{self, Encoding};
 use super::spelling::{Decoder, char_of, fallback_token};
 use super::{Family, Parts};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
 use crate::gguf::Gguf;
 
 const MODEL: &str = "tokenizer.ggml.model";
@@ -61,7 +61,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Parts<'_>> {
     let keys = gguf.metadata();
     let unsupported = |key: &str, value: &str, wanted: &str| {
         let path = gguf.path().display();
-        Error::UnsupportedModel(format!("{path}: key `{key}` is {value:?}; supported here: {wanted}"))
+        Error::UnsupportedModel(format!("{path}: key `{key}` is \"{}\"; supported here: {wanted}", excerpt(value)))
     };
     let family = match keys.str(MODEL)?.ok_or_else(|| missing(gguf, MODEL))? {
         "llama" => Family::Spm,
@@ -82,7 +82,9 @@ pub(super) fn read(gguf: &Gguf) -> Result<Parts<'_>> {
 
 /// The number of ids: the rows of the embedding table, or in a file without weights the number of tokens.
 pub(super) fn size(gguf: &Gguf) -> Result<usize> {
-    if let Some(rows) = gguf.tensor("token_embd.weight").and_then(|tensor| tensor.shape.first()) {
+    // A tensor of an unknown type has a shape that no bytes stand for.
+    let table = gguf.tensor("token_embd.weight").filter(|tensor| !tensor.bytes().is_empty());
+    if let Some(rows) = table.and_then(|tensor| tensor.shape.first()) {
         return Ok(*rows);
     }
     Ok(gguf.metadata().strings(TOKENS)?.ok_or_else(|| missing(gguf, TOKENS))?.len())
@@ -211,7 +213,13 @@ impl<'a> Vocabulary<'a> {
         self.check_bytes(&vocab, fallback_token)?;
         let ids = pieces.iter().rev().map(|&(id, text)| (text, id)).collect();
         let normal = pieces.iter().filter(|&&(id, _)| self.types[id as usize] == NORMAL);
-        let merges = merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids);
+        let merges = merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids).ok_or_else(|| {
+            let path = self.gguf.path().display();
+            Error::InvalidModel(format!(
+                "{path}: key `{TOKENS}`: its {} tokens are made of one another in more ways than those of any language",
+                self.tokens.len()
+            ))
+        })?;
         let unk = self.unknown.map(|id| self.tokens[id as usize].to_owned());
         vocab.extend(unk.clone().zip(self.unknown));
         let name = format!("{}: key `{TOKENS}`", self.gguf.path().display());
@@ -241,8 +249,10 @@ impl<'a> Vocabulary<'a> {
         for (i, line) in lines.iter().enumerate() {
             let parts = str::from_utf8(line).ok().and_then(|line| line.split_once(' '));
             let (left, right) = parts.filter(|(_, right)| !right.contains(' ')).ok_or_else(|| {
-                let line = String::from_utf8_lossy(line);
-                Error::InvalidModel(format!("{name}: merge {i}, {line:?}, is not two tokens with a space between them"))
+                let line = excerpt(&String::from_utf8_lossy(line));
+                Error::InvalidModel(format!(
+                    "{name}: merge {i}, \"{line}\", is not two tokens with a space between them"
+                ))
             })?;
             merges.push((left.to_owned(), right.to_owned()));
         }
@@ -312,7 +322,7 @@ mod tests {
         let pieces = [("abc", -1.0), ("bc", -1.0), ("ab", -1.0), ("abcd", -0.5), ("é中", -2.0)];
         let ids = ["ab", "a", "bc", "c", "b", "abc", "d", "é", "中"];
         let ids = ids.into_iter().enumerate().map(|(id, text)| (text, id as u32)).collect();
-        let merges = merges::by_score(pieces.into_iter(), &ids);
+        let merges = merges::by_score(pieces.into_iter(), &ids).expect("a few");
         let merges: Vec<String> = merges.into_iter().map(|(left, right)| format!("{left} {right}")).collect();
         assert_eq!(merges, ["abc d", "ab c", "a bc", "b c", "a b", "é 中"]);
     }

@@ -1,6 +1,8 @@
 //! Writes GGUF files for the tests, wrong ones too: every field can be said differently from what it is.
 #![allow(dead_code)] // each test binary uses its own part of it
 
+pub mod model;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -136,6 +138,7 @@ impl Writer {
 
 pub fn save(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
+    let _ = fs::remove_file(&path); // written over, it would go to the disk at once on some file systems
     fs::write(&path, bytes).expect("the test's folder is writable");
     path
 }

@@ -130,7 +130,7 @@ fn a_tokenizer_json_that_is_none() {
         load(json.to_string().as_bytes()).expect_err(pointer)
     };
     let n = vocabulary.texts().len();
-    let invalid: [(&str, Value, &[&str]); 14] = [
+    let invalid: [(&str, Value, &[&str]); 26] = [
         ("/model/vocab/▁the", json!(n), &["▁the", &n.to_string()]),
         ("/model/vocab/▁the", json!(-1), &["▁the", "-1"]),
         ("/model/vocab/▁the", json!("x"), &["▁the"]),
@@ -144,25 +144,111 @@ fn a_tokenizer_json_that_is_none() {
         ("/model/fuse_unk", json!("yes"), &["fuse_unk"]),
         ("/added_tokens/3/id", json!(1_000_000), &["<|endoftext|>", "1000000"]),
         ("/added_tokens/3", json!({"id": 5}), &["entry 3"]),
-        ("/normalizer", json!({"type": "Nonsense"}), &["normalizer"]),
+        ("/model", json!([]), &["`model` is missing"]),
+        ("/model/vocab", json!([["▁the", 0]]), &["vocab"]),
+        ("/model/vocab/▁the", json!(1.5), &["▁the", "1.5"]),
+        ("/model/vocab/▁the", json!(u64::MAX), &["▁the", "18446744073709551615"]),
+        ("/model/vocab/▁the", json!(1u64 << 32), &["▁the", "4294967296"]),
+        ("/model/merges/0", json!(null), &["merge 0", "null"]),
+        ("/model/merges/0", json!(["▁hello", 7]), &["merge 0", "a list"]),
+        ("/added_tokens", json!("none"), &["`added_tokens` is not a list"]),
+        ("/added_tokens/3/content", json!(null), &["entry 3"]),
+        ("/added_tokens/3/special", json!(1), &["`special` is 1"]),
+        ("/added_tokens/3/content", json!("<".repeat(300_000)), &["added tokens of 300", "at most 262144"]),
+        ("/normalizer", json!({"type": "Replace", "pattern": {"Regex": "("}, "content": ""}), &["`normalizer`"]),
+        ("/normalizer", json!({"type": "Prepend"}), &["`normalizer`"]),
     ];
     for (pointer, value, words) in invalid {
         let error = broken(pointer, value);
         let Error::InvalidModel(message) = &error else { panic!("{pointer}: {error:?}") };
         assert!(message.contains("tokenizer.json") && words.iter().all(|word| message.contains(word)), "{message}");
     }
+    let replace =
+        |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
+    let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "normalizers": steps});
+    let split =
+        |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let in_turn = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
     for (pointer, value, word) in [
+        // What would fill memory: a text that doubles sixty times, many steps, an automaton of any size.
+        ("/normalizer", sequence(vec![replace("a", "aa"); 10]), "11 steps that make a text 1024 times"),
+        ("/normalizer", sequence(vec![replace("a", "aa"); 2000]), "18446744073709551615 times"),
+        ("/normalizer", sequence(vec![sequence(vec![replace("ab", "abab"); 7])]), "128 times"),
+        ("/normalizer", replace("", &"a".repeat(64)), "65 times"),
+        ("/normalizer", json!({"type": "Prepend", "prepend": "a".repeat(1 << 20)}), "1048577 times"),
+        ("/normalizer", sequence(vec![json!({"type": "NFC"}); 17]), "18 steps"),
+        ("/pre_tokenizer", in_turn(vec![byte_level; 7]), "1536 times"),
+        ("/pre_tokenizer", in_turn(vec![split("a"); 17]), "21 steps"),
+        ("/pre_tokenizer", split(&"(?=a{900})".repeat(200)), "a regex of 2000 bytes"),
+        // Kinds that no tokenizer of the family has.
+        ("/normalizer", json!({"type": "Nonsense"}), "`normalizer` has the step {\"type\": \"Nonsense\"}"),
+        ("/normalizer", json!({"type": "Precompiled", "precompiled_charsmap": ""}), "Precompiled"),
+        ("/normalizer", json!([]), "`normalizer` has the step a list"),
+        ("/normalizer", json!("x".repeat(5000)), "`normalizer` has the step \"xxx"),
+        ("/pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "FixedLength"), // which divides by it
+        ("/pre_tokenizer", in_turn(vec![json!({"type": "UnicodeScripts"})]), "UnicodeScripts"),
         ("/model/type", json!("Unigram"), "Unigram"),
+        ("/model/type", json!({"BPE": "x".repeat(5000)}), "`model.type` is an object"),
+        ("/model/continuing_subword_prefix", json!("x".repeat(5000)), "continuing_subword_prefix"),
         ("/model/end_of_word_suffix", json!("</w>"), "</w>"),
         ("/decoder", json!({"type": "WordPiece", "prefix": "##", "cleanup": true}), "WordPiece"),
         ("/decoder", json!(null), "decoder"),
     ] {
         let error = broken(pointer, value);
         assert!(matches!(&error, Error::UnsupportedModel(m) if m.contains(word)), "{pointer}: {error:?}");
+        assert!(error.to_string().len() < 400, "{error}");
     }
-    // A component that makes `tokenizers` itself panic.
-    let error = broken("/pre_tokenizer", json!({"type": "FixedLength", "length": 0}));
-    assert!(matches!(error, Error::InvalidModel(_)), "{error:?}");
+}
+
+/// A sound file, small enough to be cut everywhere.
+fn tiny_json() -> String {
+    let added = json!({"id": 0, "content": "<unk>", "special": true, "normalized": false});
+    let decoder = json!({"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]});
+    let normalizer = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let model = json!({"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true,
+        "vocab": {"<unk>": 0, "h": 1, "e": 2, "▁": 3, "he": 4, "▁he": 5}, "merges": ["h e", ["▁", "he"]]});
+    json!({"added_tokens": [added], "normalizer": normalizer, "decoder": decoder, "model": model}).to_string()
+}
+
+#[test]
+fn a_damaged_tokenizer_json_is_refused_or_works() {
+    let folder = TempDir::new().unwrap();
+    let gguf = small().save(folder.path());
+    let sound = tiny_json();
+    let attempt = |content: &[u8]| {
+        let path = super::gguf_writer::save(folder.path(), "tokenizer.json", content);
+        match Tokenizer::from_json(&path, &gguf) {
+            Ok(tokenizer) => {
+                for special in [Special::All, Special::None, Special::Except(&[0, 6])] {
+                    let ids = tokenizer.encode("<|user|> hello\n\0 中😀</s>", special).unwrap();
+                    tokenizer.decode(&ids, true).unwrap();
+                }
+                true
+            }
+            Err(Error::InvalidModel(message) | Error::UnsupportedModel(message)) => {
+                assert!(message.contains("tokenizer") && message.len() < 600 && !message.contains('\n'), "{message}");
+                false
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    };
+    assert!(attempt(sound.as_bytes()));
+    for end in 0..sound.len() {
+        assert!(!attempt(&sound.as_bytes()[..end]), "opens when cut at {end}");
+    }
+    let mut random = Random::new(31);
+    let mut works = 0;
+    for _ in 0..4000 {
+        let mut bytes = sound.clone().into_bytes();
+        for _ in 0..1 + random.below(3) {
+            let at = random.below(bytes.len());
+            bytes[at] = random.below(256) as u8;
+        }
+        works += usize::from(attempt(&bytes));
+    }
+    assert!((100..3900).contains(&works), "{works} work");
 }
 
 #[test]

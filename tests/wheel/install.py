@@ -1,7 +1,7 @@
 """Installs a wheel or a source distribution as a user would, and streams: `PYTHON install.py FILE`.
 
-With the Python that runs it: into an empty virtual environment, with no index to take anything else from, and for a wheel
-without Rust on PATH. Then `smoke.py`, the command line, and the limits of size and of time to import.
+With the Python that runs it: into an empty virtual environment, with no index to take anything else from, and
+for a wheel without Rust on PATH. Then `smoke.py`, the command line, and the limits of size and of time to import.
 """
 
 import json
@@ -43,7 +43,7 @@ def main(distribution: Path) -> None:
         parts = [packages / "candle_phi", *packages.glob("candle_phi-*.dist-info")]
         files = [path for part in parts for path in part.rglob("*") if path.suffix != ".pyc"]
         found = json.loads(run(python, SMOKE))
-        found["python"] = sys.version.split()[0] + ("" if getattr(sys, "_is_gil_enabled", lambda: True)() else ", no GIL")
+        found["python"] = sys.version
         found["file_mb"] = distribution.stat().st_size / 1e6
         found["installed_mb"] = sum(path.stat().st_size for path in files) / 1e6
         found["import_ms"] = import_ms(run, python)

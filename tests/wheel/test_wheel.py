@@ -1,4 +1,4 @@
-"""The wheel in dist, as users meet it: in bare environments, on old CPUs, frozen into an app. `make wheel test-wheel`."""
+"""The wheel in dist as users meet it: in bare environments, on old CPUs and frozen into an app. `make test-wheel`."""
 
 import json
 import os

@@ -5,6 +5,9 @@ use candle_phi::error::Error;
 use candle_phi::gguf::{GgmlType, Gguf, Value};
 use tempfile::TempDir;
 
+mod damage;
+mod fields;
+#[path = "../gguf_writer/mod.rs"]
 mod gguf_writer;
 use gguf_writer::*;
 
@@ -479,17 +482,7 @@ fn a_changed_byte_is_an_error_or_a_readable_file() {
             bytes[at] ^= change;
             let path = save(folder.path(), "m.gguf", &bytes);
             match Gguf::open(&path, true) {
-                Ok(gguf) => {
-                    for (_, value) in gguf.metadata().iter() {
-                        if let Value::Array(array) = value {
-                            assert_eq!(array.iter().count(), array.len());
-                        }
-                    }
-                    for tensor in gguf.tensors() {
-                        let size = tensor.dtype.block().map_or(0, |(n, bytes)| tensor.elements() / n * bytes);
-                        assert_eq!(tensor.bytes().len(), size);
-                    }
-                }
+                Ok(gguf) => damage::readable(&gguf),
                 Err(error) => {
                     refused += 1;
                     let message = error.to_string();

@@ -1,0 +1,57 @@
+//! Any bytes as a model file: opened, and if that works read, tokenized with, and computed with.
+#![no_main]
+mod scratch;
+
+use std::sync::{Arc, LazyLock};
+
+use candle_phi::cache::KvType;
+use candle_phi::chat::{Message, Template};
+use candle_phi::error::Result;
+use candle_phi::gguf::{Gguf, Value};
+use candle_phi::kernels;
+use candle_phi::model::{Model, Phase, Want};
+use candle_phi::ops::Backend;
+use candle_phi::phi3::Phi3;
+use candle_phi::threads::{Cancel, Pool};
+use candle_phi::tokenizer::{Special, Tokenizer};
+use libfuzzer_sys::fuzz_target;
+use scratch::{Scratch, check_message};
+
+static FILE: LazyLock<Scratch> = LazyLock::new(|| Scratch::new("model.gguf"));
+
+fn run(bytes: &[u8]) -> Result<()> {
+    FILE.write(bytes);
+    let gguf = Gguf::open(&FILE.path, true)?;
+    for (_, value) in gguf.metadata().iter() {
+        if let Value::Array(array) = value {
+            assert_eq!(array.iter().count(), array.len());
+        }
+        assert!(value.to_string().len() < 1000);
+    }
+    for tensor in gguf.tensors() {
+        assert!(tensor.bytes().iter().map(|&byte| u64::from(byte)).sum::<u64>() <= 255 * bytes.len() as u64);
+    }
+
+    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
+    let ids = tokenizer.encode("<|user|> hello\n\0 中😀</s>", Special::All)?;
+    tokenizer.decode(&ids, true)?;
+    let template = Template::new(None, &gguf, tokenizer.clone())?;
+    let messages = ["system", "user"].map(|role| Message { role: role.into(), content: "a<|end|>".into() });
+    if let Err(error) = template.render(&messages) {
+        check_message(&error);
+    }
+
+    let kernel = kernels::by_name("portable").expect("it runs everywhere");
+    let model = Arc::new(Phi3::load(&gguf, Backend::Cpu { kernel, pool: Pool::new(1) }, KvType::F16)?);
+    let ids = [0, model.n_vocab() as u32 - 1];
+    let mut sequence = model.clone().sequence()?;
+    assert_eq!(sequence.forward(&ids, Phase::Prefill, Want::Last, &Cancel::default())?.len(), model.n_vocab());
+    sequence.forward(&ids[..1], Phase::Decode, Want::Last, &Cancel::default())?;
+    Ok(())
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Err(error) = run(bytes) {
+        check_message(&error);
+    }
+});

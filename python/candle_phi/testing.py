@@ -1,0 +1,427 @@
+"""For the tests of applications: a `Phi` that says what it is told, without a model file and at once.
+
+from candle_phi.testing import FakePhi
+
+phi = FakePhi(["The puck drops.", ["It ", "melts."], TimeoutError("no more ice")])
+assert phi.generate("Once upon a time", max_tokens=2) == "The puck"
+assert phi.calls[0] == ("Once upon a time", {"max_tokens": 2})
+"""
+
+import copy
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+
+from . import _engine, options
+from .errors import ClosedError, ContextLengthError, UnsupportedModelError
+from .messages import Prompt, Turn, items
+from .model import Phi
+from .progress import Watch
+from .stream import Stream
+
+Failure: TypeAlias = BaseException | type[BaseException]
+Reply: TypeAlias = str | Sequence[str | Failure] | Failure
+"""A text, chunks (the last may be an exception), or an exception."""
+
+_SPECIAL = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+_BOS, _END = 0, 1
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+_WORD = re.compile(r"\s*\S+|\s+")
+_LOOK = 0.075  # seconds between two looks of somebody who waits, as in the engine
+
+
+class Call(NamedTuple):
+    """A call that a `FakePhi` took: what it was given, no defaults added."""
+
+    messages: object
+    """The prompt: a str, messages or token ids. A copy, which stays as it was at the call."""
+    options: dict[str, Any]
+
+
+class FakePhi(Phi):
+    """A `Phi` whose replies are given. All but the model is real: checks, streams, results, cancelling, closing.
+
+    A token is a chunk here, and a word in a prompt; `max_tokens`, `stop`, `timeout`, `logprobs` and the context's end
+    count and cut as they do with a model. Options of sampling are checked, and change nothing; a reply that was not cut
+    ends with `"stop"`.
+
+    Args:
+        replies: one for each call: a str, which is cut into words that keep their spaces; a list of chunks; or an
+            exception, which comes where a model's failure would, at the first read (`generate` itself, or a stream's
+            first `next`); a list's last entry may be one. Or a function of `(messages, options)`, which are as `calls`
+            has them, that returns one of these.
+        delay: seconds before each chunk.
+
+    Raises:
+        TypeError, ValueError: a reply is none of these, or delay is no number from 0.
+
+    A call beyond the last reply raises AssertionError.
+
+    Attributes:
+        calls: what it was asked so far, a `Call` each; a call that raised for its own arguments is none.
+    """
+
+    def __init__(self, replies: Iterable[Reply] | Callable[[Any, dict[str, Any]], Reply], *, delay: float = 0) -> None:
+        seconds = options.checked({"delay": options.SAMPLING["temperature"]}, {"delay": delay})["delay"]
+        if not callable(replies):
+            if isinstance(replies, (str, bytes, Mapping)) or not isinstance(replies, Iterable):
+                raise TypeError(
+                    f"replies must be a list with one entry per call, or a function, not {type(replies).__name__}"
+                )
+            replies = list(replies)
+            for i, reply in enumerate(replies):
+                _chunks(f"replies[{i}]", reply)
+        self.calls: list[Call] = []
+        self._replies = replies
+        self._calling = threading.Lock()
+        self._model = cast(_engine.Model, _Model(seconds))
+        self._recipe = type(self), (replies,), {"delay": delay}
+
+    @classmethod
+    def demo(cls, **options: Any) -> NoReturn:
+        """Raises TypeError: there is nothing to open."""
+        raise TypeError(f"{cls.__name__} opens no model: {cls.__name__}(replies)")
+
+    @classmethod
+    def from_pretrained(cls, *args: object, **options: Any) -> NoReturn:
+        """Raises TypeError: there is nothing to open."""
+        cls.demo()
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """Streams the next reply: `Phi.stream`, with its options and errors."""
+        prompt = prompt if isinstance(prompt, str) else cast(Prompt, items(prompt))  # once: it may be a generator
+        stream = super().stream(prompt, **options)
+        call = Call(copy.deepcopy(prompt), options)
+        with self._calling:
+            self.calls.append(call)
+            number = len(self.calls)
+        cast(_Stream, stream._stream).play(*self._reply(number, call))
+        return stream
+
+    def _reply(self, number: int, call: Call) -> tuple[list[str], BaseException | None]:
+        """The chunks of a reply, and what comes after them if that is an exception."""
+        if callable(self._replies):
+            return _chunks(f"the reply to call {number}", self._replies(*call))
+        if number > len(self._replies):
+            given = len(self._replies)
+            raise AssertionError(
+                f"FakePhi: call {number} has no reply; {given} {'was' if given == 1 else 'were'} given"
+            )
+        return _chunks(f"replies[{number - 1}]", self._replies[number - 1])
+
+    def __repr__(self) -> str:
+        return f"<FakePhi: {len(self.calls)} calls{', closed' if self.closed else ''}>"
+
+
+def _chunks(name: str, reply: object) -> tuple[list[str], BaseException | None]:
+    """Checks a reply and cuts it."""
+    if isinstance(reply, str):
+        return _WORD.findall(options.encodable(name, reply)), None
+    if (failure := _failure(reply)) is not None:
+        return [], failure
+    if not isinstance(reply, Iterable) or isinstance(reply, (bytes, bytearray, Mapping)):
+        raise TypeError(f"{name} must be a str, a list of str or an exception, not {type(reply).__name__}")
+    chunks = list(reply)
+    failure = _failure(chunks[-1]) if chunks else None
+    if failure is not None:
+        chunks.pop()
+    for i, chunk in enumerate(chunks):
+        if not isinstance(chunk, str):
+            raise TypeError(f"{name}[{i}] must be a str, not {type(chunk).__name__}")
+        options.encodable(f"{name}[{i}]", chunk)
+    return [str(chunk) for chunk in chunks], failure
+
+
+def _failure(value: object) -> BaseException | None:
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return value()
+    return value if isinstance(value, BaseException) else None
+
+
+class _Model:
+    """Stands where `_engine.Model` does. Its tokens are words, numbered as they come."""
+
+    path = "FakePhi"
+    n_ctx = 4096
+    n_vocab = 2**20
+    chat_template = _TEMPLATE
+    bos_token_id = _BOS
+    device = "cpu"
+    engine = "fake"
+    kernel = "fake"
+    n_threads = 1
+    system_fingerprint = "phi_fake"
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
+        self.closed = False
+        self.changed = threading.Condition()  # guards this and its streams
+        self._words = list(_SPECIAL)
+        self._timers: dict[tuple[_engine.ReadyQueue, int], threading.Timer] = {}
+        self._ids: dict[str, int] = {}  # without the special tokens: no text becomes one
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return [_END]
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        self.check()
+        return {"general.architecture": "phi3", "general.name": self.path}
+
+    def check(self) -> None:
+        if self.closed:
+            raise ClosedError("the model is closed")
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.change()
+
+    def change(self) -> None:
+        """Lets everybody look again who waits."""
+        self.changed.notify_all()
+        for queue, ticket in list(self._timers):
+            self._ring(queue, ticket)
+
+    def call(self, queue: _engine.ReadyQueue, ticket: int, seconds: float) -> None:
+        """Puts a ticket into a queue after so long, or at the next change."""
+        timer = threading.Timer(max(seconds, 0), self._ring, (queue, ticket))
+        timer.daemon = True
+        self._timers[queue, ticket] = timer
+        timer.start()
+
+    def _ring(self, queue: _engine.ReadyQueue, ticket: int) -> None:
+        with self.changed:
+            timer = self._timers.pop((queue, ticket), None)
+        if timer is not None:
+            timer.cancel()
+            queue.put(ticket)
+
+    def id(self, word: str) -> int:
+        with self.changed:
+            if word not in self._ids:
+                if len(self._words) == self.n_vocab:
+                    raise ValueError(f"this FakePhi has seen {self.n_vocab} different words: make a new one")
+                self._ids[word] = len(self._words)
+                self._words.append(word)
+            return self._ids[word]
+
+    def render(self, turns: list[Turn]) -> str:
+        self.check()
+        return "".join(text for text, _ in _rendered(turns))
+
+    def tokenize_messages(self, turns: list[Turn]) -> list[int]:
+        self.check()
+        return [id for text, special in _rendered(turns) for id in self._tokenize(text, special)]
+
+    def tokenize_text(self, text: str, parse_special: bool, add_bos: bool) -> list[int]:
+        self.check()
+        pieces = re.split(f"({'|'.join(map(re.escape, _SPECIAL))})", text) if parse_special else [text]
+        ids = [id for piece in pieces for id in self._tokenize(piece, parse_special and piece in _SPECIAL)]
+        return [_BOS, *ids] if add_bos else ids
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return [_SPECIAL.index(text)] if special else [self.id(word) for word in _WORD.findall(text)]
+
+    def detokenize(self, ids: list[int], skip_special: bool) -> str:
+        self.check()
+        known = len(self._words)
+        for id in ids:
+            if id >= known:
+                raise ValueError(f"token id {id}: this FakePhi has given out {known} so far")
+        return "".join(self._words[id] for id in ids if id >= len(_SPECIAL) or not skip_special)
+
+    def logits(self, ids: list[int], *_: object) -> NoReturn:
+        raise UnsupportedModelError(f"a FakePhi has no weights: no logits of {len(ids)} ids")
+
+    def stream(self, prompt: list[int], **chosen: Any) -> "_Stream":
+        self.check()
+        if len(prompt) >= self.n_ctx:
+            raise ContextLengthError(
+                f"{len(prompt)} tokens do not fit n_ctx {self.n_ctx}; a prompt must leave room for at least 1 more",
+                len(prompt),
+                self.n_ctx,
+            )
+        return _Stream(self, len(prompt), chosen)
+
+
+def _rendered(turns: list[Turn]) -> list[tuple[str, bool]]:
+    """The pieces of a prompt, and of each whether it is a special token. A last message of the assistant goes on."""
+    pieces = []
+    for role, content in turns:
+        pieces += [(f"<|{role}|>", True), ("\n" + content, False), ("<|end|>", True), ("\n", False)]
+    return pieces[:-2] if turns[-1][0] == "assistant" else [*pieces, ("<|assistant|>", True), ("\n", False)]
+
+
+class _Stream:
+    """Stands where `_engine.Stream` does."""
+
+    def __init__(self, model: _Model, prompt_tokens: int, chosen: dict[str, Any]) -> None:
+        self.seed: int = int.from_bytes(os.urandom(4)) if chosen["seed"] is None else chosen["seed"]
+        self._model = model
+        self._prompt_tokens = prompt_tokens
+        self._chosen = chosen
+        self._pieces: list[_engine._Read] = []
+        self._end = "stop"
+        self._failure: BaseException | None = None
+        self._ids: list[int] = []  # of the pieces that were read
+        self._read = 0
+        self._finish_reason: str | None = None
+        self._reported = "", 0.0  # a phase, and when
+        self._called = time.perf_counter()
+        self._started: float | None = None
+        self._first: float | None = None
+        self._last = 0.0
+
+    def play(self, chunks: list[str], failure: BaseException | None) -> None:
+        """What to say: cut to `max_tokens` and the context, and at a stop string, whose beginnings are held back."""
+        self._failure = failure
+        stops: list[str] = self._chosen["stop"]
+        room = self._model.n_ctx - self._prompt_tokens
+        most = min(self._chosen["max_tokens"] or room, room)
+        text, told, ids, entries = "", 0, list[int](), list["_engine._Logprob"]()
+        for number, chunk in enumerate(chunks, 1):
+            text += chunk
+            id = self._model.id(chunk)
+            ids.append(id)
+            entries.append(self._entry(id, chunk))
+            found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+            certain = min(found)[1] if found else _certain(text, stops)
+            ended = bool(found) or number == most
+            if not found and (ended or number == len(chunks)):
+                certain = len(text)
+            if certain > told or ended:
+                self._pieces.append((text[told:certain], ids, entries if self._chosen["logprobs"] else None))
+                told, ids, entries = max(told, certain), [], []
+            if ended:
+                self._failure = None
+                self._end = "stop" if found else "length"
+                break
+        if ids:  # of chunks without text, at the end
+            self._pieces.append(("", ids, entries if self._chosen["logprobs"] else None))
+
+    def _entry(self, id: int, text: str) -> "_engine._Logprob":
+        """Nothing else could have come: log probability 0."""
+        top = (id, text, text.encode(), 0.0)
+        return (*top, [top] if self._chosen["top_logprobs"] else [])
+
+    def next(self, watch: Watch | None) -> "_engine._Read | None":
+        while True:
+            self._tell(watch, end=False)
+            ready, piece = self.poll()
+            if ready:
+                if piece is None:
+                    self._tell(watch, end=True)
+                return piece
+            with self._model.changed:
+                if (seconds := self._seconds()) > 0:
+                    self._model.changed.wait(seconds if watch is None else min(seconds, _LOOK))
+
+    def _tell(self, watch: Watch | None, end: bool) -> None:
+        if watch is not None:
+            for progress in self.progress(end):
+                watch(*progress)
+
+    def poll(self) -> "tuple[bool, _engine._Read | None]":
+        with self._model.changed:
+            self._start()
+            return (False, None) if self._seconds() > 0 else (True, self._now())
+
+    def notify(self, queue: _engine.ReadyQueue, ticket: int) -> None:
+        with self._model.changed:
+            self._model.call(queue, ticket, self._seconds())
+
+    @property
+    def time_left(self) -> float | None:
+        timeout: float | None = self._chosen["timeout"]
+        return None if timeout is None else max(self._called + timeout - time.perf_counter(), 0.0)
+
+    def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
+        """What is to be told now: at most some 13 times a second, and no phase is left out."""
+        reached = ["prefill", "decode"][: 1 + (self._first is not None)]
+        since, at = self._reported
+        phases = reached[reached.index(since) :] if since else reached
+        now = time.perf_counter()
+        if now - at < _LOOK and len(phases) == 1 and not end:
+            return []
+        self._reported = phases[-1], now
+        prompt, most = self._prompt_tokens, self._chosen["max_tokens"]
+        counts = {"prefill": (prompt * (len(reached) - 1), prompt), "decode": (len(self._ids), most)}
+        return [(phase, *counts[phase]) for phase in phases]
+
+    def _start(self) -> None:
+        if self._started is None:
+            self._started = self._last = time.perf_counter()
+
+    def _seconds(self) -> float:
+        """Until there is something to read."""
+        if self._finish_reason is not None or self._model.closed or self._read == len(self._pieces):
+            return 0
+        seconds = self._last + self._model.delay - time.perf_counter()
+        return seconds if self.time_left is None else min(seconds, self.time_left)
+
+    def _now(self) -> "_engine._Read | None":
+        """The next piece; None at the end."""
+        if self._finish_reason is not None:
+            return None
+        if self._model.closed:
+            self._finish_reason = "error"
+            self._model.check()
+        if self.time_left == 0:
+            self._finish_reason = "timeout"
+            return None
+        if self._read < len(self._pieces):
+            return self._take()
+        self._finish_reason = self._end if self._failure is None else "error"
+        if self._failure is not None:
+            raise self._failure
+        return None
+
+    def _take(self) -> "_engine._Read":
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        piece = self._pieces[self._read]
+        self._read += 1
+        self._ids += piece[1]
+        return piece
+
+    def cancel(self) -> None:
+        with self._model.changed:
+            if self._finish_reason is None:
+                self._finish_reason = "cancelled"
+            self._model.change()
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._finish_reason
+
+    @property
+    def token_ids(self) -> list[int]:
+        return list(self._ids)
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        return self._prompt_tokens, len(self._ids)
+
+    @property
+    def timings(self) -> tuple[float, float, float, float | None, int]:
+        if self._started is None or self._first is None:
+            return 0.0, 0.0, 0.0, None, 0
+        prefill = self._first - self._started
+        return 0.0, prefill, self._last - self._first, prefill, self._read - 1
+
+
+def _certain(text: str, stops: list[str]) -> int:
+    """How much of a text can be no beginning of a stop string."""
+    longest = max(map(len, stops), default=1)
+    for start in range(max(len(text) - longest + 1, 0), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stops):
+            return start
+    return len(text)

@@ -1,0 +1,64 @@
+//! One place where one thread waits for many streams at once, such as that which wakes event loops.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use crate::threads::lock;
+
+/// The tickets of streams that have something to read.
+#[derive(Default)]
+pub struct ReadyQueue {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    tickets: Vec<u64>,
+    closed: bool,
+}
+
+impl ReadyQueue {
+    pub fn put(&self, ticket: u64) {
+        lock(&self.state).tickets.push(ticket);
+        self.changed.notify_one();
+    }
+
+    /// Waits for tickets, and takes all that there are; None once it is closed.
+    pub fn take(&self) -> Option<Vec<u64>> {
+        let waiting = |state: &mut State| state.tickets.is_empty() && !state.closed;
+        let mut state = self.changed.wait_while(lock(&self.state), waiting).unwrap_or_else(PoisonError::into_inner);
+        if state.closed { None } else { Some(std::mem::take(&mut state.tickets)) }
+    }
+
+    /// Lets the waiting thread go.
+    pub fn close(&self) {
+        lock(&self.state).closed = true;
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn tickets_come_in_order_and_closing_ends_the_wait() {
+        let queue = Arc::new(ReadyQueue::default());
+        let waiting = queue.clone();
+        let taken = std::thread::spawn(move || {
+            let mut taken = Vec::new();
+            while let Some(tickets) = waiting.take() {
+                taken.extend(tickets);
+                if taken.len() == 1000 {
+                    waiting.close();
+                }
+            }
+            taken
+        });
+        (0..1000).for_each(|ticket| queue.put(ticket));
+        assert_eq!(taken.join().unwrap(), Vec::from_iter(0..1000));
+        queue.put(1);
+        assert_eq!(queue.take(), None);
+    }
+}

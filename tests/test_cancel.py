@@ -1,0 +1,409 @@
+"""Whatever takes long can be ended, in every phase, and the model is as good as before."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_phi import ClosedError, Phi, Progress, Stream
+from conftest import HAIKU, run_python
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+
+SOON = 1.5
+"""What is promised within 250 ms, on a machine that does other things too."""
+
+LONG = [5] * 20_000
+"""A prompt that takes some 15 seconds."""
+
+
+@pytest.fixture(scope="module")
+def path(phi: Phi, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with room for long prompts."""
+    data = bytearray(Path(phi.path).read_bytes())
+    at = data.index(b"phi3.context_length") + len(b"phi3.context_length") + 4
+    data[at : at + 4] = (100_000).to_bytes(4, "little")
+    path = tmp_path_factory.mktemp("slow") / "slow.gguf"
+    path.write_bytes(data)
+    return path
+
+
+SLOW: dict[str, Any] = {"kernel": "portable", "n_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def slow(path: Path) -> Iterator[Phi]:
+    with Phi(path, **SLOW) as slow:
+        yield slow
+
+
+def works(phi: Phi) -> None:
+    assert phi.generate(HAIKU, max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+
+
+class Reading(threading.Thread):
+    """Reads a stream to its end, and notes when that was and what was raised."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(daemon=True)
+        self.stream = stream
+        self.raised: BaseException | None = None
+        self.end = 0.0
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for _ in self.stream:
+                pass
+        except BaseException as error:
+            self.raised = error
+        self.end = time.monotonic()
+
+    def took(self, since: float) -> float:
+        self.join(30)
+        assert not self.is_alive()
+        return self.end - since
+
+
+class Phases:
+    """An `on_progress` that knows which phase it is in, and raises when told to."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+        self.error: Exception | None = None
+
+    def __call__(self, p: Progress) -> None:
+        self.seen.append(p)
+        if self.error is not None:
+            raise self.error
+
+    def wait_for(self, phase: str) -> None:
+        deadline = time.monotonic() + 20
+        while not (self.seen and self.seen[-1].phase == phase and self.seen[-1].done >= (phase != "wait")):
+            assert time.monotonic() < deadline, self.seen
+            time.sleep(0.005)
+
+
+@pytest.mark.parametrize("phase", ["wait", "prefill", "decode"])
+@pytest.mark.parametrize("way", ["cancel", "close", "raise", "close the model", "timeout"])
+def test_a_stream_ends_in_any_phase_in_any_way(path: Path, way: str, phase: str) -> None:
+    with Phi(path, max_concurrent=1, **SLOW) as phi:
+        phases, raised = Phases(), LookupError("enough")
+        holder = phi.stream(HAIKU, ignore_eos=True)
+        if phase == "wait":
+            Reading(holder)
+            while not holder.text:
+                time.sleep(0.005)
+        stream = phi.stream(
+            HAIKU if phase == "decode" else LONG,
+            ignore_eos=True,
+            on_progress=phases,
+            timeout=0.7 if way == "timeout" else None,
+        )
+        begin = time.monotonic()
+        reading = Reading(stream)
+        phases.wait_for(phase)
+        since = begin + 0.7 if way == "timeout" else time.monotonic()
+        if way == "raise":
+            phases.error = raised
+        elif way == "close the model":
+            phi.close()
+            phi.close()
+        elif way != "timeout":
+            getattr(stream, way)()
+        if way != "timeout":
+            assert time.monotonic() - since < 0.25  # it returns at once
+        assert reading.took(since) < SOON
+        if way == "close the model":
+            assert isinstance(reading.raised, ClosedError)
+            assert stream.finish_reason == "error"
+            return
+        assert reading.raised is (raised if way == "raise" else None)
+        assert stream.finish_reason == ("timeout" if way == "timeout" else "cancelled")
+        assert bool(stream.text) == (phase == "decode")
+        assert phi.detokenize(stream.token_ids).strip() == stream.text.strip()
+        holder.cancel()
+        works(phi)  # its slot is free
+
+
+def test_timeouts_keep_the_text(slow: Phi) -> None:
+    whole = slow.generate(HAIKU, temperature=0, ignore_eos=True, max_tokens=300)
+    begin = time.monotonic()
+    cut = slow.generate(HAIKU, temperature=0, ignore_eos=True, timeout=0.3)
+    assert 0.2 < time.monotonic() - begin < 0.3 + SOON
+    assert cut.finish_reason == "timeout"
+    assert cut
+    assert whole.startswith(cut) or cut.startswith(whole)
+    for prompt in (HAIKU, LONG):
+        begin = time.monotonic()
+        none = slow.generate(prompt, timeout=0)
+        assert (none, none.finish_reason, none.usage.completion_tokens) == ("", "timeout", 0)
+        assert time.monotonic() - begin < SOON
+    assert slow.generate(HAIKU, seed=1, timeout=1e30) == slow.generate(HAIKU, seed=1)
+    late = slow.stream(HAIKU, ignore_eos=True, timeout=0.2)  # from the call, not from the first read
+    time.sleep(0.3)
+    assert list(late) == []
+    assert late.finish_reason == "timeout"
+
+
+def test_dropping_a_stream_ends_it(path: Path) -> None:
+    with Phi(path, max_concurrent=1, **SLOW) as phi:
+        for prompt in (LONG, HAIKU):
+            stream = phi.stream(prompt, ignore_eos=True, timeout=30)
+            if prompt is HAIKU:
+                next(stream)
+            else:
+                Reading(stream).stream.cancel()
+            del stream
+            begin = time.monotonic()
+            works(phi)
+            assert time.monotonic() - begin < SOON
+
+
+def test_closing_tells_every_reader(path: Path) -> None:
+    phi = Phi(path, **SLOW)
+    shared = phi.stream(LONG)
+    readers = [Reading(shared), Reading(shared), Reading(phi.stream(LONG)), Reading(phi.stream(HAIKU, ignore_eos=True))]
+    failed: list[BaseException] = []
+
+    def logits() -> None:
+        try:
+            phi.logits(LONG)
+        except BaseException as error:
+            failed.append(error)
+
+    computing = threading.Thread(target=logits)
+    computing.start()
+    time.sleep(0.5)
+    since = time.monotonic()
+    closing = [threading.Thread(target=phi.close) for _ in range(3)]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
+    assert time.monotonic() - since < SOON
+    for reader in readers:
+        assert reader.took(since) < SOON
+        assert isinstance(reader.raised, ClosedError)
+    computing.join(30)
+    assert [type(error) for error in failed] == [ClosedError]
+    assert time.monotonic() - since < 2 * SOON
+
+
+@pytest.mark.parametrize("call", ["stream", "generate", "logits"])
+def test_the_callback(slow: Phi, call: str) -> None:
+    """In the reading thread, at most 20 times a second, at least every 200 ms, through the phases."""
+    prompt = [5] * 1500
+    calls: list[tuple[float, int, Progress]] = []
+
+    def note(p: Progress) -> None:
+        calls.append((time.monotonic(), threading.get_ident(), p))
+
+    options: dict[str, Any] = {"on_progress": note}
+    if call == "logits":
+        slow.logits(prompt, **options)
+    elif call == "generate":
+        slow.generate(prompt, max_tokens=100, ignore_eos=True, **options)
+    else:
+        for _ in slow.stream(prompt, max_tokens=100, ignore_eos=True, **options):
+            pass
+    assert {thread for _, thread, _ in calls} == {threading.get_ident()}
+    times = [when for when, _, _ in calls]
+    assert all(len([t for t in times if start <= t < start + 1]) <= 20 for start in times)
+    assert max(b - a for a, b in itertools.pairwise(times)) < 0.2 + 0.3  # a busy machine
+    seen = [p for _, _, p in calls]
+    assert (seen[0].phase, seen[0].done, seen[0].total, seen[0].unit) == ("wait", 0, None, "tokens")
+    prefill = [p for p in seen if p.phase == "prefill"]
+    assert {p.total for p in prefill} == {1500}
+    assert [p.done for p in prefill] == sorted(p.done for p in prefill)
+    assert any(p.done % 512 for p in prefill[:-1])  # it moves within a pass of 512 tokens, too
+    assert prefill[-1].done == 1500
+    decode = [p for p in seen if p.phase == "decode"]
+    if call == "logits":
+        assert decode == []
+    else:
+        assert (decode[-1].done, decode[-1].total) == (100, 100)
+
+
+def test_the_callback_of_short_work(phi: Phi) -> None:
+    seen: list[Progress] = []
+    answer = phi.generate(HAIKU, on_progress=seen.append)
+    assert [p.phase for p in seen][:1] == ["wait"]
+    assert {p.phase for p in seen} == {"wait", "prefill", "decode"}
+    assert (seen[-1].done, seen[-1].total) in [(n, None) for n in (len(answer.token_ids), len(answer.token_ids) + 1)]
+
+
+@pytest.mark.parametrize(("call", "prompt"), [("generate", HAIKU), ("generate", LONG), ("logits", LONG)])
+def test_raising_ends_calls_too(slow: Phi, call: str, prompt: Any) -> None:
+    raised = LookupError("enough")
+    when = 0.0
+
+    def stop(p: Progress) -> None:
+        nonlocal when
+        if p.done and p.phase == ("prefill" if prompt is LONG else "decode"):
+            when = time.monotonic()
+            raise raised
+
+    method: Callable[..., object] = getattr(slow, call)
+    with pytest.raises(LookupError) as caught:
+        method(prompt, on_progress=stop, **({} if call == "logits" else {"ignore_eos": True}))
+    assert time.monotonic() - when < SOON
+    assert caught.value is raised
+    works(slow)
+
+
+@posix
+def test_ctrl_c(path: Path) -> None:
+    # a process of its own: an interrupt that came late would end these tests
+    script = f"""
+import signal, threading, time
+from candle_phi import Phi
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without
+phi = Phi({str(path)!r}, kernel="portable", n_threads=1, max_concurrent=1)
+LONG = [5] * 20_000
+def decode():
+    for _ in phi.stream({HAIKU!r}, ignore_eos=True): pass
+def queued():
+    next(phi.stream({HAIKU!r}))
+calls = {{
+    "prefill": lambda: next(phi.stream(LONG)),
+    "decode": decode,
+    "generate": lambda: phi.generate(LONG),
+    "generated": lambda: phi.generate({HAIKU!r}, ignore_eos=True),
+    "logits": lambda: phi.logits(LONG),
+    "queued": queued,
+}}
+for name, call in calls.items():
+    if name == "queued":
+        holder = phi.stream(LONG)
+        def read():
+            for _ in holder: pass
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(0.2)
+    at = []
+    def interrupt():
+        at.append(time.monotonic())
+        signal.raise_signal(signal.SIGINT)
+    threading.Timer(0.3, interrupt).start()
+    try:
+        call()
+        print(name, "ended by itself")
+    except KeyboardInterrupt:
+        took = time.monotonic() - at[0]
+        print(name, "took", took) if took > {SOON} else print(name, "ok")
+holder.cancel()
+reader.join()
+print(phi.generate("Hi", max_tokens=2, ignore_eos=True).usage.completion_tokens)
+"""
+    names = ["prefill", "decode", "generate", "generated", "logits", "queued"]
+    assert run_python(script) == "".join(f"{name} ok\n" for name in names) + "2\n"
+
+
+@pytest.fixture(scope="module")
+def large(phi: Phi, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model and a hole of 4 GB, which takes a while to read into memory."""
+    path = tmp_path_factory.mktemp("large") / "large.gguf"
+    path.write_bytes(Path(phi.path).read_bytes())
+    os.truncate(path, 4 << 30)
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files with holes, and /proc")
+def test_raising_ends_a_load_for_good(large: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, when, raised = resident(), 0.0, LookupError("enough")
+
+    def stop(p: Progress) -> None:
+        nonlocal when
+        assert (p.phase, p.unit, p.total) == ("load", "bytes", 4 << 30)
+        if p.done:
+            when = time.monotonic()
+            raise raised
+
+    with pytest.raises(LookupError) as caught:
+        Phi(large, mmap=False, on_progress=stop)
+    assert time.monotonic() - when < SOON
+    assert caught.value is raised
+    deadline = time.monotonic() + 5
+    while resident() > before + (64 << 20):  # it is not read on unseen
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files with holes")
+def test_ctrl_c_ends_a_load(large: Path) -> None:
+    script = (
+        "import signal, threading, time\n"
+        "from candle_phi import Phi\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()\n"
+        "before = time.monotonic()\n"
+        f"try: Phi({str(large)!r}, mmap=False)\n"
+        f"except KeyboardInterrupt: print(time.monotonic() - before < {SOON})\n"
+    )
+    assert run_python(script) == "True\n"
+
+
+LEAVING = {
+    "a live stream": "next(stream)",
+    "a thread inside next": "start(lambda: phi.generate([5] * 20_000))",
+    "a thread that reads": "start(lambda: [None for _ in phi.stream('Hi', ignore_eos=True)])",
+    "many threads": "[start(lambda: [None for _ in phi.stream('Hi', ignore_eos=True)]) for _ in range(8)]",
+    "a thread inside logits": "start(lambda: phi.logits([5] * 20_000))",
+    "callbacks that sleep": "[start(lambda: phi.logits([5] * 20_000, on_progress=sleep)) for _ in range(4)]",
+    "a thread that loads": "start(lambda: [Phi(path) for _ in range(1000)])",
+}
+
+
+@pytest.mark.parametrize("what", LEAVING)
+def test_the_interpreter_ends_at_once(path: Path, what: str) -> None:
+    script = f"""
+import sys, threading, time
+from candle_phi import Phi
+path = {str(path)!r}
+phi = Phi(path, kernel="portable", n_threads=1)
+stream = phi.stream("Hi", ignore_eos=True)
+def sleep(p):
+    time.sleep(0.02)
+def start(work):
+    threading.Thread(target=work, daemon=True).start()
+{LEAVING[what]}
+time.sleep(0.3)
+print("leaving", flush=True)
+sys.exit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"leaving\n"
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 1 + SOON
+    assert (process.returncode, err) == (7, b"")
+
+
+@posix
+def test_a_signal_ends_a_process_that_computes(path: Path) -> None:
+    script = (
+        "from candle_phi import Phi\n"
+        f"phi = Phi({str(path)!r}, kernel='portable')\n"
+        "print(1, flush=True)\n"
+        "phi.logits([5] * 20_000)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+    process.stdout.close()
