@@ -21,7 +21,7 @@ PLAYED_PACKAGES := python3.11-minimal libpython3.11-minimal libpython3.11-stdlib
 wheel-aarch64: require .venv/wheel ## the wheel for Linux on aarch64 as a release builds it, in dist
 	$(call target,$(AARCH64))
 	rm -f dist/*_aarch64.whl
-	RUSTFLAGS= $(BIN)/maturin build --release --zig --target $(AARCH64) --out dist
+	RUSTFLAGS= PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --zig --target $(AARCH64) --out dist
 
 # What takes minutes under emulation is left to x86-64, and so is fork(), which qemu does not survive in a process with
 # threads.
@@ -42,7 +42,7 @@ test-aarch64: tools-aarch64 $(PLAYED)/made wheel-aarch64 engine ## the same text
 
 PLAYED_TESTS := $(addprefix tests/test_,options.py errors.py messages.py results.py api_contract.py)
 PLAYED_PIP = $(BIN)/python -m pip install --quiet --no-warn-script-location --only-binary :all: --python-version 3.11 \
-	$(addprefix --platform ,manylinux_2_28_aarch64 manylinux_2_17_aarch64 manylinux2014_aarch64)
+	$(addprefix --platform ,manylinux_2_28_aarch64 manylinux_2_17_aarch64 manylinux2014_aarch64 linux_aarch64)
 
 tools-aarch64:
 	$(call need,qemu-aarch64,qemu-user)
