@@ -11,7 +11,9 @@ import hashlib
 import os
 import random
 import statistics
+import struct
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from candle_phi import ClosedError, Phi
 WORKERS = 4
 CANCELLED = 0.2
 OWN_MODEL = 0.02
+RECORD = struct.Struct("<qI?8s")  # number; length of the text, whether it is whole, and its hash
 PROMPTS = (
     "Write a haiku about ice hockey",
     "Hi",
@@ -59,9 +62,9 @@ class Soak:
         self.until = time.monotonic() + seconds
         self.numbers = iter(range(first, sys.maxsize))
         self.lock = threading.Lock()
-        self.done: dict[int, tuple[int, bytes]] = {}  # number: length and hash of the text
-        self.whole: set[int] = set()
-        self.tokens = 0
+        # In memory they would look like a leak.
+        self.records = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the soak
+        self.done = self.cancelled = self.tokens = 0
         self.errors: list[str] = []
 
     def work(self) -> None:
@@ -103,10 +106,10 @@ class Soak:
         text, whole = stream.text, stream.finish_reason in ("stop", "length")
         tokens = len(stream.token_ids)
         with self.lock:
-            self.done[number] = len(text), digest(text)
+            self.records.write(RECORD.pack(number, len(text), whole, digest(text)))
+            self.done += 1
+            self.cancelled += not whole
             self.tokens += tokens
-            if whole:
-                self.whole.add(number)
 
     @staticmethod
     def read(stream: Any, pieces: int) -> None:
@@ -126,12 +129,14 @@ class Soak:
         except ClosedError:
             pass
 
-    def check(self, number: int, phi: Phi) -> None:
-        prompt, options, _ = job(number)
-        text = phi.generate(prompt, **options).text
-        length, found = self.done[number]
-        if digest(text[:length]) != found or (number in self.whole and len(text) != length):
-            self.errors.append(f"job {number}: not the text of the serial run, {text!r}")
+    def check(self, phi: Phi) -> None:
+        self.records.seek(0)
+        while record := self.records.read(RECORD.size):
+            number, length, whole, found = RECORD.unpack(record)
+            prompt, options, _ = job(number)
+            text = phi.generate(prompt, **options).text
+            if digest(text[:length]) != found or (whole and len(text) != length):
+                self.errors.append(f"job {number}: not the text of the serial run, {text!r}")
 
 
 def digest(text: str) -> bytes:
@@ -173,10 +178,8 @@ def main() -> int:
     third = max(1, len(samples) // 3)
     memory, files, _ = zip(*samples, strict=True)
     before, after = statistics.median(memory[:third]), statistics.median(memory[-third:])
-    cancelled = len(soak.done) - len(soak.whole)
     with Phi.demo(n_threads=1) as serial:
-        for number in soak.done:
-            soak.check(number, serial)
+        soak.check(serial)
     soak.phi.close()
     until = time.monotonic() + 10
     while resources()[2] > 1 and time.monotonic() < until:
@@ -184,10 +187,10 @@ def main() -> int:
     _, files_left, threads_left = resources()
 
     print(
-        f"{len(soak.done)} generations ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
+        f"{soak.done} generations ({soak.cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
         f"resident memory: {before:.1f} MiB in the first third, {after:.1f} MiB in the last\n"
         f"open files: {min(files)} to {max(files)} during, {files_left} after; threads after: {threads_left}\n"
-        f"serial re-run: {len(soak.done) - len(soak.errors)} of {len(soak.done)} texts equal"
+        f"serial re-run: {soak.done - len(soak.errors)} of {soak.done} texts equal"
     )
     if after - before > 4 + 0.02 * before:
         soak.errors.append(f"resident memory grew by {after - before:.1f} MiB")
