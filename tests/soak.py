@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ class Soak:
         self.until = time.monotonic() + seconds
         self.numbers = iter(range(first, sys.maxsize))
         self.lock = threading.Lock()
-        self.done: dict[int, tuple[int, bytes]] = {}  # number: length and hash of the text
-        self.whole: set[int] = set()
+        # Number, length and hash of the text, whether it is whole, of one generation after the other: little memory.
+        self.done = array("q")
         self.tokens = 0
         self.errors: list[str] = []
 
@@ -103,10 +104,8 @@ class Soak:
         text, whole = stream.text, stream.finish_reason in ("stop", "length")
         tokens = len(stream.token_ids)
         with self.lock:
-            self.done[number] = len(text), digest(text)
             self.tokens += tokens
-            if whole:
-                self.whole.add(number)
+            self.done.extend((number, len(text), digest(text), whole))
 
     @staticmethod
     def read(stream: Any, pieces: int) -> None:
@@ -126,16 +125,15 @@ class Soak:
         except ClosedError:
             pass
 
-    def check(self, number: int, phi: Phi) -> None:
+    def check(self, number: int, length: int, found: int, whole: bool, phi: Phi) -> None:
         prompt, options, _ = job(number)
         text = phi.generate(prompt, **options).text
-        length, found = self.done[number]
-        if digest(text[:length]) != found or (number in self.whole and len(text) != length):
+        if digest(text[:length]) != found or (whole and len(text) != length):
             self.errors.append(f"job {number}: not the text of the serial run, {text!r}")
 
 
-def digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
 def resources() -> tuple[float, int, int]:
@@ -173,10 +171,11 @@ def main() -> int:
     third = max(1, len(samples) // 3)
     memory, files, _ = zip(*samples, strict=True)
     before, after = statistics.median(memory[:third]), statistics.median(memory[-third:])
-    cancelled = len(soak.done) - len(soak.whole)
+    done = list(zip(*[iter(soak.done)] * 4, strict=True))
+    cancelled = sum(not whole for *_, whole in done)
     with Phi.demo(n_threads=1) as serial:
-        for number in soak.done:
-            soak.check(number, serial)
+        for generation in done:
+            soak.check(*generation, serial)
     soak.phi.close()
     until = time.monotonic() + 10
     while resources()[2] > 1 and time.monotonic() < until:
@@ -184,10 +183,10 @@ def main() -> int:
     _, files_left, threads_left = resources()
 
     print(
-        f"{len(soak.done)} generations ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
+        f"{len(done)} generations ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
         f"resident memory: {before:.1f} MiB in the first third, {after:.1f} MiB in the last\n"
         f"open files: {min(files)} to {max(files)} during, {files_left} after; threads after: {threads_left}\n"
-        f"serial re-run: {len(soak.done) - len(soak.errors)} of {len(soak.done)} texts equal"
+        f"serial re-run: {len(done) - len(soak.errors)} of {len(done)} texts equal"
     )
     if after - before > 4 + 0.02 * before:
         soak.errors.append(f"resident memory grew by {after - before:.1f} MiB")
