@@ -11,11 +11,10 @@ import hashlib
 import os
 import random
 import statistics
-import struct
 import sys
-import tempfile
 import threading
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from candle_phi import ClosedError, Phi
 WORKERS = 4
 CANCELLED = 0.2
 OWN_MODEL = 0.02
-RECORD = struct.Struct("<qI?8s")  # number; length of the text, whether it is whole, and its hash
 PROMPTS = (
     "Write a haiku about ice hockey",
     "Hi",
@@ -62,9 +60,9 @@ class Soak:
         self.until = time.monotonic() + seconds
         self.numbers = iter(range(first, sys.maxsize))
         self.lock = threading.Lock()
-        # In memory they would look like a leak.
-        self.records = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the soak
-        self.done = self.cancelled = self.tokens = 0
+        # Number, length and hash of the text, whether it is whole, of one generation after the other: little memory.
+        self.done = array("q")
+        self.tokens = 0
         self.errors: list[str] = []
 
     def work(self) -> None:
@@ -106,10 +104,8 @@ class Soak:
         text, whole = stream.text, stream.finish_reason in ("stop", "length")
         tokens = len(stream.token_ids)
         with self.lock:
-            self.records.write(RECORD.pack(number, len(text), whole, digest(text)))
-            self.done += 1
-            self.cancelled += not whole
             self.tokens += tokens
+            self.done.extend((number, len(text), digest(text), whole))
 
     @staticmethod
     def read(stream: Any, pieces: int) -> None:
@@ -129,18 +125,15 @@ class Soak:
         except ClosedError:
             pass
 
-    def check(self, phi: Phi) -> None:
-        self.records.seek(0)
-        while record := self.records.read(RECORD.size):
-            number, length, whole, found = RECORD.unpack(record)
-            prompt, options, _ = job(number)
-            text = phi.generate(prompt, **options).text
-            if digest(text[:length]) != found or (whole and len(text) != length):
-                self.errors.append(f"job {number}: not the text of the serial run, {text!r}")
+    def check(self, number: int, length: int, found: int, whole: bool, phi: Phi) -> None:
+        prompt, options, _ = job(number)
+        text = phi.generate(prompt, **options).text
+        if digest(text[:length]) != found or (whole and len(text) != length):
+            self.errors.append(f"job {number}: not the text of the serial run, {text!r}")
 
 
-def digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
 def resources() -> tuple[float, int, int]:
@@ -178,8 +171,11 @@ def main() -> int:
     third = max(1, len(samples) // 3)
     memory, files, _ = zip(*samples, strict=True)
     before, after = statistics.median(memory[:third]), statistics.median(memory[-third:])
+    done = list(zip(*[iter(soak.done)] * 4, strict=True))
+    cancelled = sum(not whole for *_, whole in done)
     with Phi.demo(n_threads=1) as serial:
-        soak.check(serial)
+        for generation in done:
+            soak.check(*generation, serial)
     soak.phi.close()
     until = time.monotonic() + 10
     while resources()[2] > 1 and time.monotonic() < until:
@@ -187,10 +183,10 @@ def main() -> int:
     _, files_left, threads_left = resources()
 
     print(
-        f"{soak.done} generations ({soak.cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
+        f"{len(done)} generations ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
         f"resident memory: {before:.1f} MiB in the first third, {after:.1f} MiB in the last\n"
         f"open files: {min(files)} to {max(files)} during, {files_left} after; threads after: {threads_left}\n"
-        f"serial re-run: {soak.done - len(soak.errors)} of {soak.done} texts equal"
+        f"serial re-run: {len(done) - len(soak.errors)} of {len(done)} texts equal"
     )
     if after - before > 4 + 0.02 * before:
         soak.errors.append(f"resident memory grew by {after - before:.1f} MiB")
