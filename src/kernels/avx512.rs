@@ -1,15 +1,16 @@
 //! AVX-512 with VNNI: 8-bit products for quantized weights, f32 for the others.
 //!
 //! ```text
-//! decode, for each weight row and super-block:
-//!     sum32 += scale * (q . x)           over 64 weights at once: vpmaddubsw, then vpdpwssd with the integer scales
-//!     out   += dx * (d * sum32 - dmin * (mins . sums of x))
+//! decode, for each weight row and super-block, a lane holding four weights of one group:
+//!     sum32 = q . x                      all 256 weights into 16 lanes: four times vpdpbusd
+//!     out  += (d * scale) * dx * sum32 - (dmin * min) * (dx * sum of x)
 //! prefill, for 32 weight rows unpacked to bytes in cache, each super-block, each 4 rows x 32 tokens:
 //!     for each group of a scale:  sum32 = q . x (vpdpbusd);  sum += d * scale * sum32
 //!     out += dx * (sum - dmin * (mins . sums of x))
 //! ```
-//! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Q4_K and Q5_K keep groups
-//!    0 and 2 (1 and 3) of a half in one 64-byte load, so activations are permuted to match when they are packed.
+//! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Unpacking deals the quants
+//!    out so that a lane meets the same group in all four vectors: one product with the scales is then enough for a
+//!    block, and every group of activations may have a scale of its own.
 //! 2. In prefill the lanes are tokens and weights are broadcast: nothing is transposed but the result.
 //! 3. Software prefetch about 2 KB ahead: without it decode reads at two thirds of the bandwidth.
 
@@ -17,9 +18,9 @@ use std::arch::x86_64::*;
 
 use std::marker::PhantomData;
 
-use super::blocks::{self, Block, blocks, scales_and_mins};
+use super::blocks::{self, Block, blocks};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
+use super::pack::{self, Plain, SUPER, Scheme, SmallRow, SmallTile, TILE, TileBlock, view_mut};
 use super::products::{self, Products};
 use super::simd::Simd;
 use super::x86::{f32_of, prefetch};
@@ -54,145 +55,257 @@ kernel!(
     pack::pack_tile::<4>
 );
 
-/// One token for decode, groups 1 and 2 of each half swapped where weights come so.
+/// 256 features of one token for decode, each group with its own scale `dx`.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct DealtRow {
+    /// As `SuperBlock::quants` deals out weights.
+    q: [[i8; 64]; 4],
+    /// With 8 groups `dx` of each, then `dx * sum of q` of each; with 16 groups `dx` of each, by lane.
+    factors: [f32; 16],
+    /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
+    starts: [i32; 16],
+}
+// SAFETY: numbers without padding.
+unsafe impl Plain for DealtRow {}
+
+/// One token for decode.
 #[inline(always)]
 fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
-    pack::pack_row(format, x, row);
-    if matches!(format, Format::Q4_K | Format::Q5_K) {
-        for block in pack::view_mut::<RowBlock>(row) {
-            for half in block.q.as_chunks_mut::<128>().0 {
-                let (first, second) = half.split_at_mut(64);
-                first[32..].swap_with_slice(&mut second[..32]);
+    match Scheme::of(format) {
+        Scheme::Super { groups: 8 } => {
+            for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
+                for (group, x) in x.as_chunks::<32>().0.iter().enumerate() {
+                    let (d, sum) = deal::<32, 8>(x, group, &mut block.q);
+                    (block.factors[group], block.factors[8 + group]) = (d, d * sum as f32);
+                }
             }
+        }
+        Scheme::Super { .. } => {
+            for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
+                for (group, x) in x.as_chunks::<16>().0.iter().enumerate() {
+                    let lane = lane_of_16(group);
+                    let (d, sum) = deal::<16, 4>(x, lane, &mut block.q);
+                    (block.factors[lane], block.starts[lane]) = (d, -32 * sum);
+                }
+            }
+        }
+        _ => pack::pack_row(format, x, row),
+    }
+}
+
+/// Quantizes a group; a piece of `P` features goes to each vector. Gives the scale, and the sum of the integers.
+#[inline(always)]
+fn deal<const N: usize, const P: usize>(x: &[f32; N], place: usize, to: &mut [[i8; 64]; 4]) -> (f32, i32) {
+    let mut q = [0; N];
+    let d = pack::quantize(x, &mut q);
+    for (piece, to) in q.as_chunks::<P>().0.iter().zip(to) {
+        to.as_chunks_mut::<P>().0[place] = *piece;
+    }
+    (d, pack::sum(&q))
+}
+
+/// Where four vectors of 16 groups, transposed four lanes at a time, leave them.
+#[inline(always)]
+const fn lane_of_16(group: usize) -> usize {
+    group % 4 * 4 + group / 4
+}
+
+/// A super-block of 256 weights, `w = d * scale * q - dmin * min`.
+pub trait SuperBlock: Block {
+    const GROUPS: usize;
+
+    /// Vector i holds piece i of each group, a piece being `64 / GROUPS` bytes: of 8 groups in order, of 16 groups by
+    /// `lane_of_16`.
+    unsafe fn quants(&self) -> [__m512i; 4];
+
+    /// With 8 groups `d * scale` of each, then `dmin * min` of each; with 16 groups `d * scale` of each, by lane.
+    unsafe fn factors(&self) -> __m512;
+
+    /// The mins as i16, and dmin.
+    unsafe fn mins(&self) -> (__m256i, f32);
+
+    /// The lane of a group in `factors`, and its place in `quants`.
+    #[inline(always)]
+    fn lane(group: usize) -> usize {
+        if Self::GROUPS == 8 { group } else { lane_of_16(group) }
+    }
+}
+
+/// The first 16 bytes of Q4_K and Q5_K: d, dmin, and 8 scales and 8 mins of 6 bits each.
+struct Header(__m128i);
+
+impl Header {
+    #[inline(always)]
+    unsafe fn of<B: Block>(block: &B) -> Self {
+        const { assert!(size_of::<B>() >= 16) };
+        unsafe { Header(_mm_loadu_si128((block as *const B).cast())) }
+    }
+
+    /// Scales and mins as bytes: `blocks::scales_and_mins` in one vector.
+    #[inline(always)]
+    unsafe fn bytes(&self) -> __m128i {
+        unsafe {
+            // Bytes 4.. are the words a, b, c. Low bits: a, c, b, c >> 4; high bits: nothing, a, nothing, b.
+            let low = _mm_shuffle_epi8(self.0, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+            let high =
+                _mm_shuffle_epi8(self.0, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+            let mask = _mm_setr_epi32(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f);
+            let low = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)), mask);
+            _mm_or_si128(low, _mm_and_si128(_mm_srli_epi32(high, 2), _mm_set1_epi32(0x3030_3030)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn factors(&self) -> __m512 {
+        unsafe {
+            let d_and_dmin = _mm512_zextps128_ps512(_mm_cvtph_ps(self.0));
+            let eight_of_each = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
+            let numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(self.bytes()));
+            _mm512_mul_ps(numbers, _mm512_permutexvar_ps(eight_of_each, d_and_dmin))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mins(&self) -> (__m256i, f32) {
+        unsafe {
+            let mins = _mm_cvtepu8_epi16(_mm_unpackhi_epi64(self.bytes(), _mm_setzero_si128()));
+            let dmin = _mm_cvtss_f32(_mm_movehdup_ps(_mm_cvtph_ps(self.0)));
+            (_mm256_zextsi128_si256(mins), dmin)
         }
     }
 }
 
-/// A super-block of 256 weights, `w = d * scale * q - dmin * min`.
-pub struct Super {
-    /// Bytes: four times 64 weights, in natural order or that of `Q4_K` (`SPLIT`).
-    q: [__m512i; 4],
-    /// Of each group, i16.
-    scales: __m256i,
-    mins: __m256i,
-    d: f32,
-    dmin: f32,
-}
-
-pub trait SuperBlock: Block {
-    const GROUPS: usize;
-    /// Whether the quants come as groups (0, 2), (1, 3), (4, 6), (5, 7).
-    const SPLIT: bool;
-
-    unsafe fn unpack(&self) -> Super;
-}
-
+/// The nibbles of 128 bytes, four runs of 32 bytes (groups 0 and 1, 2 and 3, ...): the first 16 bytes of all low ones,
+/// of all high ones, the other 16 likewise.
 #[inline(always)]
-unsafe fn bytes_to_i16(bytes: u64) -> __m256i {
-    unsafe { _mm256_zextsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(bytes as i64))) }
-}
-
-/// Of Q4_K and Q5_K.
-#[inline(always)]
-unsafe fn with_scales(q: [__m512i; 4], packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
+unsafe fn nibbles(qs: &[u8; 128]) -> [__m512i; 4] {
     unsafe {
-        let (scales, mins) = scales_and_mins(packed);
-        Super { q, scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d: f32_of(d), dmin: f32_of(dmin) }
+        let low = _mm512_set1_epi8(15);
+        let (a, b) = (_mm512_loadu_si512(qs.as_ptr().cast()), _mm512_loadu_si512(qs.as_ptr().add(64).cast()));
+        let (first, second) = (_mm512_shuffle_i64x2(a, b, 0b10_00_10_00), _mm512_shuffle_i64x2(a, b, 0b11_01_11_01));
+        [first, _mm512_srli_epi16(first, 4), second, _mm512_srli_epi16(second, 4)].map(|q| _mm512_and_si512(q, low))
     }
+}
+
+/// Low and high nibbles to pieces of 8 bytes of the groups 0, 1, 2, ...
+#[inline(always)]
+unsafe fn alternate(q: [__m512i; 4]) -> [__m512i; 4] {
+    unsafe {
+        [
+            _mm512_unpacklo_epi64(q[0], q[1]),
+            _mm512_unpackhi_epi64(q[0], q[1]),
+            _mm512_unpacklo_epi64(q[2], q[3]),
+            _mm512_unpackhi_epi64(q[2], q[3]),
+        ]
+    }
+}
+
+/// Bits of `high` over `q`: each byte is turned left by the number of its 32-bit lane in `turns`, and `mask` taken.
+#[inline(always)]
+unsafe fn with_high_bits(q: __m512i, high: __m512i, turns: __m512i, mask: __m512i) -> __m512i {
+    const A_OR_B_AND_C: i32 = 0xf8;
+    unsafe { _mm512_ternarylogic_epi32(q, _mm512_rolv_epi32(high, turns), mask, A_OR_B_AND_C) }
+}
+
+/// A number for each 16 bytes.
+#[inline(always)]
+unsafe fn quarters(a: i32, b: i32, c: i32, d: i32) -> __m512i {
+    unsafe { _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d) }
 }
 
 impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
-    const SPLIT: bool = true;
 
     #[inline(always)]
-    unsafe fn unpack(&self) -> Super {
-        unsafe {
-            let low = _mm512_set1_epi8(15);
-            let a = _mm512_loadu_si512(self.qs.as_ptr().cast());
-            let b = _mm512_loadu_si512(self.qs.as_ptr().add(64).cast());
-            let q = [
-                _mm512_and_si512(a, low),
-                _mm512_and_si512(_mm512_srli_epi16(a, 4), low),
-                _mm512_and_si512(b, low),
-                _mm512_and_si512(_mm512_srli_epi16(b, 4), low),
-            ];
-            with_scales(q, &self.scales, self.d, self.dmin)
-        }
+    unsafe fn quants(&self) -> [__m512i; 4] {
+        unsafe { alternate(nibbles(&self.qs)) }
     }
-}
 
-/// The low nibbles of `q`, and those bits of `high` that come to lie in `mask` when it is turned left by `turns.0` bits
-/// in the lower half, by `turns.1` in the upper.
-#[inline(always)]
-unsafe fn with_high_bits(q: __m512i, high: __m512i, turns: (i32, i32), mask: __m512i) -> __m512i {
-    unsafe {
-        let turns = _mm512_inserti64x4(_mm512_set1_epi32(turns.0), _mm256_set1_epi32(turns.1), 1);
-        let low = _mm512_and_si512(q, _mm512_set1_epi8(15));
-        const A_OR_B_AND_C: i32 = 0xf8;
-        _mm512_ternarylogic_epi32(low, _mm512_rolv_epi32(high, turns), mask, A_OR_B_AND_C)
+    #[inline(always)]
+    unsafe fn factors(&self) -> __m512 {
+        unsafe { Header::of(self).factors() }
+    }
+
+    #[inline(always)]
+    unsafe fn mins(&self) -> (__m256i, f32) {
+        unsafe { Header::of(self).mins() }
     }
 }
 
 impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
-    const SPLIT: bool = true;
 
     #[inline(always)]
-    unsafe fn unpack(&self) -> Super {
+    unsafe fn quants(&self) -> [__m512i; 4] {
         unsafe {
-            let a = _mm512_loadu_si512(self.qs.as_ptr().cast());
-            let b = _mm512_loadu_si512(self.qs.as_ptr().add(64).cast());
+            let mut q = nibbles(&self.qs);
             // Bit j of every byte belongs to group j: turning by 4 - j puts it where the fifth bit goes.
-            let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.qh.as_ptr().cast()));
-            let fifth = _mm512_set1_epi8(16);
-            let q = [
-                with_high_bits(a, high, (4, 2), fifth),
-                with_high_bits(_mm512_srli_epi16(a, 4), high, (3, 1), fifth),
-                with_high_bits(b, high, (0, 30), fifth),
-                with_high_bits(_mm512_srli_epi16(b, 4), high, (31, 29), fifth),
-            ];
-            with_scales(q, &self.scales, self.d, self.dmin)
+            let (even, odd, mask) = (quarters(4, 2, 0, 30), quarters(3, 1, 31, 29), _mm512_set1_epi8(16));
+            for half in 0..2 {
+                let high = _mm512_broadcast_i32x4(_mm_loadu_si128(self.qh.as_ptr().add(16 * half).cast()));
+                q[2 * half] = with_high_bits(q[2 * half], high, even, mask);
+                q[2 * half + 1] = with_high_bits(q[2 * half + 1], high, odd, mask);
+            }
+            alternate(q)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn factors(&self) -> __m512 {
+        unsafe { Header::of(self).factors() }
+    }
+
+    #[inline(always)]
+    unsafe fn mins(&self) -> (__m256i, f32) {
+        unsafe { Header::of(self).mins() }
     }
 }
 
 impl SuperBlock for blocks::Q6_K {
     const GROUPS: usize = 16;
-    const SPLIT: bool = false;
 
     #[inline(always)]
-    unsafe fn unpack(&self) -> Super {
+    unsafe fn quants(&self) -> [__m512i; 4] {
         unsafe {
-            let mut q = [_mm512_setzero_si512(); 4];
+            let mut q = [_mm512_setzero_si512(); 4]; // groups in order, four in each
+            let nibble = _mm512_set1_epi8(15);
             for half in 0..2 {
                 let low = _mm512_loadu_si512(self.ql.as_ptr().add(64 * half).cast());
-                // Two bits of every byte belong to each of the half's four groups of 32.
+                // Two bits of every byte belong to each of the half's four pairs of groups.
                 let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.qh.as_ptr().add(32 * half).cast()));
                 let mask = _mm512_set1_epi8(48);
-                q[2 * half] = with_high_bits(low, high, (4, 2), mask);
-                q[2 * half + 1] = with_high_bits(_mm512_srli_epi16(low, 4), high, (0, 30), mask);
+                let (a, b) = (_mm512_and_si512(low, nibble), _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble));
+                q[2 * half] = with_high_bits(a, high, quarters(4, 4, 2, 2), mask);
+                q[2 * half + 1] = with_high_bits(b, high, quarters(0, 0, 30, 30), mask);
             }
-            let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(self.scales.as_ptr().cast()));
-            let d = f32_of(self.d);
-            // w = d * scale * (q - 32)
-            Super { q, scales, mins: _mm256_slli_epi16(scales, 5), d, dmin: d }
+            let (a, b) = (_mm512_unpacklo_epi32(q[0], q[1]), _mm512_unpacklo_epi32(q[2], q[3]));
+            let (c, d) = (_mm512_unpackhi_epi32(q[0], q[1]), _mm512_unpackhi_epi32(q[2], q[3]));
+            [
+                _mm512_unpacklo_epi64(a, b),
+                _mm512_unpackhi_epi64(a, b),
+                _mm512_unpacklo_epi64(c, d),
+                _mm512_unpackhi_epi64(c, d),
+            ]
         }
     }
-}
 
-/// The scales of 64 weights, spread over the i16 lanes of vector `i` of a super-block.
-#[inline(always)]
-unsafe fn spread_scales<B: SuperBlock>(scales: __m256i, i: usize) -> __m512i {
-    unsafe {
-        let index = if B::SPLIT {
-            let first = (i / 2 * 4 + i % 2) as i16; // groups 0 and 2, 1 and 3, 4 and 6, 5 and 7
-            _mm512_inserti64x4(_mm512_set1_epi16(first), _mm256_set1_epi16(first + 2), 1)
-        } else {
-            let (a, b, c, d) = (0, 0x0001_0001_0001_0001, 0x0002_0002_0002_0002, 0x0003_0003_0003_0003);
-            _mm512_add_epi16(_mm512_set_epi64(d, d, c, c, b, b, a, a), _mm512_set1_epi16(4 * i as i16))
-        };
-        _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(scales))
+    #[inline(always)]
+    unsafe fn factors(&self) -> __m512 {
+        unsafe {
+            let by_lane = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let scales = _mm_shuffle_epi8(_mm_loadu_si128(self.scales.as_ptr().cast()), by_lane);
+            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scales)), _mm512_set1_ps(f32_of(self.d)))
+        }
+    }
+
+    /// w = d * scale * (q - 32)
+    #[inline(always)]
+    unsafe fn mins(&self) -> (__m256i, f32) {
+        unsafe {
+            let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(self.scales.as_ptr().cast()));
+            (_mm256_slli_epi16(scales, 5), f32_of(self.d))
+        }
     }
 }
 
@@ -200,8 +313,9 @@ unsafe fn spread_scales<B: SuperBlock>(scales: __m256i, i: usize) -> __m512i {
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
 pub struct PanelBlock {
+    /// As `SuperBlock::quants` has them.
     q: [u8; SUPER],
-    /// `d * scale` of each group.
+    /// `d * scale` of each group, by lane.
     scales: [f32; 16],
     mins: [i16; 16],
     dmin: f32,
@@ -213,7 +327,7 @@ pub struct SuperProducts<B>(PhantomData<B>);
 // SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
 unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type V = __m512;
-    type Row = RowBlock;
+    type Row = DealtRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
     const BLOCK: usize = SUPER;
@@ -221,36 +335,39 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
+    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[DealtRow]; T]) -> [f32; T] {
         unsafe {
             let row = blocks::<B>(weights.bytes);
             assert!(x.iter().all(|x| x.len() >= row.len()));
+            let twice_each = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
             let mut sums = [_mm512_setzero_ps(); T];
-            let mut min_sums = [_mm256_setzero_ps(); T];
+            let mut min_sums = [_mm512_setzero_ps(); T]; // in the upper half
             for (i, block) in row.iter().enumerate() {
                 prefetch(block);
-                let w = block.unpack();
-                let mut scales = [_mm512_setzero_si512(); 4];
-                for j in 0..4 {
-                    scales[j] = spread_scales::<B>(w.scales, j);
-                }
+                let (q, factors) = (block.quants(), block.factors());
                 for t in 0..T {
                     let x = x[t].get_unchecked(i);
-                    let mut sum32 = [_mm512_setzero_si512(); 2];
+                    let factors = _mm512_mul_ps(factors, _mm512_load_ps(x.factors.as_ptr()));
+                    let mut sum32 = match B::GROUPS {
+                        8 => _mm512_setzero_si512(),
+                        _ => _mm512_load_si512(x.starts.as_ptr().cast()),
+                    };
                     for j in 0..4 {
-                        let pairs = _mm512_maddubs_epi16(w.q[j], _mm512_load_si512(x.q.as_ptr().add(64 * j).cast()));
-                        sum32[j % 2] = _mm512_dpwssd_epi32(sum32[j % 2], pairs, scales[j]);
+                        sum32 = _mm512_dpbusd_epi32(sum32, q[j], _mm512_load_si512(x.q[j].as_ptr().cast()));
                     }
-                    let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sum32[0], sum32[1]));
-                    sums[t] = _mm512_fmadd_ps(_mm512_set1_ps(w.d * x.d), sum, sums[t]);
-                    let mins = _mm256_madd_epi16(w.mins, _mm256_load_si256(x.sums.as_ptr().cast()));
-                    let dmin = _mm256_set1_ps(w.dmin * x.d);
-                    min_sums[t] = _mm256_fmadd_ps(dmin, _mm256_cvtepi32_ps(mins), min_sums[t]);
+                    let sum = _mm512_cvtepi32_ps(sum32);
+                    if B::GROUPS == 8 {
+                        sums[t] = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(twice_each, factors), sums[t]);
+                        min_sums[t] = _mm512_add_ps(min_sums[t], factors);
+                    } else {
+                        sums[t] = _mm512_fmadd_ps(sum, factors, sums[t]);
+                    }
                 }
             }
             let mut out = [0f32; T];
             for t in 0..T {
-                out[t] = _mm512_sub_ps(sums[t], _mm512_zextps256_ps512(min_sums[t])).sum();
+                let mins = _mm512_zextps256_ps512(_mm512_extractf32x8_ps(min_sums[t], 1));
+                out[t] = _mm512_sub_ps(sums[t], mins).sum();
             }
             out
         }
@@ -261,24 +378,14 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
         unsafe {
             for (i, block) in blocks::<B>(weights.bytes).iter().enumerate() {
                 prefetch(block);
-                let (w, to) = (block.unpack(), to.add(i * stride));
-                let q = (&raw mut (*to).q).cast::<u8>();
-                if B::SPLIT {
-                    for (i, half) in [(0, 0), (2, 128)] {
-                        let (a, b) = (w.q[i], w.q[i + 1]);
-                        // (0, 2), (1, 3) -> (0, 1), (2, 3)
-                        _mm512_store_si512(q.add(half).cast(), _mm512_shuffle_i64x2(a, b, 0b01_00_01_00));
-                        _mm512_store_si512(q.add(half + 64).cast(), _mm512_shuffle_i64x2(a, b, 0b11_10_11_10));
-                    }
-                } else {
-                    for i in 0..4 {
-                        _mm512_store_si512(q.add(64 * i).cast(), w.q[i]);
-                    }
+                let to = to.add(i * stride);
+                for (j, q) in block.quants().into_iter().enumerate() {
+                    _mm512_store_si512((&raw mut (*to).q).cast::<__m512i>().add(j), q);
                 }
-                let scales = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(w.scales));
-                _mm512_store_ps((&raw mut (*to).scales).cast(), _mm512_mul_ps(scales, _mm512_set1_ps(w.d)));
-                _mm256_store_si256((&raw mut (*to).mins).cast(), w.mins);
-                (*to).dmin = w.dmin;
+                _mm512_store_ps((&raw mut (*to).scales).cast(), block.factors());
+                let (mins, dmin) = block.mins();
+                _mm256_store_si256((&raw mut (*to).mins).cast(), mins);
+                (*to).dmin = dmin;
             }
         }
     }
@@ -290,21 +397,22 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
             let mut sums = [[_mm512_setzero_ps(); T]; R];
             for group in 0..B::GROUPS {
                 let mut sums32 = [[_mm512_setzero_si512(); T]; R];
-                let steps = 64 / B::GROUPS;
-                for step in group * steps..(group + 1) * steps {
+                let (lane, steps, piece) = (B::lane(group), 64 / B::GROUPS, 16 / B::GROUPS);
+                for step in 0..steps {
                     let mut tokens = [_mm512_setzero_si512(); T];
                     for t in 0..T {
-                        tokens[t] = _mm512_load_si512(x[t].q.as_ptr().add(step).cast());
+                        tokens[t] = _mm512_load_si512(x[t].q.as_ptr().add(group * steps + step).cast());
                     }
+                    let at = step / piece * 16 + lane * piece + step % piece;
                     for r in 0..R {
-                        let w = _mm512_set1_epi32((&raw const (*rows.add(r)).q).cast::<i32>().add(step).read());
+                        let w = _mm512_set1_epi32((&raw const (*rows.add(r)).q).cast::<i32>().add(at).read());
                         for t in 0..T {
                             sums32[r][t] = _mm512_dpbusd_epi32(sums32[r][t], w, tokens[t]);
                         }
                     }
                 }
                 for r in 0..R {
-                    let scale = _mm512_set1_ps((*rows.add(r)).scales[group]);
+                    let scale = _mm512_set1_ps((*rows.add(r)).scales[lane]);
                     for t in 0..T {
                         sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums32[r][t]), scale, sums[r][t]);
                     }

@@ -15,7 +15,9 @@ macro_rules! kernel {
             fn tile(&self, format: Format, cols: usize, phase: Phase) -> Tile {
                 match phase {
                     Phase::Prefill => Tile { tokens: pack::TILE, lines: pack::tile_lines(format, cols) },
-                    Phase::Decode => Tile { tokens: 1, lines: pack::row_lines(format, cols) },
+                    Phase::Decode => {
+                        Tile { tokens: 1, lines: pack::row_lines::<<$super<blocks::Q4_K> as Products>::Row>(format, cols) }
+                    }
                 }
             }
 

@@ -130,10 +130,10 @@ pub struct SmallTile {
 #[repr(C, align(64))]
 pub struct FloatTile(pub [[f32; TILE]; FLOATS]);
 
-/// Lines of one token for decode.
-pub fn row_lines(format: Format, cols: usize) -> usize {
+/// Lines of one token for decode, with blocks of `B` where weights come in super-blocks.
+pub fn row_lines<B: Plain>(format: Format, cols: usize) -> usize {
     Line::count(match Scheme::of(format) {
-        Scheme::Super { .. } => cols / SUPER * size_of::<RowBlock>(),
+        Scheme::Super { .. } => cols / SUPER * size_of::<B>(),
         Scheme::Small => cols / 32 * size_of::<SmallRow>(),
         Scheme::Float => cols * 4,
     })
@@ -151,7 +151,7 @@ pub fn tile_lines(format: Format, cols: usize) -> usize {
 /// 8 bits and their scale. What is not finite makes the scale a NaN, so that it does not vanish; what is smaller than
 /// any activation counts as 0.
 #[inline(always)]
-fn quantize<const N: usize>(x: &[f32; N], q: &mut [i8; N]) -> f32 {
+pub fn quantize<const N: usize>(x: &[f32; N], q: &mut [i8; N]) -> f32 {
     // As integers, magnitudes compare as they do as numbers, and a NaN is the greatest.
     let greatest = f32::from_bits(x.iter().fold(0, |greatest, x| greatest.max(x.abs().to_bits())));
     let (d, scale) = if greatest > 1e-30 { (greatest / 127.0, 127.0 / greatest) } else { (0.0, 0.0) };
@@ -164,7 +164,7 @@ fn quantize<const N: usize>(x: &[f32; N], q: &mut [i8; N]) -> f32 {
 }
 
 #[inline(always)]
-fn sum(q: &[i8]) -> i32 {
+pub fn sum(q: &[i8]) -> i32 {
     q.iter().map(|&q| q as i32).sum()
 }
 
