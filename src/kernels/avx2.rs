@@ -15,7 +15,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::blocks::{self, Block, blocks, scales_and_mins};
+use super::blocks::{self, Block, block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
@@ -186,42 +186,46 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type Row = RowBlock;
     type Tile = TileBlock;
     type Block = PanelBlock;
+    type Sum = __m256;
+    const ROW: usize = SUPER;
+    const STEP: usize = SUPER;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 2;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
+    unsafe fn nothing() -> __m256 {
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[RowBlock]; T], sums: &mut [__m256; T]) {
         unsafe {
-            let row = blocks::<B>(weights.bytes);
-            assert!(x.iter().all(|x| x.len() >= row.len()));
-            let mut sums = [_mm256_setzero_ps(); T];
-            for (i, block) in row.iter().enumerate() {
-                prefetch(block);
-                let w = block.scales();
-                let mut sums32 = [_mm256_setzero_si256(); T];
-                for j in 0..8 {
-                    let (q, scale) = (block.quants(j), spread_scale::<B>(w.scales, j));
-                    for t in 0..T {
-                        let x = _mm256_load_si256(x[t].get_unchecked(i).q.as_ptr().add(32 * j).cast());
-                        let products = _mm256_madd_epi16(_mm256_maddubs_epi16(q, x), scale);
-                        sums32[t] = _mm256_add_epi32(sums32[t], products);
-                    }
-                }
+            let block = block::<B>(weights.bytes, step);
+            prefetch(block);
+            let w = block.scales();
+            let mut sums32 = [_mm256_setzero_si256(); T];
+            for j in 0..8 {
+                let (q, scale) = (block.quants(j), spread_scale::<B>(w.scales, j));
                 for t in 0..T {
-                    let x = x[t].get_unchecked(i);
-                    let mins = _mm256_madd_epi16(w.mins, _mm256_load_si256(x.sums.as_ptr().cast()));
-                    let mins = _mm256_mul_ps(_mm256_set1_ps(w.dmin * x.d), _mm256_cvtepi32_ps(mins));
-                    let sum = _mm256_fmsub_ps(_mm256_set1_ps(w.d * x.d), _mm256_cvtepi32_ps(sums32[t]), mins);
-                    sums[t] = _mm256_add_ps(sums[t], sum);
+                    let x = _mm256_load_si256(x[t].get_unchecked(step).q.as_ptr().add(32 * j).cast());
+                    let products = _mm256_madd_epi16(_mm256_maddubs_epi16(q, x), scale);
+                    sums32[t] = _mm256_add_epi32(sums32[t], products);
                 }
             }
-            let mut out = [0f32; T];
             for t in 0..T {
-                out[t] = sums[t].sum();
+                let x = x[t].get_unchecked(step);
+                let mins = _mm256_madd_epi16(w.mins, _mm256_load_si256(x.sums.as_ptr().cast()));
+                let mins = _mm256_mul_ps(_mm256_set1_ps(w.dmin * x.d), _mm256_cvtepi32_ps(mins));
+                let sum = _mm256_fmsub_ps(_mm256_set1_ps(w.d * x.d), _mm256_cvtepi32_ps(sums32[t]), mins);
+                sums[t] = _mm256_add_ps(sums[t], sum);
             }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: __m256) -> f32 {
+        unsafe { sum.sum() }
     }
 
     #[inline(always)]
@@ -321,34 +325,38 @@ unsafe impl Products for SmallProducts {
     type Row = SmallRow;
     type Tile = SmallTile;
     type Block = SmallBlock;
+    type Sum = __m256;
+    const ROW: usize = 32;
+    const STEP: usize = 32;
     const BLOCK: usize = 32;
     const ROWS: usize = 2;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
+    unsafe fn nothing() -> Self::Sum {
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
         unsafe {
-            let row = blocks::<blocks::Q8_0>(weights.bytes);
-            assert!(x.iter().all(|x| x.len() >= row.len()));
-            let mut sums = [_mm256_setzero_ps(); T];
-            for (i, block) in row.iter().enumerate() {
-                prefetch(block);
-                let w = _mm256_loadu_si256(block.qs.as_ptr().cast());
-                let (magnitude, d) = (_mm256_abs_epi8(w), f32_of(block.d));
-                for t in 0..T {
-                    let x = x[t].get_unchecked(i);
-                    let signed = _mm256_sign_epi8(_mm256_loadu_si256(x.q.as_ptr().cast()), w);
-                    // 2 * 128 * 127 fits into 16 bits.
-                    let sum32 = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), _mm256_set1_epi16(1));
-                    sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(d * x.d), _mm256_cvtepi32_ps(sum32), sums[t]);
-                }
-            }
-            let mut out = [0f32; T];
+            let block = block::<blocks::Q8_0>(weights.bytes, step);
+            prefetch(block);
+            let w = _mm256_loadu_si256(block.qs.as_ptr().cast());
+            let (magnitude, d) = (_mm256_abs_epi8(w), f32_of(block.d));
             for t in 0..T {
-                out[t] = sums[t].sum();
+                let x = x[t].get_unchecked(step);
+                let signed = _mm256_sign_epi8(_mm256_loadu_si256(x.q.as_ptr().cast()), w);
+                // 2 * 128 * 127 fits into 16 bits.
+                let sum32 = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), _mm256_set1_epi16(1));
+                sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(d * x.d), _mm256_cvtepi32_ps(sum32), sums[t]);
             }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: Self::Sum) -> f32 {
+        unsafe { sum.sum() }
     }
 
     #[inline(always)]

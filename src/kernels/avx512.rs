@@ -15,10 +15,9 @@
 //! 3. Software prefetch about 2 KB ahead: without it decode reads at two thirds of the bandwidth.
 
 use std::arch::x86_64::*;
-
 use std::marker::PhantomData;
 
-use super::blocks::{self, Block, blocks};
+use super::blocks::{self, Block, block, blocks};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, Plain, SUPER, Scheme, SmallRow, SmallTile, TILE, TileBlock, view_mut};
 use super::products::{self, Products};
@@ -330,47 +329,50 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type Row = DealtRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
+    /// Of the groups times their scales, and in its upper half of the mins.
+    type Sum = [__m512; 2];
+    const ROW: usize = SUPER;
+    const STEP: usize = SUPER;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[DealtRow]; T]) -> [f32; T] {
+    unsafe fn nothing() -> Self::Sum {
+        unsafe { [_mm512_setzero_ps(); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [Self::Sum; T]) {
         unsafe {
-            let row = blocks::<B>(weights.bytes);
-            assert!(x.iter().all(|x| x.len() >= row.len()));
+            let block = block::<B>(weights.bytes, step);
+            prefetch(block);
             let twice_each = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-            let mut sums = [_mm512_setzero_ps(); T];
-            let mut min_sums = [_mm512_setzero_ps(); T]; // in the upper half
-            for (i, block) in row.iter().enumerate() {
-                prefetch(block);
-                let (q, factors) = (block.quants(), block.factors());
-                for t in 0..T {
-                    let x = x[t].get_unchecked(i);
-                    let factors = _mm512_mul_ps(factors, _mm512_load_ps(x.factors.as_ptr()));
-                    let mut sum32 = match B::GROUPS {
-                        8 => _mm512_setzero_si512(),
-                        _ => _mm512_load_si512(x.starts.as_ptr().cast()),
-                    };
-                    for j in 0..4 {
-                        sum32 = _mm512_dpbusd_epi32(sum32, q[j], _mm512_load_si512(x.q[j].as_ptr().cast()));
-                    }
-                    let sum = _mm512_cvtepi32_ps(sum32);
-                    if B::GROUPS == 8 {
-                        sums[t] = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(twice_each, factors), sums[t]);
-                        min_sums[t] = _mm512_add_ps(min_sums[t], factors);
-                    } else {
-                        sums[t] = _mm512_fmadd_ps(sum, factors, sums[t]);
-                    }
+            let (q, factors) = (block.quants(), block.factors());
+            for t in 0..T {
+                let (x, [sum, mins]) = (x[t].get_unchecked(step), &mut sums[t]);
+                let factors = _mm512_mul_ps(factors, _mm512_load_ps(x.factors.as_ptr()));
+                let mut sum32 = match B::GROUPS {
+                    8 => _mm512_setzero_si512(),
+                    _ => _mm512_load_si512(x.starts.as_ptr().cast()),
+                };
+                for j in 0..4 {
+                    sum32 = _mm512_dpbusd_epi32(sum32, q[j], _mm512_load_si512(x.q[j].as_ptr().cast()));
+                }
+                if B::GROUPS == 8 {
+                    let scales = _mm512_permutexvar_ps(twice_each, factors);
+                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum32), scales, *sum);
+                    *mins = _mm512_add_ps(*mins, factors);
+                } else {
+                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum32), factors, *sum);
                 }
             }
-            let mut out = [0f32; T];
-            for t in 0..T {
-                let mins = _mm512_zextps256_ps512(_mm512_extractf32x8_ps(min_sums[t], 1));
-                out[t] = _mm512_sub_ps(sums[t], mins).sum();
-            }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total([sum, mins]: Self::Sum) -> f32 {
+        unsafe { _mm512_sub_ps(sum, _mm512_zextps256_ps512(_mm512_extractf32x8_ps(mins, 1))).sum() }
     }
 
     #[inline(always)]
@@ -453,33 +455,37 @@ unsafe impl Products for SmallProducts {
     type Row = SmallRow;
     type Tile = SmallTile;
     type Block = SmallBlock;
+    type Sum = __m256;
+    const ROW: usize = 32;
+    const STEP: usize = 32;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
+    unsafe fn nothing() -> Self::Sum {
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
         unsafe {
-            let row = blocks::<blocks::Q8_0>(weights.bytes);
-            assert!(x.iter().all(|x| x.len() >= row.len()));
-            let mut sums = [_mm256_setzero_ps(); T];
-            for (i, block) in row.iter().enumerate() {
-                prefetch(block);
-                let w = _mm256_loadu_si256(block.qs.as_ptr().cast());
-                let (magnitude, d) = (_mm256_abs_epi8(w), f32_of(block.d));
-                for t in 0..T {
-                    let x = x[t].get_unchecked(i);
-                    let signed = _mm256_sign_epi8(_mm256_loadu_si256(x.q.as_ptr().cast()), w);
-                    let sum32 = _mm256_dpbusd_epi32(_mm256_setzero_si256(), magnitude, signed);
-                    sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(d * x.d), _mm256_cvtepi32_ps(sum32), sums[t]);
-                }
-            }
-            let mut out = [0f32; T];
+            let block = block::<blocks::Q8_0>(weights.bytes, step);
+            prefetch(block);
+            let w = _mm256_loadu_si256(block.qs.as_ptr().cast());
+            let (magnitude, d) = (_mm256_abs_epi8(w), f32_of(block.d));
             for t in 0..T {
-                out[t] = _mm512_zextps256_ps512(sums[t]).sum();
+                let x = x[t].get_unchecked(step);
+                let signed = _mm256_sign_epi8(_mm256_loadu_si256(x.q.as_ptr().cast()), w);
+                let sum32 = _mm256_dpbusd_epi32(_mm256_setzero_si256(), magnitude, signed);
+                sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(d * x.d), _mm256_cvtepi32_ps(sum32), sums[t]);
             }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: Self::Sum) -> f32 {
+        unsafe { _mm512_zextps256_ps512(sum).sum() }
     }
 
     #[inline(always)]

@@ -99,6 +99,17 @@ pub fn blocks<B: Block>(bytes: &[u8]) -> &[B] {
     unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<B>()) }
 }
 
+/// Block `i` of a row.
+///
+/// # Safety
+/// The row has so many.
+#[inline(always)]
+pub unsafe fn block<B: Block>(bytes: &[u8], i: usize) -> &B {
+    debug_assert!((i + 1) * size_of::<B>() <= bytes.len());
+    // SAFETY: as in `blocks`, and inside of the row.
+    unsafe { &*bytes.as_ptr().cast::<B>().add(i) }
+}
+
 macro_rules! block {
     ($name:ident, $bytes:literal, { $($field:ident: $type:ty),+ }) => {
         #[allow(non_camel_case_types)] // ggml's names

@@ -79,19 +79,28 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type Row = f32;
     type Tile = FloatTile;
     type Block = [f32; FLOATS];
+    type Sum = [V; CHAINS];
+    const ROW: usize = 1;
+    const STEP: usize = STEP;
     const BLOCK: usize = FLOATS;
     const ROWS: usize = 4;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[f32]; T]) -> [f32; T] {
-        // SAFETY: loads end at `whole` or in a buffer of STEP; the rest is the caller's promise.
+    unsafe fn nothing() -> Self::Sum {
+        // SAFETY: the caller's promise.
+        unsafe { [V::splat(0.0); CHAINS] }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
+        let chunk = CHAINS * V::LANES;
+        let mut done = step * STEP;
+        let end = weights.cols.min(done + STEP);
+        // SAFETY: loads end at `end`, or in a buffer of STEP; the rest is the caller's promise.
         unsafe {
-            let mut sums = [[V::splat(0.0); CHAINS]; T];
-            let chunk = CHAINS * V::LANES;
-            let mut done = 0;
             if let Some(bytes) = S::BYTES {
-                while done + chunk <= weights.cols {
+                while done + chunk <= end {
                     V::prefetch(weights.bytes.as_ptr().wrapping_add(done * bytes + 2048));
                     for c in 0..CHAINS {
                         let i = done + c * V::LANES;
@@ -103,33 +112,31 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
                     done += chunk;
                 }
             }
+            if done == end {
+                return;
+            }
             let mut w = [0f32; STEP];
             let mut x_end = [0f32; STEP];
-            while done < weights.cols {
-                let count = STEP.min(weights.cols - done);
-                dequantize(weights.part(done..done + count), &mut w[..count]);
-                w[count..].fill(0.0);
-                for t in 0..T {
-                    let mut from = x[t].as_ptr().add(done);
-                    if count < STEP {
-                        x_end[..count].copy_from_slice(&x[t][done..done + count]);
-                        x_end[count..].fill(0.0);
-                        from = x_end.as_ptr();
-                    }
-                    for i in (0..count.next_multiple_of(chunk)).step_by(V::LANES) {
-                        let sum = &mut sums[t][i / V::LANES % CHAINS];
-                        *sum = V::load(w.as_ptr().add(i)).mul_add(V::load(from.add(i)), *sum);
-                    }
-                }
-                done += count;
-            }
-            let mut out = [0f32; T];
+            let count = end - done;
+            dequantize(weights.part(done..end), &mut w[..count]);
             for t in 0..T {
-                let [a, b, c, d] = sums[t];
-                out[t] = a.add(b).add(c.add(d)).sum();
+                let mut from = x[t].as_ptr().add(done);
+                if count < STEP {
+                    x_end[..count].copy_from_slice(&x[t][done..end]);
+                    from = x_end.as_ptr();
+                }
+                for i in (0..count.next_multiple_of(chunk)).step_by(V::LANES) {
+                    let sum = &mut sums[t][i / V::LANES % CHAINS];
+                    *sum = V::load(w.as_ptr().add(i)).mul_add(V::load(from.add(i)), *sum);
+                }
             }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total([a, b, c, d]: Self::Sum) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { a.add(b).add(c.add(d)).sum() }
     }
 
     #[inline(always)]

@@ -21,7 +21,7 @@ use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::marker::PhantomData;
 
-use super::blocks::{self, Block, blocks, scales_and_mins};
+use super::blocks::{self, Block, block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
@@ -254,55 +254,59 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
     type Row = RowBlock;
     type Tile = TileBlock;
     type Block = PanelBlock;
+    type Sum = float32x4_t;
+    const ROW: usize = SUPER;
+    const STEP: usize = SUPER;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[RowBlock]; T]) -> [f32; T] {
+    unsafe fn nothing() -> float32x4_t {
+        unsafe { vdupq_n_f32(0.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[RowBlock]; T], sums: &mut [float32x4_t; T]) {
         unsafe {
-            let row = blocks::<B>(weights.bytes);
-            assert!(x.iter().all(|x| x.len() >= row.len()));
-            let mut sums = [vdupq_n_f32(0.0); T];
-            for (i, block) in row.iter().enumerate() {
-                prefetch(block);
-                let w = block.scales();
-                let mut totals = [vdupq_n_s32(0); T];
-                for half in 0..2 {
-                    let q = block.quants(half);
-                    for t in 0..T {
-                        let x = x[t].get_unchecked(i).q.as_ptr().add(128 * half);
-                        let at = |j: usize| vld1q_s8(x.add(16 * j));
-                        if B::GROUPS == 8 {
-                            let group = |j: usize| D::dot([q[2 * j], q[2 * j + 1]], [at(2 * j), at(2 * j + 1)]);
-                            let sum32 = add_up([group(0), group(1), group(2), group(3)]);
-                            totals[t] = vmlaq_s32(totals[t], sum32, w.scales[half]);
-                        } else {
-                            let group = |j: usize| D::dot([q[j]], [at(j)]);
-                            let sum32 = add_up([group(0), group(1), group(2), group(3)]);
-                            totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half]);
-                            let sum32 = add_up([group(4), group(5), group(6), group(7)]);
-                            totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
-                        }
-                    }
-                }
+            let block = block::<B>(weights.bytes, step);
+            prefetch(block);
+            let w = block.scales();
+            let mut totals = [vdupq_n_s32(0); T];
+            for half in 0..2 {
+                let q = block.quants(half);
                 for t in 0..T {
-                    let x = x[t].get_unchecked(i);
-                    sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(totals[t]), w.d * x.d);
+                    let x = x[t].get_unchecked(step).q.as_ptr().add(128 * half);
+                    let at = |j: usize| vld1q_s8(x.add(16 * j));
                     if B::GROUPS == 8 {
-                        let x_sums = vld1q_s16(x.sums.as_ptr());
-                        let mins = vmull_s16(vget_low_s16(w.mins), vget_low_s16(x_sums));
-                        let mins = vmlal_high_s16(mins, w.mins, x_sums);
-                        sums[t] = vfmsq_n_f32(sums[t], vcvtq_f32_s32(mins), w.dmin * x.d);
+                        let group = |j: usize| D::dot([q[2 * j], q[2 * j + 1]], [at(2 * j), at(2 * j + 1)]);
+                        let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                        totals[t] = vmlaq_s32(totals[t], sum32, w.scales[half]);
+                    } else {
+                        let group = |j: usize| D::dot([q[j]], [at(j)]);
+                        let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                        totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half]);
+                        let sum32 = add_up([group(4), group(5), group(6), group(7)]);
+                        totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
                     }
                 }
             }
-            let mut out = [0f32; T];
             for t in 0..T {
-                out[t] = sums[t].sum();
+                let x = x[t].get_unchecked(step);
+                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(totals[t]), w.d * x.d);
+                if B::GROUPS == 8 {
+                    let x_sums = vld1q_s16(x.sums.as_ptr());
+                    let mins = vmull_s16(vget_low_s16(w.mins), vget_low_s16(x_sums));
+                    let mins = vmlal_high_s16(mins, w.mins, x_sums);
+                    sums[t] = vfmsq_n_f32(sums[t], vcvtq_f32_s32(mins), w.dmin * x.d);
+                }
             }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: float32x4_t) -> f32 {
+        unsafe { sum.sum() }
     }
 
     #[inline(always)]
@@ -417,32 +421,36 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
     type Row = SmallRow;
     type Tile = SmallTile;
     type Block = SmallBlock;
+    type Sum = float32x4_t;
+    const ROW: usize = 32;
+    const STEP: usize = 32;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[SmallRow]; T]) -> [f32; T] {
+    unsafe fn nothing() -> Self::Sum {
+        unsafe { vdupq_n_f32(0.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
         unsafe {
-            let row = blocks::<blocks::Q8_0>(weights.bytes);
-            assert!(x.iter().all(|x| x.len() >= row.len()));
-            let mut sums = [vdupq_n_f32(0.0); T];
-            for (i, block) in row.iter().enumerate() {
-                prefetch(block);
-                let q = [vld1q_s8(block.qs.as_ptr()), vld1q_s8(block.qs.as_ptr().add(16))];
-                let d = f32_of(block.d);
-                for t in 0..T {
-                    let x = x[t].get_unchecked(i);
-                    let sum32 = D::dot(q, [vld1q_s8(x.q.as_ptr()), vld1q_s8(x.q.as_ptr().add(16))]);
-                    sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(sum32), d * x.d);
-                }
-            }
-            let mut out = [0f32; T];
+            let block = block::<blocks::Q8_0>(weights.bytes, step);
+            prefetch(block);
+            let q = [vld1q_s8(block.qs.as_ptr()), vld1q_s8(block.qs.as_ptr().add(16))];
+            let d = f32_of(block.d);
             for t in 0..T {
-                out[t] = sums[t].sum();
+                let x = x[t].get_unchecked(step);
+                let sum32 = D::dot(q, [vld1q_s8(x.q.as_ptr()), vld1q_s8(x.q.as_ptr().add(16))]);
+                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(sum32), d * x.d);
             }
-            out
         }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: Self::Sum) -> f32 {
+        unsafe { sum.sum() }
     }
 
     #[inline(always)]

@@ -1,14 +1,17 @@
 //! The two shapes of a matrix product, written once for every fast kernel and format.
 //!
 //! ```text
-//! decode:   for each weight row, for each 4 tokens:   out[token, row] = dot(row, x[token])
-//!           rows of either half in turn: two runs of addresses keep more reads under way than one
+//! decode:   for each two weight rows, one of either half of the matrix, for each 4 tokens:
+//!               for each stretch of features, for each of the rows:  sums += w x
+//!           two runs of addresses in turn keep more reads under way than one; activations stay in the first cache
 //! prefill:  for each panel of 32 weight rows:         unpack it, into cache
 //!               for each few tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
 //!               turn the sums from (row, token) to (token, row)
 //! ```
 //! A panel is read once from memory, in order, and used for every token. While it is multiplied, the next one is
 //! prefetched. A sum depends on nothing but its row and its token: not on how many of either there are.
+
+use std::ops::Range;
 
 use super::pack::{Line, Plain, TILE, view};
 use super::scratch::Scratch;
@@ -21,6 +24,8 @@ const PANEL: usize = 32;
 const TILE_STRIDE: usize = PANEL * TILE;
 /// Tokens that share the unpacking of a weight in decode.
 const TOGETHER: usize = 4;
+/// Features of one row before it is the other's turn: of 4 tokens they are 18 KB.
+const STRETCH: usize = 3072;
 /// Rows whose results decode hands out together.
 const STRIP: usize = 64;
 
@@ -37,15 +42,25 @@ pub unsafe trait Products {
     type Tile: Plain;
     /// Unpacked weights of one row, a block of features.
     type Block: Copy;
-    /// Features of a block.
+    /// What decode has summed up of one weight row and one token.
+    type Sum: Copy;
+    /// Features of a `Row`.
+    const ROW: usize;
+    /// Features that decode takes at a time: a multiple of `ROW`.
+    const STEP: usize;
+    /// Features of a `Block`.
     const BLOCK: usize;
     /// Rows that are multiplied together: a divisor of 32.
     const ROWS: usize;
     /// Tiles that are: at most 3.
     const TILES: usize;
 
-    /// One weight row with `T` tokens.
-    unsafe fn dot<const T: usize>(weights: Weights<'_>, x: [&[Self::Row]; T]) -> [f32; T];
+    unsafe fn nothing() -> Self::Sum;
+
+    /// Adds step `step` of one weight row with `T` tokens; the last one may be shorter than `STEP`. Both hold the step.
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[Self::Row]; T], sums: &mut [Self::Sum; T]);
+
+    unsafe fn total(sum: Self::Sum) -> f32;
 
     /// Unpack one weight row: block i goes to `to + i * stride`.
     unsafe fn unpack(weights: Weights<'_>, to: *mut Self::Block, stride: usize);
@@ -59,6 +74,9 @@ pub unsafe trait Products {
     );
 }
 
+/// Results of both halves, for some tokens and rows.
+type Strips = [[[f32; STRIP]; TOGETHER]; 2];
+
 /// A few tokens, prepared row by row.
 ///
 /// # Safety
@@ -67,7 +85,7 @@ pub unsafe trait Products {
 pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
     let lines = x.len() / tokens;
     let row = |token: usize| view::<P::Row>(&x[token * lines..(token + 1) * lines]);
-    let mut strips = [[[0f32; STRIP]; TOGETHER]; 2];
+    let mut strips: Strips = [[[0f32; STRIP]; TOGETHER]; 2];
     let rows = weights.n_rows();
     let half = rows.div_ceil(2);
     for first in (0..half).step_by(STRIP) {
@@ -80,21 +98,16 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
                 _ => TOGETHER,
             };
             for i in 0..count {
-                for (side, strip) in strips.iter_mut().enumerate() {
-                    let at = side * half + first + i;
-                    if at >= rows {
-                        continue;
-                    }
-                    let w = weights.row(at);
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        match together {
-                            1 => [strip[0][i]] = P::dot(w, [row(token)]),
-                            2 => [strip[0][i], strip[1][i]] = P::dot(w, [row(token), row(token + 1)]),
-                            _ => {
-                                let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
-                                [strip[0][i], strip[1][i], strip[2][i], strip[3][i]] = P::dot(w, x);
-                            }
+                // The last row of the first half may be without a partner: its own results are handed out once.
+                let pair = [weights.row(first + i), weights.row((half + first + i).min(rows - 1))];
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match together {
+                        1 => dot::<P, 1>(pair, [row(token)], &mut strips, i),
+                        2 => dot::<P, 2>(pair, [row(token), row(token + 1)], &mut strips, i),
+                        _ => {
+                            let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
+                            dot::<P, TOGETHER>(pair, x, &mut strips, i);
                         }
                     }
                 }
@@ -108,6 +121,74 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
             }
             token += together;
         }
+    }
+}
+
+/// Two weight rows with `T` tokens, to place `at` of the strips.
+///
+/// # Safety
+/// As for [`Products`].
+#[inline(always)]
+unsafe fn dot<P: Products, const T: usize>(
+    rows: [Weights<'_>; 2],
+    mut x: [&[P::Row]; T],
+    strips: &mut Strips,
+    at: usize,
+) {
+    let cols = rows[0].cols;
+    for t in 0..T {
+        x[t] = &x[t][..cols.div_ceil(P::ROW)];
+    }
+    let (steps, stretch) = (cols.div_ceil(P::STEP), STRETCH / P::STEP);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if steps <= stretch {
+            // The sums stay in registers.
+            for side in 0..2 {
+                let mut sums = [P::nothing(); T];
+                add_up::<P, T>(rows[side], 0..steps, x, &mut sums);
+                keep::<P, T>(sums, &mut strips[side], at);
+            }
+        } else {
+            let mut sums = [[P::nothing(); T]; 2];
+            for first in (0..steps).step_by(stretch) {
+                for side in 0..2 {
+                    add_up::<P, T>(rows[side], first..steps.min(first + stretch), x, &mut sums[side]);
+                }
+            }
+            for side in 0..2 {
+                keep::<P, T>(sums[side], &mut strips[side], at);
+            }
+        }
+    }
+}
+
+/// Some steps of a weight row.
+///
+/// # Safety
+/// As for [`Products`].
+#[inline(always)]
+unsafe fn add_up<P: Products, const T: usize>(
+    weights: Weights<'_>,
+    steps: Range<usize>,
+    x: [&[P::Row]; T],
+    sums: &mut [P::Sum; T],
+) {
+    let mut growing = *sums;
+    for step in steps {
+        // SAFETY: the caller's promise.
+        unsafe { P::add(weights, step, x, &mut growing) };
+    }
+    *sums = growing;
+}
+
+/// # Safety
+/// As for [`Products`].
+#[inline(always)]
+unsafe fn keep<P: Products, const T: usize>(sums: [P::Sum; T], strips: &mut [[f32; STRIP]; TOGETHER], at: usize) {
+    for t in 0..T {
+        // SAFETY: the caller's promise.
+        strips[t][at] = unsafe { P::total(sums[t]) };
     }
 }
 
