@@ -169,7 +169,7 @@ impl Linear<'_> {
     fn rows_per_task(&self) -> usize {
         let share = |parts: usize| self.weights.rows / (parts * self.pool.n_threads());
         match self.phase {
-            Phase::Decode => share(8).next_multiple_of(8).clamp(8, 1024),
+            Phase::Decode => share(32).next_multiple_of(8).clamp(8, 1024),
             Phase::Prefill => share(8).next_multiple_of(64).clamp(64, 256),
         }
     }
