@@ -173,7 +173,7 @@ def test_candles_engine_refuses_what_it_would_ignore(options: dict[str, Any]) ->
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_panic_of_the_compute_thread() -> None:
-    """Candle panics where its threads cannot be started: for want of room for their stacks, which are made large here."""
+    """Candle panics where its threads cannot be started: there is no room for their stacks, which are large here."""
     script = """
 import os, resource
 os.environ.update(CANDLE_NUM_THREADS="2", RUST_MIN_STACK=str(1 << 30))

@@ -234,7 +234,7 @@ class Hub:
     def download(self, repo: str, filename: str | None) -> Task[Path]:
         """The same, fetched where it is not in the cache."""
 
-    def info(self, repo: str) -> tuple[str, str, list[tuple[str, int, str | None]]]:
+    def info(self, repo: str) -> Task[tuple[str, str, list[tuple[str, int, str | None]]]]:
         """Repository, commit, and its files: name, size, SHA-256 of large ones."""
 
     def files(self) -> list[_CachedFile]:

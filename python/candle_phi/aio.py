@@ -70,7 +70,7 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
         with _notifier().calling(loop, event) as call:
             while True:
                 call(stream._stream)
-                # The timer is what keeps this task alive, and it goes when the loop is closed: the notifier keeps nothing.
+                # The timer keeps this task alive, and goes when the loop is closed: the notifier keeps nothing.
                 timer = loop.call_later(stream._pause(), event.set)
                 try:
                     await event.wait()
@@ -174,7 +174,7 @@ class _Notifier:
 
     def _wake(self, ticket: int) -> None:
         if waiting := self._waiting.pop(ticket, None):
-            loop, event = (there() for there in waiting)
+            loop, event = waiting[0](), waiting[1]()
             if loop is not None and event is not None:
                 with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                     loop.call_soon_threadsafe(event.set)

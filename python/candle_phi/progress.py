@@ -26,8 +26,8 @@ class Work(Protocol[_Result_co]):
 def finished(work: Work[_Result], watch: Watch | None) -> _Result:
     """What the work brings.
 
-    The engine waits for a moment at a time. So signals are handled and callbacks called here, in Python: a thread that is
-    in one when the interpreter ends is unwound, and must have none of the engine's frames.
+    The engine waits for a moment at a time. So signals are handled and callbacks called here, in Python: a thread that
+    is in one when the interpreter ends is unwound, and must have none of the engine's frames.
     """
     try:
         while True:
