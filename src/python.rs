@@ -128,7 +128,7 @@ fn told(progress: Progress) -> Told {
 }
 
 /// Work in a thread of its own. What it returns becomes Python's when that asks for it.
-#[pyclass(frozen, generic, module = "candle_phi._engine")]
+#[pyclass(frozen, module = "candle_phi._engine")]
 struct Task(Running<Returned>);
 
 type Returned = Box<dyn for<'py> FnOnce(Python<'py>) -> PyResult<Bound<'py, PyAny>> + Send>;
@@ -156,7 +156,8 @@ impl Task {
         detached(py, || self.0.wait())
     }
 
-    fn progress(&self, _end: bool) -> PyResult<[Told; 1]> {
+    fn progress(&self, end: bool) -> PyResult<[Told; 1]> {
+        let _ = end; // it is due each time that somebody looks
         Ok([told(self.0.progress()?)])
     }
 
