@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::detokenizer::Detokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::sampling::{Distribution, Sampler, Sampling};
 use crate::stop::StopStrings;
@@ -129,7 +129,10 @@ impl Work for Generation {
             return Ok(Step::More(None));
         }
         let logits = sequence.logits();
-        let id = self.sampler.sample(logits)?;
+        let id = self.sampler.sample(logits).ok_or_else(|| {
+            let name = self.model.name();
+            Error::InvalidModel(format!("{name}: it computed no logit that is a number: its weights are damaged"))
+        })?;
         if !self.request.ignore_eos && self.tokenizer.stop_ids().contains(&id) {
             return Ok(self.end(FinishReason::Stop));
         }

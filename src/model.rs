@@ -19,6 +19,9 @@ pub trait Model: Send + Sync {
 
     fn n_threads(&self) -> usize;
 
+    /// What errors call it: its file.
+    fn name(&self) -> String;
+
     /// Rows of the head: ids are below this.
     fn n_vocab(&self) -> usize;
 

@@ -35,11 +35,11 @@ struct State<T> {
     status: Option<Status>,
     queue: Duration,
     first_token: Option<Duration>,
-    /// Threads that are inside a read.
+    /// Threads that wait for something to read.
     readers: usize,
     /// Of readers that want to be called.
     hooks: Vec<Hook>,
-    /// When the last reader left.
+    /// When a reader was here last.
     read_at: Instant,
 }
 
@@ -199,21 +199,14 @@ impl<T> Outbox<T> {
         })
     }
 
-    /// Counts as a reader while `read` runs.
-    pub fn reading<R>(&self, read: impl FnOnce() -> R) -> R {
-        lock(&self.state).readers += 1;
-        let result = read();
-        let mut state = lock(&self.state);
-        state.readers -= 1;
-        state.read_at = Instant::now();
-        result
-    }
-
-    /// Waits until there is something to read, or so long.
+    /// Waits until there is something to read, or so long. Meanwhile somebody is reading.
     pub fn wait(&self, duration: Duration) {
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
         if !state.is_readable() {
-            drop(self.changed.wait_timeout(state, duration).unwrap_or_else(PoisonError::into_inner));
+            state.readers += 1;
+            let (mut state, _) = self.changed.wait_timeout(state, duration).unwrap_or_else(PoisonError::into_inner);
+            state.readers -= 1;
+            state.read_at = Instant::now();
         }
     }
 

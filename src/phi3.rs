@@ -6,6 +6,7 @@
 mod config;
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{DType, Storage, Tensor};
@@ -28,6 +29,7 @@ const PREFILL_CHUNK: usize = 512;
 /// The model: its weights, and where they are computed.
 pub struct Phi3 {
     pub config: Config,
+    file: PathBuf,
     backend: Backend,
     kv_type: KvType,
     rope: Rope,
@@ -81,6 +83,7 @@ impl Phi3 {
             output_norm: norm("output_norm.weight")?,
             output: gguf.tensor("output.weight").map(|tensor| Matrix::load(tensor, &backend)).transpose()?,
             kv_type,
+            file: gguf.path().to_owned(),
             config,
             backend,
         })
@@ -174,6 +177,10 @@ impl Buffers {
 impl Model for Phi3 {
     fn engine(&self) -> &'static str {
         "native"
+    }
+
+    fn name(&self) -> String {
+        self.file.display().to_string()
     }
 
     fn kernel(&self) -> &'static str {

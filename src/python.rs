@@ -1,13 +1,13 @@
 //! The Python module `candle_phi._engine`: classes, exceptions, and the interpreter's lock. Nothing is decided here.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
@@ -20,10 +20,10 @@ use crate::gguf::Value;
 use crate::model::Want;
 use crate::sampling::Sampling;
 use crate::stream::TextStream;
-use crate::task::{self, Progress, Task};
+use crate::task::{self, Progress, Running};
 use crate::tokenizer::Tokenizer;
 use crate::work::FinishReason;
-use crate::{hub, kernels, memory, panic, ready, threads};
+use crate::{hub, kernels, logits, memory, panic, ready, stream, threads};
 
 mod raised {
     use pyo3::import_exception;
@@ -62,7 +62,8 @@ impl From<Error> for PyErr {
     }
 }
 
-/// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`.
+/// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`. Nothing that is done here
+/// calls Python: what waits does so in pieces of some 75 ms, between which Python handles signals and calls callbacks.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
     let caught = py.detach(|| {
         let caught = catch_unwind(AssertUnwindSafe(work));
@@ -74,7 +75,8 @@ fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + S
 }
 
 /// The interpreter's end, which a daemon thread of the application may see from inside the engine. Coming back, it would
-/// be unwound by the interpreter, right through our frames, and that aborts the process. So it stays where it is.
+/// be unwound by the interpreter, right through our frames, and that aborts the process. So it stays where it is. One
+/// that is in a callback has no frames of ours.
 mod exit {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -85,12 +87,12 @@ mod exit {
 
     /// The thread that ends the interpreter.
     static ENDING: OnceLock<ThreadId> = OnceLock::new();
-    /// Threads that were let through: they wait for the interpreter's lock, or run a callback.
+    /// Threads that were let through: they wait for the interpreter's lock.
     static INSIDE: AtomicUsize = AtomicUsize::new(0);
-    /// How long these may take. A callback that sleeps for longer, in a daemon thread, is unwound after all.
+    /// How long that may take.
     const PATIENCE: Duration = Duration::from_millis(500);
 
-    /// Before a thread takes the interpreter's lock. `leave` follows: once it has it, or has given it back.
+    /// Before a thread takes the interpreter's lock. `leave` follows once it has it.
     pub fn enter() {
         INSIDE.fetch_add(1, SeqCst);
         if ENDING.get().is_some_and(|ending| *ending != thread::current().id()) {
@@ -118,37 +120,52 @@ mod exit {
     }
 }
 
-/// What a waiting caller does now and then: it lets Python handle a signal, and tells `watch(phase, done, total)` how
-/// far the work is. An exception of either ends the wait.
-fn look(watch: Option<&Py<PyAny>>, progress: &[Progress]) -> ControlFlow<PyErr> {
-    let call = |py: Python<'_>| {
-        py.check_signals()?;
-        for Progress { phase, done, total } in progress {
-            if let Some(watch) = watch {
-                watch.call1(py, (phase.name(), done, total))?;
-            }
+/// What Python is told of progress: phase, how much is done, of how much.
+type Told = (&'static str, u64, Option<u64>);
+
+fn told(progress: Progress) -> Told {
+    (progress.phase.name(), progress.done, progress.total)
+}
+
+/// Work in a thread of its own. What it returns becomes Python's when that asks for it.
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct Task(Running<Returned>);
+
+type Returned = Box<dyn for<'py> FnOnce(Python<'py>) -> PyResult<Bound<'py, PyAny>> + Send>;
+
+impl Task {
+    fn start<T>(work: impl FnOnce(&task::Task) -> Result<T, Error> + Send + 'static) -> PyResult<Self>
+    where
+        T: for<'py> IntoPyObject<'py> + Send + 'static,
+    {
+        let returned = |value: T| -> Returned { Box::new(move |py| value.into_bound_py_any(py)) };
+        Ok(Task(Running::start(move |task| work(task).map(returned))?))
+    }
+}
+
+#[pymethods]
+impl Task {
+    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(bool, Option<Bound<'py, PyAny>>)> {
+        match detached(py, || self.0.poll())? {
+            Poll::Ready(returned) => Ok((true, Some(returned(py)?))),
+            Poll::Pending => Ok((false, None)),
         }
-        Ok(())
-    };
-    exit::enter();
-    let called = Python::attach(call);
-    exit::leave();
-    called.map_or_else(ControlFlow::Break, ControlFlow::Continue)
-}
+    }
 
-/// Runs the engine in a thread of its own while this one looks up now and then.
-fn watched<T: Send + 'static>(
-    py: Python<'_>,
-    watch: Option<Py<PyAny>>,
-    work: impl FnOnce(&Task) -> Result<T, Error> + Send + 'static,
-) -> PyResult<T> {
-    finished(detached(py, || task::run(work, |progress| look(watch.as_ref(), &[progress])))?)
-}
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.wait())
+    }
 
-fn finished<T>(result: ControlFlow<PyErr, T>) -> PyResult<T> {
-    match result {
-        ControlFlow::Continue(value) => Ok(value),
-        ControlFlow::Break(error) => Err(error),
+    fn progress(&self, end: bool) -> PyResult<[Told; 1]> {
+        let _ = end; // it is due each time that somebody looks
+        Ok([told(self.0.progress()?)])
+    }
+
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.cancel();
+            Ok(())
+        })
     }
 }
 
@@ -157,12 +174,11 @@ struct Model(Engine);
 
 #[pymethods]
 impl Model {
-    #[new]
+    #[staticmethod]
     #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template,
-        max_concurrent, watch))]
+        max_concurrent))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
-    fn new(
-        py: Python<'_>,
+    fn load(
         path: PathBuf,
         n_ctx: Option<usize>,
         n_threads: Option<usize>,
@@ -174,8 +190,7 @@ impl Model {
         tokenizer: Option<PathBuf>,
         chat_template: Option<String>,
         max_concurrent: Option<usize>,
-        watch: Option<Py<PyAny>>,
-    ) -> PyResult<Self> {
+    ) -> PyResult<Task> {
         let options = LoadOptions {
             n_ctx,
             n_threads,
@@ -188,7 +203,7 @@ impl Model {
             chat_template,
             max_concurrent,
         };
-        watched(py, watch, move |task| Engine::load(&path, &options, task)).map(Model)
+        Task::start(move |task| Engine::load(&path, &options, task).map(Model))
     }
 
     #[getter]
@@ -284,29 +299,9 @@ impl Model {
         detached(py, || self.0.detokenize(&ids, skip_special))
     }
 
-    fn logits<'py>(
-        &self,
-        py: Python<'py>,
-        ids: Vec<u32>,
-        every_position: bool,
-        watch: Option<Py<PyAny>>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
+    fn logits(&self, py: Python<'_>, ids: Vec<u32>, every_position: bool) -> PyResult<Logits> {
         let want = if every_position { Want::Every } else { Want::Last };
-        let logits = finished(detached(py, || {
-            let stream = self.0.logits(ids, want)?;
-            let mut look = |progress: &[Progress]| look(watch.as_ref(), progress);
-            match stream.next(&mut look)? {
-                ControlFlow::Continue(logits) => Ok(stream.next(look)?.map_continue(|_end| logits)),
-                left => Ok(left),
-            }
-        })?)?;
-        let Some(logits) = logits else { return Err(Error::Closed.into()) };
-        PyBytes::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
-            for (place, logit) in bytes.as_chunks_mut().0.iter_mut().zip(logits) {
-                *place = logit.to_ne_bytes();
-            }
-            Ok(())
-        })
+        detached(py, || self.0.logits(ids, want)).map(Logits)
     }
 
     fn bandwidth(&self, py: Python<'_>) -> PyResult<f64> {
@@ -416,17 +411,15 @@ struct Stream {
 
 #[pymethods]
 impl Stream {
-    fn next<'py>(&self, py: Python<'py>, watch: Option<Py<PyAny>>) -> PyResult<Option<Read<'py>>> {
-        let look = |progress: &[Progress]| look(watch.as_ref(), progress);
-        let piece = finished(detached(py, || self.stream.next(look))?)?;
-        piece.map(|piece| self.read(py, piece)).transpose()
-    }
-
     fn poll<'py>(&self, py: Python<'py>) -> PyResult<(bool, Option<Read<'py>>)> {
         match detached(py, || self.stream.poll())? {
             Poll::Ready(piece) => Ok((true, piece.map(|piece| self.read(py, piece)).transpose()?)),
             Poll::Pending => Ok((false, None)),
         }
+    }
+
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.stream.wait())
     }
 
     fn notify(&self, py: Python<'_>, queue: &ReadyQueue, ticket: u64) -> PyResult<()> {
@@ -442,8 +435,8 @@ impl Stream {
         self.stream.time_left().map(|left| left.as_secs_f64())
     }
 
-    fn progress(&self, end: bool) -> PyResult<Vec<(&'static str, u64, Option<u64>)>> {
-        Ok(self.stream.progress(end)?.into_iter().map(|p| (p.phase.name(), p.done, p.total)).collect())
+    fn progress(&self, end: bool) -> PyResult<Vec<Told>> {
+        Ok(self.stream.progress(end)?.into_iter().map(told).collect())
     }
 
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
@@ -506,6 +499,39 @@ impl Stream {
         let (id, text, bytes, logprob) = top(entry.id, entry.logprob)?;
         let others = entry.top.iter().map(|&(id, logprob)| top(id, logprob)).collect::<PyResult<Vec<_>>>()?;
         Ok((id, text, bytes, logprob, others).into_pyobject(py)?.into_any())
+    }
+}
+
+#[pyclass(frozen, module = "candle_phi._engine")]
+struct Logits(stream::Stream<logits::Logits>);
+
+#[pymethods]
+impl Logits {
+    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(bool, Option<Bound<'py, PyBytes>>)> {
+        let Poll::Ready(logits) = detached(py, || self.0.poll())? else { return Ok((false, None)) };
+        let logits = logits.ok_or(Error::Closed)?;
+        let bytes = PyBytes::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
+            for (place, logit) in bytes.as_chunks_mut().0.iter_mut().zip(logits) {
+                *place = logit.to_ne_bytes();
+            }
+            Ok(())
+        })?;
+        Ok((true, Some(bytes)))
+    }
+
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.wait())
+    }
+
+    fn progress(&self, end: bool) -> PyResult<Vec<Told>> {
+        Ok(self.0.progress(end)?.into_iter().map(told).collect())
+    }
+
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.cancel();
+            Ok(())
+        })
     }
 }
 
@@ -586,36 +612,23 @@ impl Hub {
         detached(py, || self.0.cached(repo, filename))
     }
 
-    fn download(
-        &self,
-        py: Python<'_>,
-        repo: String,
-        filename: Option<String>,
-        watch: Option<Py<PyAny>>,
-    ) -> PyResult<PathBuf> {
+    fn download(&self, repo: String, filename: Option<String>) -> PyResult<Task> {
         let hub = self.0.clone();
-        watched(py, watch, move |task| hub.download(&repo, filename.as_deref(), task))
+        Task::start(move |task| hub.download(&repo, filename.as_deref(), task))
     }
 
-    #[allow(clippy::type_complexity)] // the tuple that `_engine.pyi` describes
-    fn info(&self, py: Python<'_>, repo: String) -> PyResult<(String, String, Vec<(String, u64, Option<String>)>)> {
+    fn info(&self, repo: String) -> PyResult<Task> {
         let hub = self.0.clone();
-        watched(py, None, move |task| hub.info(&repo, task)).map(|info| (info.repo, info.commit, info.files))
+        Task::start(move |task| hub.info(&repo, task).map(|info| (info.repo, info.commit, info.files)))
     }
 
     fn files(&self, py: Python<'_>) -> PyResult<Vec<CachedFile>> {
         detached(py, || Ok(self.0.list())).map(cached_files)
     }
 
-    fn verify(
-        &self,
-        py: Python<'_>,
-        repo: Option<String>,
-        filename: Option<String>,
-        watch: Option<Py<PyAny>>,
-    ) -> PyResult<Vec<CachedFile>> {
+    fn verify(&self, repo: Option<String>, filename: Option<String>) -> PyResult<Task> {
         let hub = self.0.clone();
-        watched(py, watch, move |task| hub.verify(repo.as_deref(), filename.as_deref(), task)).map(cached_files)
+        Task::start(move |task| hub.verify(repo.as_deref(), filename.as_deref(), task).map(cached_files))
     }
 
     fn remove(&self, py: Python<'_>, repo: &str, filename: Option<&str>) -> PyResult<u64> {
@@ -633,7 +646,7 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Model, ReadyQueue, Stream, doctor, memory_needed};
+    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -8,8 +8,6 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use crate::error::{Error, Result};
-
 /// How to sample. The caller has checked the ranges.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
@@ -77,8 +75,8 @@ impl Sampler {
         }
     }
 
-    /// The next id. `logits` is (n_vocab).
-    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+    /// The next id; None when no logit is a number. `logits` is (n_vocab).
+    pub fn sample(&mut self, logits: &[f32]) -> Option<u32> {
         let mut candidates = std::mem::take(&mut self.candidates);
         candidates.clear();
         candidates.extend(
@@ -87,10 +85,7 @@ impl Sampler {
                 .map(|(id, &logit)| Candidate { id, weight: if logit.is_nan() { f32::NEG_INFINITY } else { logit } }),
         );
         self.penalize(&mut candidates);
-        let greatest = candidates.iter().copied().min_by(descending).filter(|c| c.weight > f32::NEG_INFINITY);
-        let greatest = greatest.ok_or_else(|| {
-            Error::InvalidModel("the model computed no logit that is a number: its weights are damaged".into())
-        })?;
+        let greatest = candidates.iter().copied().min_by(descending).filter(|c| c.weight > f32::NEG_INFINITY)?;
         let id = match self.sampling.temperature {
             0.0 => greatest.id,
             _ if greatest.weight == f32::INFINITY => greatest.id,
@@ -99,7 +94,7 @@ impl Sampler {
         self.candidates = candidates;
         self.generated.push(id);
         *self.counts.entry(id).or_default() += 1;
-        Ok(id)
+        Some(id)
     }
 
     /// Bias and penalties. `candidates[id]` is the candidate of that id.
@@ -315,7 +310,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_lowest_id_among_equals() {
         let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Default::default() }, 1, &[]);
-        assert_eq!(sampler.sample(&[0.0, 2.0, 2.0, f32::NAN]), Ok(1));
+        assert_eq!(sampler.sample(&[0.0, 2.0, 2.0, f32::NAN]), Some(1));
     }
 
     #[test]
@@ -323,19 +318,19 @@ mod tests {
         let sampling = Sampling { temperature: 0.0, repeat_penalty: 2.0, repeat_last_n: Some(1), ..Default::default() };
         let mut sampler = Sampler::new(sampling, 1, &[2]);
         let logits = [3.0, 2.0, 1.0];
-        assert_eq!(sampler.sample(&logits), Ok(0));
-        assert_eq!(sampler.sample(&logits), Ok(1), "3 / 2 < 2");
-        assert_eq!(sampler.sample(&logits), Ok(0), "0 is no longer among the last one");
+        assert_eq!(sampler.sample(&logits), Some(0));
+        assert_eq!(sampler.sample(&logits), Some(1), "3 / 2 < 2");
+        assert_eq!(sampler.sample(&logits), Some(0), "0 is no longer among the last one");
         let negative = [-1.0, -1.5, -9.0];
-        assert_eq!(sampler.sample(&negative), Ok(1), "-1 * 2 < -1.5");
+        assert_eq!(sampler.sample(&negative), Some(1), "-1 * 2 < -1.5");
     }
 
     #[test]
     fn stop_ids_are_exempt_from_the_repeat_penalty() {
         let sampling = Sampling { temperature: 0.0, repeat_penalty: 9.0, ..Default::default() };
         let mut sampler = Sampler::new(sampling, 1, &[0]);
-        assert_eq!(sampler.sample(&[3.0, 2.0]), Ok(0));
-        assert_eq!(sampler.sample(&[3.0, 2.0]), Ok(0));
+        assert_eq!(sampler.sample(&[3.0, 2.0]), Some(0));
+        assert_eq!(sampler.sample(&[3.0, 2.0]), Some(0));
     }
 
     #[test]
@@ -362,8 +357,8 @@ mod tests {
     #[test]
     fn a_model_without_numbers_is_an_error() {
         let mut sampler = Sampler::new(Sampling::default(), 1, &[]);
-        assert!(matches!(sampler.sample(&[f32::NAN, f32::NAN]), Err(Error::InvalidModel(_))));
-        assert_eq!(sampler.sample(&[f32::NAN, 1.0]), Ok(1));
+        assert_eq!(sampler.sample(&[f32::NAN, f32::NAN]), None);
+        assert_eq!(sampler.sample(&[f32::NAN, 1.0]), Some(1));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! window. It copies the weights, keeps one cache inside, and computes on Candle's global thread pool.
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -22,6 +23,7 @@ use crate::threads::{Cancel, ForkGuard, lock};
 
 pub struct Stock {
     config: Config,
+    file: PathBuf,
     weights: Mutex<ModelWeights>,
     taken: AtomicBool,
 }
@@ -68,7 +70,7 @@ impl Stock {
         let weights = weights.map_err(|error: candle_core::Error| {
             Error::UnsupportedModel(format!("{file}: engine 'candle' cannot load it: {error}; engine 'native' can"))
         })?;
-        Ok(Stock { config, weights: Mutex::new(weights), taken: AtomicBool::new(false) })
+        Ok(Stock { config, file: gguf.path().to_owned(), weights: Mutex::new(weights), taken: AtomicBool::new(false) })
     }
 }
 
@@ -96,6 +98,10 @@ impl Seek for Watched<'_> {
 impl Model for Stock {
     fn engine(&self) -> &'static str {
         "candle"
+    }
+
+    fn name(&self) -> String {
+        self.file.display().to_string()
     }
 
     fn kernel(&self) -> &'static str {

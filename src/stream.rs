@@ -1,6 +1,5 @@
 //! A generation as its reader sees it: text that arrives, an end, and a way to stop it from any thread.
 
-use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -61,29 +60,21 @@ impl<W: Work> Stream<W> {
         })
     }
 
-    /// The next item; None at the end. While it waits it calls `look` about every 75 ms with the progress that is due; a
-    /// Break cancels the stream and is passed on.
-    pub fn next<B>(
-        &self,
-        mut look: impl FnMut(&[Progress]) -> ControlFlow<B>,
-    ) -> Result<ControlFlow<B, Option<W::Item>>> {
+    /// Waits until `poll` has something, but not for longer than 75 ms: who waits has other things to look after.
+    pub fn wait(&self) -> Result<()> {
         self.scheduler.fork_guard().check()?;
-        self.outbox.reading(|| {
-            loop {
-                let progress = self.progress(false)?;
-                if !progress.is_empty()
-                    && let ControlFlow::Break(reason) = look(&progress)
-                {
-                    self.cancel();
-                    return Ok(ControlFlow::Break(reason));
-                }
-                match self.poll()? {
-                    Poll::Ready(Some(item)) => return Ok(ControlFlow::Continue(Some(item))),
-                    Poll::Ready(None) => return Ok(look(&self.progress(true)?).map_continue(|()| None)),
-                    Poll::Pending => self.outbox.wait(self.time_left().map_or(LOOK, |left| left.min(LOOK))),
-                }
+        self.outbox.wait(self.time_left().map_or(LOOK, |left| left.min(LOOK)));
+        Ok(())
+    }
+
+    /// The next item; None at the end. Waits for it.
+    pub fn next(&self) -> Result<Option<W::Item>> {
+        loop {
+            match self.poll()? {
+                Poll::Ready(item) => return Ok(item),
+                Poll::Pending => self.wait()?,
             }
-        })
+        }
     }
 
     /// Calls `hook` once, from whatever thread, when `poll` has something: perhaps at once. What it does must be short,

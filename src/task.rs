@@ -1,15 +1,14 @@
 //! Work that takes long, in a thread of its own, while the caller waits as a reader of a stream does: looking up now and
 //! then, told how far the work is, and free to leave at any time.
 
-use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::panic;
-use crate::threads::{Cancel, lock};
+use crate::threads::{Cancel, ForkGuard, lock};
 
 /// How often the waiting caller looks up: less than 20 times a second, which is what a progress callback is promised.
 const POLL: Duration = Duration::from_millis(60);
@@ -90,51 +89,76 @@ impl Task {
     pub fn on_cancel(&self, interrupt: impl FnOnce() + Send + 'static) {
         *lock(&self.interrupt) = Some(Box::new(interrupt));
     }
+}
 
-    fn cancel(&self) {
-        self.cancel.set();
-        let interrupt = lock(&self.interrupt).take();
+/// Work in a thread of its own, as its caller sees it. Dropping it ends the work at its next look at the task.
+pub struct Running<T> {
+    task: Task,
+    outcome: Arc<Outcome<T>>,
+    fork_guard: ForkGuard,
+}
+
+struct Outcome<T> {
+    result: Mutex<Option<Result<T>>>,
+    changed: Condvar,
+}
+
+impl<T: Send + 'static> Running<T> {
+    pub fn start(work: impl FnOnce(&Task) -> Result<T> + Send + 'static) -> Result<Self> {
+        let task = Task::default();
+        let outcome = Arc::new(Outcome { result: Mutex::default(), changed: Condvar::new() });
+        let (theirs, left) = (task.clone(), outcome.clone());
+        std::thread::Builder::new()
+            .name("candle-phi-task".into())
+            .spawn(move || {
+                let caught = catch_unwind(AssertUnwindSafe(|| work(&theirs)));
+                let result = caught.unwrap_or_else(|payload| Err(Error::Internal(panic::message(payload))));
+                *lock(&left.result) = Some(result);
+                left.changed.notify_all();
+            })
+            .map_err(|error| Error::Internal(format!("no thread to work in: {error}")))?;
+        Ok(Running { task, outcome, fork_guard: ForkGuard::here() })
+    }
+
+    /// What the work returns, once, or pending. Never waits.
+    pub fn poll(&self) -> Result<Poll<T>> {
+        self.fork_guard.check()?;
+        let result = lock(&self.outcome.result).take();
+        result.map_or(Ok(Poll::Pending), |result| result.map(Poll::Ready))
+    }
+
+    /// Waits until `poll` has something, but not for longer than 60 ms: who waits has other things to look after.
+    pub fn wait(&self) -> Result<()> {
+        self.fork_guard.check()?;
+        let result = lock(&self.outcome.result);
+        if result.is_none() {
+            drop(self.outcome.changed.wait_timeout(result, POLL).unwrap_or_else(PoisonError::into_inner));
+        }
+        Ok(())
+    }
+
+    pub fn progress(&self) -> Result<Progress> {
+        self.fork_guard.check()?;
+        Ok(*lock(&self.task.progress))
+    }
+}
+
+impl<T> Running<T> {
+    /// End the work, from any thread; returns at once.
+    pub fn cancel(&self) {
+        if self.fork_guard.is_forked() {
+            return;
+        }
+        self.task.cancel.set();
+        let interrupt = lock(&self.task.interrupt).take();
         if let Some(interrupt) = interrupt {
             interrupt();
         }
     }
 }
 
-/// Does `work` in a thread of its own and returns what it returns. While it waits it asks `watch` every 60 ms and
-/// once more when the work went well, and holds no lock then; a Break ends the wait at once, and the work at its next look at the task.
-pub fn run<T: Send + 'static, B>(
-    work: impl FnOnce(&Task) -> Result<T> + Send + 'static,
-    mut watch: impl FnMut(Progress) -> ControlFlow<B>,
-) -> Result<ControlFlow<B, T>> {
-    let task = Task::default();
-    let (sender, receiver) = sync_channel(1);
-    let theirs = task.clone();
-    std::thread::Builder::new()
-        .name("candle-phi-task".into())
-        .spawn(move || {
-            let caught = catch_unwind(AssertUnwindSafe(|| work(&theirs)));
-            let result = caught.unwrap_or_else(|payload| Err(Error::Internal(panic::message(payload))));
-            let _ = sender.send(result); // the caller may have left
-        })
-        .map_err(|error| Error::Internal(format!("no thread to work in: {error}")))?;
-    loop {
-        match receiver.recv_timeout(POLL) {
-            Ok(result) => {
-                let result = result?;
-                let progress = *lock(&task.progress);
-                return Ok(match watch(progress) {
-                    ControlFlow::Continue(()) => ControlFlow::Continue(result),
-                    ControlFlow::Break(reason) => ControlFlow::Break(reason),
-                });
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                let progress = *lock(&task.progress);
-                if let ControlFlow::Break(reason) = watch(progress) {
-                    task.cancel();
-                    return Ok(ControlFlow::Break(reason));
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => return Err(Error::Internal("the work ended without a word".into())),
-        }
+impl<T> Drop for Running<T> {
+    fn drop(&mut self) {
+        self.cancel();
     }
 }

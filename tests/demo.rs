@@ -1,8 +1,6 @@
 //! The bundled model on any platform: opened from a folder whose name is not ASCII, and the text that it writes.
 
-use std::convert::Infallible;
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_phi::chat::Message;
@@ -65,13 +63,10 @@ fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Strin
     };
     let stream = engine.stream(request, None, None).unwrap();
     let mut text = String::new();
-    loop {
-        match stream.next(|_| ControlFlow::<Infallible>::Continue(())).unwrap() {
-            ControlFlow::Continue(Some(piece)) => text += &piece.text,
-            ControlFlow::Continue(None) => return text,
-            ControlFlow::Break(never) => match never {},
-        }
+    while let Some(piece) = stream.next().unwrap() {
+        text += &piece.text;
     }
+    text
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! Generation and its stream over a model that says what it is told to: when it ends, what comes out, who may stop it.
 
-use std::convert::Infallible;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -44,6 +42,9 @@ struct ScriptedSequence {
 impl Model for Scripted {
     fn engine(&self) -> &'static str {
         "scripted"
+    }
+    fn name(&self) -> String {
+        "the script".into()
     }
     fn kernel(&self) -> &'static str {
         "none"
@@ -163,17 +164,10 @@ impl Setup {
     }
 }
 
-fn next(stream: &TextStream) -> Result<Option<candle_phi::generate::Piece>> {
-    match stream.next(|_| ControlFlow::<Infallible>::Continue(()))? {
-        ControlFlow::Continue(piece) => Ok(piece),
-        ControlFlow::Break(never) => match never {},
-    }
-}
-
 /// The text, the number of ids, the reason.
 fn read(stream: &TextStream) -> Result<(String, usize, FinishReason)> {
     let mut text = String::new();
-    while let Some(piece) = next(stream)? {
+    while let Some(piece) = stream.next()? {
         text += &piece.text;
     }
     Ok((text, stream.ids()?.len(), stream.finish_reason()?.expect("it was read to its end")))
@@ -245,7 +239,7 @@ fn every_id_has_a_log_probability_those_without_text_too() {
         request.max_tokens = 6;
     });
     let (mut ids, mut logprobs) = (Vec::new(), Vec::new());
-    while let Some(piece) = next(&stream).unwrap() {
+    while let Some(piece) = stream.next().unwrap() {
         assert_eq!(piece.ids.len(), piece.logprobs.len());
         ids.extend(piece.ids);
         logprobs.extend(piece.logprobs);
@@ -261,7 +255,7 @@ fn nothing_is_computed_before_the_first_read_nor_far_ahead_of_the_reader() {
     let stream = setup.stream(|_| {});
     thread::sleep(Duration::from_millis(50));
     assert_eq!(passes.load(SeqCst), 0);
-    next(&stream).unwrap();
+    stream.next().unwrap();
     thread::sleep(Duration::from_millis(200));
     assert!(passes.load(SeqCst) < 20, "{}", passes.load(SeqCst));
     drop(stream);
@@ -270,10 +264,10 @@ fn nothing_is_computed_before_the_first_read_nor_far_ahead_of_the_reader() {
 #[test]
 fn the_reason_shows_when_the_end_was_read_and_not_before() {
     let stream = Setup::text("a").stream(|_| {});
-    next(&stream).unwrap();
+    stream.next().unwrap();
     thread::sleep(Duration::from_millis(50)); // it is complete by now
     assert_eq!(stream.finish_reason(), Ok(None));
-    assert_eq!(next(&stream), Ok(None));
+    assert_eq!(stream.next(), Ok(None));
     assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Stop)));
     stream.cancel();
     assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Stop)), "too late to cancel");
@@ -292,7 +286,7 @@ fn cancel_works_from_another_thread_while_one_waits() {
         let (_, _, reason) = read(&stream).unwrap();
         assert_eq!(reason, FinishReason::Cancelled);
     });
-    assert_eq!(next(&stream), Ok(None), "and stays ended");
+    assert_eq!(stream.next(), Ok(None), "and stays ended");
 }
 
 #[test]
@@ -301,7 +295,7 @@ fn closing_the_model_is_an_error_of_its_streams() {
     setup.model.pause = Duration::from_millis(10);
     let scheduler = setup.scheduler.clone();
     let stream = setup.stream(|request| request.ignore_eos = true);
-    next(&stream).unwrap();
+    stream.next().unwrap();
     scheduler.close();
     assert_eq!(read(&stream), Err(Error::Closed));
     assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Error)));
@@ -315,14 +309,14 @@ fn an_error_of_the_model_reaches_the_reader_after_the_text() {
     let stream = setup.stream(|_| {});
     let mut text = String::new();
     let error = loop {
-        match next(&stream) {
+        match stream.next() {
             Ok(piece) => text += &piece.expect("the error comes before the end").text,
             Err(error) => break error,
         }
     };
     assert_eq!((text.as_str(), error), ("partial", Error::InvalidModel("broken weights".into())));
     assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Error)));
-    assert_eq!(next(&stream), Ok(None));
+    assert_eq!(stream.next(), Ok(None));
 }
 
 #[test]
@@ -342,10 +336,10 @@ fn streams_take_turns() {
     long.model.pause = Duration::from_millis(5);
     let scheduler = long.scheduler.clone();
     let long = long.stream(|request| request.ignore_eos = true);
-    next(&long).unwrap();
+    long.next().unwrap();
     let short = Setup { scheduler, ..Setup::text("short") };
     thread::scope(|scope| {
-        scope.spawn(|| while next(&long).unwrap().is_some() {});
+        scope.spawn(|| while long.next().unwrap().is_some() {});
         assert_eq!(read(&short.stream(|_| {})).unwrap().0, "short");
         long.cancel();
     });
@@ -401,13 +395,13 @@ fn a_deadline_ends_a_stream_in_any_phase_and_keeps_the_text() {
         assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
         assert!(begin.elapsed() >= Duration::from_millis(least / 2));
         assert!(ids <= most && (most == 0 || text.starts_with("never")), "{text:?}");
-        assert_eq!(next(&stream), Ok(None));
+        assert_eq!(stream.next(), Ok(None));
     }
     // before the first read, and with text that nobody read yet
     let stream = Setup::text("never read").stream_until(Some(Instant::now()), |_| {});
     assert_eq!(read(&stream).unwrap(), (String::new(), 0, FinishReason::Timeout));
     let stream = Setup::text("read late ".repeat(50).trim_end()).stream_until(in_ms(100), |_| {});
-    let mut text = next(&stream).unwrap().unwrap().text;
+    let mut text = stream.next().unwrap().unwrap().text;
     thread::sleep(Duration::from_millis(200));
     let (rest, _, reason) = read(&stream).unwrap();
     text += &rest;
@@ -420,7 +414,7 @@ fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
     let first = Setup { scheduler: Scheduler::new(1), ..Setup::text(&"word ".repeat(90)) };
     let scheduler = first.scheduler.clone();
     let first = first.stream_until(in_ms(200), |_| {});
-    next(&first).unwrap();
+    first.next().unwrap();
     let begin = Instant::now();
     assert_eq!(read(&Setup { scheduler, ..Setup::text("next") }.stream(|_| {})).unwrap().0, "next");
     assert!(begin.elapsed() < Duration::from_secs(5), "without waiting for its reader");
@@ -432,9 +426,9 @@ fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
     let scheduler = complete.scheduler.clone();
     let setup = |text: &str| Setup { scheduler: scheduler.clone(), ..Setup::text(text) };
     let complete = complete.stream(|_| {});
-    next(&complete).unwrap();
+    complete.next().unwrap();
     let endless = setup("endless").stream(|request| request.ignore_eos = true);
-    next(&endless).unwrap();
+    endless.next().unwrap();
     let waiting = setup("waiting").stream(|_| {});
     assert_eq!(waiting.poll(), Ok(Poll::Pending));
     thread::sleep(Duration::from_millis(200));
@@ -443,7 +437,7 @@ fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
     assert_eq!(read(&waiting).unwrap().0, "waiting");
     drop(setup("dropped while it waits").stream(|_| {}));
     let dropped = setup("endless").stream(|request| request.ignore_eos = true);
-    next(&dropped).unwrap();
+    dropped.next().unwrap();
     drop(dropped);
     assert_eq!(read(&setup("after").stream(|_| {})).unwrap().0, "after");
     assert_eq!(read(&complete).unwrap().2, FinishReason::Stop);
@@ -486,14 +480,22 @@ fn progress_goes_through_the_phases() {
     let setup = long_prompt(40, Duration::from_millis(20));
     let stream = setup.stream(|request| (request.max_tokens, request.ignore_eos) = (12, true));
     let (mut seen, mut times) = (Vec::new(), Vec::new());
-    while let ControlFlow::Continue(Some(_)) = stream
-        .next(|progress| {
-            seen.extend_from_slice(progress);
+    let mut look = |end| {
+        let progress = stream.progress(end).unwrap();
+        if !progress.is_empty() {
             times.push(Instant::now());
-            ControlFlow::<Infallible>::Continue(())
-        })
-        .unwrap()
-    {}
+        }
+        seen.extend(progress);
+    };
+    loop {
+        look(false);
+        match stream.poll().unwrap() {
+            Poll::Ready(Some(_)) => {}
+            Poll::Ready(None) => break,
+            Poll::Pending => stream.wait().unwrap(),
+        }
+    }
+    look(true);
     let of = |phase| seen.iter().filter(|p| p.phase == phase).map(|p| (p.done, p.total)).collect::<Vec<_>>();
     assert_eq!(of(Doing::Wait)[0], (0, None));
     let (prefill, decode) = (of(Doing::Prefill), of(Doing::Decode));
@@ -507,17 +509,15 @@ fn progress_goes_through_the_phases() {
 }
 
 #[test]
-fn a_reader_that_breaks_off_cancels() {
+fn who_waits_can_look_after_other_things() {
     let stream = long_prompt(900, Duration::from_millis(10)).stream(|_| {});
+    assert_eq!(stream.poll(), Ok(Poll::Pending));
     let begin = Instant::now();
-    let mut looks = 0;
-    let left = stream.next(|_| {
-        looks += 1;
-        if looks < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break("enough") }
-    });
-    assert_eq!(left, Ok(ControlFlow::Break("enough")));
-    assert!(begin.elapsed() < Duration::from_secs(2));
-    assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Cancelled)));
+    for _ in 0..3 {
+        stream.wait().unwrap();
+    }
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert_eq!(stream.poll(), Ok(Poll::Pending));
 }
 
 #[test]
@@ -525,7 +525,7 @@ fn closing_reaches_who_waits_for_a_slot_and_who_is_called() {
     let holder = Setup { scheduler: Scheduler::new(1), ..Setup::text("never ends") };
     let scheduler = holder.scheduler.clone();
     let holder = holder.stream(|request| request.ignore_eos = true);
-    next(&holder).unwrap();
+    holder.next().unwrap();
     let waiting = Setup { scheduler: scheduler.clone(), ..Setup::text("waiting") }.stream(|_| {});
     assert_eq!(waiting.poll(), Ok(Poll::Pending));
     let (sender, called) = channel();

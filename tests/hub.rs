@@ -1,10 +1,9 @@
 //! The cache of the Hub on any platform: names that are links or not, names that exist already, and locks.
 
-use std::convert::Infallible;
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
+use std::task::Poll;
 use std::time::Duration;
 
 use candle_phi::error::{Error, Result};
@@ -65,9 +64,12 @@ impl Cache {
 
 /// Runs work as a task whose caller waits to its end.
 fn run<T: Send + 'static>(work: impl FnOnce(&task::Task) -> Result<T> + Send + 'static) -> Result<T> {
-    match task::run(work, |_| ControlFlow::<Infallible>::Continue(()))? {
-        ControlFlow::Continue(result) => Ok(result),
-        ControlFlow::Break(never) => match never {},
+    let running = task::Running::start(work)?;
+    loop {
+        match running.poll()? {
+            Poll::Ready(result) => return Ok(result),
+            Poll::Pending => running.wait()?,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from candle_phi import AsyncStream, BusyError, Chunk, Phi, Progress
+from candle_phi import AsyncStream, BusyError, Chunk, Phi, Progress, Result
 from candle_phi.testing import FakePhi
 from conftest import HAIKU, run_python
 
@@ -98,6 +98,47 @@ def test_a_loop_is_closed_while_streams_live() -> None:
         "print(len(asyncio.run(phi.agenerate('Hi', max_tokens=3, ignore_eos=True)).token_ids))\n"
     )
     assert run_python(script) == "False 3\n3\n"
+
+
+def test_streams_of_a_closed_loop_end() -> None:
+    """The loop and its tasks are dropped with what they read, though nobody cancelled them."""
+
+    async def begin(tasks: list[asyncio.Task[Result]]) -> None:
+        tasks += [asyncio.create_task(phi.agenerate(LONG)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+
+    with Phi.demo(max_concurrent=1, kernel="portable", n_threads=1) as phi:
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # it complains of the pending tasks
+        tasks: list[asyncio.Task[Result]] = []
+        loop.run_until_complete(begin(tasks))
+        loop.close()
+        gone = weakref.ref(loop)
+        del loop, tasks
+        gc.collect()
+        assert gone() is None
+        begun = time.monotonic()
+        assert phi.generate("Hi", max_tokens=1, ignore_eos=True)
+        assert time.monotonic() - begun < 1  # the three would take as many seconds
+
+
+def test_a_task_that_nobody_holds_is_finished(slow: Phi) -> None:
+    """The loop keeps it, as it keeps one that waits for a socket."""
+    found: list[Result] = []
+
+    async def generate() -> None:
+        found.append(await slow.agenerate([5] * 300, max_tokens=2, ignore_eos=True))
+
+    async def check() -> None:
+        asyncio.ensure_future(generate())  # noqa: RUF006  # the point of it
+        for _ in range(300):
+            gc.collect()
+            await asyncio.sleep(0.01)
+            if found:
+                break
+
+    asyncio.run(check())
+    assert [result.finish_reason for result in found] == ["length"]
 
 
 def test_a_cancelled_task_frees_its_slot() -> None:
@@ -246,6 +287,19 @@ def test_an_exception_of_on_progress_ends_it(slow: Phi) -> None:
             await anext(stream)
         assert stream.finish_reason == "cancelled"
         assert await slow.agenerate("Hi", max_tokens=1, ignore_eos=True)
+
+    asyncio.run(check())
+
+
+def test_what_would_pass_for_the_end_is_no_end(slow: Phi) -> None:
+    async def check() -> None:
+        for error in (StopIteration, StopAsyncIteration):
+
+            def stop(_: Progress, error: type[Exception] = error) -> None:
+                raise error
+
+            with pytest.raises(RuntimeError, match=f"on_progress raised {error.__name__}"):
+                await read(slow.astream(HAIKU, on_progress=stop))
 
     asyncio.run(check())
 

@@ -260,6 +260,23 @@ def test_raising_ends_calls_too(slow: Phi, call: str, prompt: Any) -> None:
     works(slow)
 
 
+@pytest.mark.parametrize("call", ["stream", "generate", "logits"])
+def test_what_would_pass_for_the_end_is_no_end(phi: Phi, call: str) -> None:
+    """`list(stream)` takes a StopIteration for the stream's end, and so would `generate`."""
+
+    def stop(_: Progress) -> None:
+        raise StopIteration("of something else")
+
+    def read() -> object:
+        if call == "stream":
+            return list(phi.stream(HAIKU, on_progress=stop))
+        return phi.generate(HAIKU, on_progress=stop) if call == "generate" else phi.logits([5] * 99, on_progress=stop)
+
+    with pytest.raises(RuntimeError, match="on_progress raised StopIteration") as raised:
+        read()
+    assert str(raised.value.__cause__) == "of something else"
+
+
 @posix
 def test_ctrl_c(path: Path) -> None:
     # a process of its own: an interrupt that came late would end these tests
@@ -362,6 +379,7 @@ LEAVING = {
     "many threads": "[start(lambda: [None for _ in phi.stream('Hi', ignore_eos=True)]) for _ in range(8)]",
     "a thread inside logits": "start(lambda: phi.logits([5] * 20_000))",
     "callbacks that sleep": "[start(lambda: phi.logits([5] * 20_000, on_progress=sleep)) for _ in range(4)]",
+    "callbacks that do not return": "[start(call) for call in (prefill, logits, load)]",
     "a thread that loads": "start(lambda: [Phi(path) for _ in range(1000)])",
 }
 
@@ -376,6 +394,12 @@ phi = Phi(path, kernel="portable", n_threads=1)
 stream = phi.stream("Hi", ignore_eos=True)
 def sleep(p):
     time.sleep(0.02)
+def spin(p):
+    while True: pass
+def prefill(): phi.generate([5] * 20_000, on_progress=spin)
+def logits(): phi.logits([5] * 20_000, on_progress=spin)
+def load():
+    while True: Phi(path, on_progress=spin)
 def start(work):
     threading.Thread(target=work, daemon=True).start()
 {LEAVING[what]}
@@ -390,6 +414,34 @@ sys.exit(7)
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - begin < 1 + SOON
     assert (process.returncode, err) == (7, b"")
+
+
+@posix
+def test_a_signal_handler_of_the_application(path: Path) -> None:
+    """What it raises comes out of the call; when it returns, the call goes on, whatever it did with the model."""
+    script = f"""
+import os, signal, threading, time
+from candle_phi import Phi
+phi = Phi({str(path)!r}, kernel="portable", n_threads=1)
+LONG = [5] * 20_000
+class Enough(Exception): pass
+def enough(*_):
+    raise Enough
+def ask(*_):
+    print(phi.generate("Hi", max_tokens=2, ignore_eos=True).usage.completion_tokens)
+def later():
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    return time.monotonic() + 0.3
+signal.signal(signal.SIGALRM, enough)
+for call in (phi.generate, phi.logits, lambda prompt: list(phi.stream(prompt))):
+    since = later()
+    try: call(LONG)
+    except Enough: print(time.monotonic() - since < {SOON})
+signal.signal(signal.SIGALRM, ask)
+later()
+print(phi.generate({HAIKU!r}, ignore_eos=True, timeout=0.6).finish_reason)
+"""
+    assert run_python(script) == "True\n" * 3 + "2\ntimeout\n"
 
 
 @posix

@@ -171,6 +171,31 @@ def test_candles_engine_refuses_what_it_would_ignore(options: dict[str, Any]) ->
         Phi.demo(engine="candle", **options)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_panic_of_the_compute_thread() -> None:
+    """Candle panics where its threads cannot be started: there is no room for their stacks, which are large here."""
+    script = """
+import os, resource
+os.environ.update(CANDLE_NUM_THREADS="2", RUST_MIN_STACK=str(1 << 30))
+from candle_phi import InternalError, Phi, UnsupportedModelError
+phi = Phi.demo(engine="candle")
+try: phi.logits([1], every_position=True)
+except UnsupportedModelError: pass  # the compute thread has said so: it is there
+with open("/proc/self/statm") as file:
+    taken = int(file.read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (taken + (512 << 20), limits[1]))
+for _ in range(2):
+    stream = phi.stream("Hi", max_tokens=2)
+    try: next(stream)
+    except InternalError as error: print(str(error).partition(" candle ")[0])
+    print(stream.finish_reason, list(stream))
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print(phi.generate("Hi", max_tokens=2, ignore_eos=True).finish_reason)
+"""
+    assert run_python(script) == "internal error: failed to spawn\nerror []\n" * 2 + "length\n"
+
+
 def test_a_warning_goes_to_the_log_and_to_no_stream() -> None:
     script = "from candle_phi import Phi; Phi.demo().generate('<|user|> Hi', seed=1, max_tokens=1)"
     assert run_python(script) == ""

@@ -103,6 +103,7 @@ def test_accepted(phi: Phi, name: str, value: object) -> None:
         ("add_bos", True, ValueError, "raw=True"),
         ("timeout", -1, ValueError, "-1"),
         ("timeout", float("nan"), ValueError, "finite"),
+        ("timeout", 1e308, ValueError, "to 3.4e38"),
         ("timeout", "5", TypeError, "a number"),
         ("on_progress", 5, TypeError, "a function"),
     ],

@@ -106,6 +106,7 @@ def end():
     with untouched:
         pass
     assert "demo" in repr(phi)
+    assert repr(started) == "<Stream: of another process>"
     assert (phi.n_ctx, phi.closed) == (n_ctx, False)
     phi.close()
     with phi:
@@ -120,6 +121,36 @@ assert not phi.closed
 assert first + "".join(started) == phi.generate(PROMPT, seed=1)
 """
     run_python(FORKING + script)
+
+
+@forks
+def test_a_fork_in_a_callback() -> None:
+    """The child comes back into a call whose work goes on in the parent alone."""
+    script = """
+def fork(p):
+    if not children:
+        children.append(os.fork())
+        if children == [0]:
+            signal.setitimer(signal.ITIMER_REAL, 5)
+
+with Phi.demo(kernel="portable", n_threads=1) as phi:
+    children = []
+    try: result = phi.generate([5] * 900, max_tokens=2, ignore_eos=True, on_progress=fork)
+    except ForkError: os._exit(0 if children == [0] else 1)
+    assert result.finish_reason == "length"
+    assert os.waitpid(children[0], 0)[1] == 0
+    # a load that takes a while
+    path = os.path.join(tempfile.mkdtemp(), "large.gguf")
+    shutil.copy(phi.path, path)
+    os.truncate(path, 1 << 30)
+    children = []
+    try: Phi(path, mmap=False, on_progress=fork).close()
+    except ForkError: os._exit(0 if children == [0] else 1)
+    finally:
+        if children != [0]: shutil.rmtree(os.path.dirname(path))
+    assert os.waitpid(children[0], 0)[1] == 0
+"""
+    run_python(FORKING + "import shutil, tempfile\n" + script)
 
 
 @forks

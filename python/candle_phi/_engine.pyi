@@ -1,17 +1,18 @@
 """The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, final
+from typing import Generic, TypeAlias, TypeVar, final
 
 __all__ = [
     "DEFAULT_FILE",
     "DEFAULT_REPO",
     "KNOWN_MODELS",
     "Hub",
+    "Logits",
     "Model",
     "ReadyQueue",
     "Stream",
+    "Task",
     "__version__",
     "doctor",
     "memory_needed",
@@ -25,19 +26,36 @@ DEFAULT_FILE: str
 KNOWN_MODELS: list[tuple[str, str, str]]
 """Short names, each with the repository and the file that it stands for."""
 
-_Watch: TypeAlias = Callable[[str, int, int | None], object]
-"""Called in the waiting thread, some 15 times a second: phase, how much is done, of how much; bytes, or tokens."""
+_Result = TypeVar("_Result")
+_Progress: TypeAlias = tuple[str, int, int | None]
+"""Phase, how much is done, of how much; bytes, or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
 _Read: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
 """Text, with the ids and log probabilities that ride on it."""
 
 @final
+class Task(Generic[_Result]):
+    """Work in a thread of its own. Dropping it ends the work soon."""
+
+    def poll(self) -> tuple[bool, _Result | None]:
+        """Whether it is done, and if so, what it returned, or raises what failed; once. Never waits."""
+
+    def wait(self) -> None:
+        """Waits without the GIL until `poll` has something, 60 ms at most."""
+
+    def progress(self, end: bool) -> list[_Progress]:
+        """How far it is."""
+
+    def cancel(self) -> None:
+        """Ends the work soon; returns at once, from any thread."""
+
+@final
 class Model:
     """An open model: weights in the mapped file, tokenizer, chat template."""
 
-    def __new__(
-        cls,
+    @staticmethod
+    def load(
         path: str,
         *,
         n_ctx: int | None,
@@ -50,8 +68,7 @@ class Model:
         tokenizer: str | None,
         chat_template: str | None,
         max_concurrent: int | None,
-        watch: _Watch | None,
-    ) -> Model: ...
+    ) -> Task[Model]: ...
     @property
     def path(self) -> str: ...
     @property
@@ -93,8 +110,8 @@ class Model:
     def detokenize(self, ids: list[int], skip_special: bool) -> str:
         """The text of ids; ValueError for an id outside the vocabulary."""
 
-    def logits(self, ids: list[int], every_position: bool, watch: _Watch | None) -> bytes:
-        """float32 in the machine's order: `n_vocab` logits after the last id, or after each."""
+    def logits(self, ids: list[int], every_position: bool) -> Logits:
+        """The logits after the last id, or after each, computed from the first `poll` on."""
 
     def bandwidth(self) -> float:
         """Bytes per second at which `n_threads` threads read the weights and do nothing else. About a second's work."""
@@ -126,18 +143,17 @@ class Model:
         top_logprobs: int,
         timeout: float | None,
     ) -> Stream:
-        """A generation that starts at its first `next`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1."""
+        """A generation that starts at its first `poll`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1."""
 
 @final
 class Stream:
     """One generation."""
 
-    def next(self, watch: _Watch | None) -> _Read | None:
-        """The next text; None at the end. Waits without the GIL, and with it calls `watch` and signal handlers now and
-        then."""
-
     def poll(self) -> tuple[bool, _Read | None]:
-        """Whether there is something, and if so, what `next` would return. Never waits."""
+        """Whether there is something, and if so, the next text, None at the end. Never waits."""
+
+    def wait(self) -> None:
+        """Waits without the GIL until `poll` has something, 75 ms at most."""
 
     def notify(self, queue: ReadyQueue, ticket: int) -> None:
         """Puts the ticket into the queue, once, when `poll` has something: perhaps at once."""
@@ -146,7 +162,7 @@ class Stream:
     def time_left(self) -> float | None:
         """Seconds until the timeout, when `poll` has something, too."""
 
-    def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
+    def progress(self, end: bool) -> list[_Progress]:
         """What a watch is to be told now: nothing, when it was told less than 75 ms ago, no phase has begun since, and
         this is not the end."""
 
@@ -166,6 +182,17 @@ class Stream:
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
         """Seconds: `(queue, prefill, decode, time to first token)`, and the passes that decode took."""
+
+@final
+class Logits:
+    """The logits of given ids, which are computed once: otherwise as a `Stream`."""
+
+    def poll(self) -> tuple[bool, bytes | None]:
+        """Whether they are there, and if so, float32 in the machine's order."""
+
+    def wait(self) -> None: ...
+    def progress(self, end: bool) -> list[_Progress]: ...
+    def cancel(self) -> None: ...
 
 @final
 class ReadyQueue:
@@ -204,16 +231,16 @@ class Hub:
     def cached(self, repo: str, filename: str | None) -> Path | None:
         """The file, or the first part of a split one, if all of it is in the cache. Opens no socket."""
 
-    def download(self, repo: str, filename: str | None, watch: _Watch | None) -> Path:
+    def download(self, repo: str, filename: str | None) -> Task[Path]:
         """The same, fetched where it is not in the cache."""
 
-    def info(self, repo: str) -> tuple[str, str, list[tuple[str, int, str | None]]]:
+    def info(self, repo: str) -> Task[tuple[str, str, list[tuple[str, int, str | None]]]]:
         """Repository, commit, and its files: name, size, SHA-256 of large ones."""
 
     def files(self) -> list[_CachedFile]:
         """The GGUF files in the cache."""
 
-    def verify(self, repo: str | None, filename: str | None, watch: _Watch | None) -> list[_CachedFile]:
+    def verify(self, repo: str | None, filename: str | None) -> Task[list[_CachedFile]]:
         """Hashes files in the cache anew; InvalidModelError names those that are damaged."""
 
     def remove(self, repo: str, filename: str | None) -> int:

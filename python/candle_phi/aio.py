@@ -70,13 +70,12 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
         with _notifier().calling(loop, event) as call:
             while True:
                 call(stream._stream)
-                pause = stream._pause()
-                timer = None if pause is None else loop.call_later(pause, event.set)
+                # The timer keeps this task alive, and goes when the loop is closed: the notifier keeps nothing.
+                timer = loop.call_later(stream._pause(), event.set)
                 try:
                     await event.wait()
                 finally:
-                    if timer is not None:
-                        timer.cancel()
+                    timer.cancel()
                 event.clear()
                 ready, chunk = stream._poll()
                 if ready:
@@ -164,7 +163,7 @@ class _Notifier:
     def __init__(self) -> None:
         self._queue = _engine.ReadyQueue()
         self._tickets = itertools.count()
-        self._waiting: dict[int, tuple[AbstractEventLoop, Event]] = {}
+        self._waiting: dict[int, tuple[weakref.ref[AbstractEventLoop], weakref.ref[Event]]] = {}
         self._thread = threading.Thread(target=self._run, name="candle-phi-async", daemon=True)
         self._thread.start()
 
@@ -175,9 +174,10 @@ class _Notifier:
 
     def _wake(self, ticket: int) -> None:
         if waiting := self._waiting.pop(ticket, None):
-            loop, event = waiting
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(event.set)
+            loop, event = waiting[0](), waiting[1]()
+            if loop is not None and event is not None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                    loop.call_soon_threadsafe(event.set)
 
     @contextlib.contextmanager
     def calling(self, loop: "AbstractEventLoop", event: "Event") -> Iterator[Callable[[_engine.Stream], None]]:
@@ -189,7 +189,7 @@ class _Notifier:
             if ticket in self._waiting:
                 return  # it is still to come
             ticket = next(self._tickets)
-            self._waiting[ticket] = loop, event
+            self._waiting[ticket] = weakref.ref(loop), weakref.ref(event)
             stream.notify(self._queue, ticket)
 
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from . import _engine, options
-from .progress import OnProgress, watching
+from .progress import OnProgress, finished, watching
 
 __all__ = [
     "SHORT_NAMES",
@@ -124,7 +124,7 @@ def download(
     hub = _hub(**place, local_files_only=local_files_only, proxies=_system_proxies())
     known = {name: file for short, repo, file in _engine.KNOWN_MODELS for name in (short, repo)}
     with watching(filename or known.get(repo_id, repo_id), given["progress"], given["on_progress"]) as watch:
-        return hub.download(repo_id, filename, watch)
+        return finished(hub.download(repo_id, filename), watch)
 
 
 def cached(
@@ -143,7 +143,7 @@ def info(repo_id: str, *, revision: str | None = None, token: str | bool | None 
     """The files of a repository and their sizes. Asks the Hub."""
     given = options.checked(options.HUB, locals())
     hub = _hub(revision=given["revision"], token=given["token"], proxies=_system_proxies())
-    repo, commit, files = hub.info(given["repo_id"])
+    repo, commit, files = finished(hub.info(given["repo_id"]), None)
     return Info(repo, commit, tuple(File(*file) for file in files))
 
 
@@ -177,7 +177,7 @@ def verify(
     )
     hub = _hub(cache_dir=given["cache_dir"], proxies=_system_proxies())
     with watching(repo_id or "cache", progress, given["on_progress"]) as watch:
-        return [_cached_file(*file) for file in hub.verify(repo_id, filename, watch)]
+        return [_cached_file(*file) for file in finished(hub.verify(repo_id, filename), watch)]
 
 
 def remove(repo_id: str, filename: str | None = None, *, cache_dir: str | os.PathLike[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from ._engine import DEFAULT_REPO
 from .aio import AsyncStream
 from .errors import ModelNotFoundError
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
-from .progress import OnProgress, watching, watching_tokens
+from .progress import OnProgress, finished, watching, watching_tokens
 from .results import Result
 from .stream import Stream
 
@@ -109,7 +109,7 @@ class Phi:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
         memory.warn(path, checked["n_ctx"], checked["kv_cache"])
         with watching("", False, on_progress) as watch:
-            self._model = _engine.Model(path, watch=watch, **checked)
+            self._model = finished(_engine.Model.load(path, **checked), watch)
         # how to open it again: what to call, with which path, with which options
         self._recipe: tuple[Callable[..., Phi], tuple[object, ...], dict[str, Any]]
         self._recipe = type(self), (os.path.abspath(path),), checked
@@ -370,7 +370,7 @@ class Phi:
         if not checked:
             raise ValueError("logits() of no ids: give at least 1")
         shape = [len(checked), self.n_vocab] if every_position else [self.n_vocab]
-        logits = self._model.logits(checked, every_position, watching_tokens(on_progress))
+        logits = finished(self._model.logits(checked, every_position), watching_tokens(on_progress))
         return memoryview(logits).cast("f", shape)
 
     def close(self) -> None:

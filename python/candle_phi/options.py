@@ -57,6 +57,8 @@ def _number(low: float, high: float = math.inf, *, above_low: bool = False) -> C
             (single,) = struct.unpack("f", struct.pack("f", number))  # the engine's precision
         except OverflowError:
             _out_of_range(name, wanted, value)
+        if math.isfinite(number) and not math.isfinite(single) and high == math.inf:
+            _out_of_range(name, f"{wanted} to 3.4e38", value)
         if not math.isfinite(single) or not low <= number <= high or (above_low and single == low):
             _out_of_range(name, wanted, value)
         return number

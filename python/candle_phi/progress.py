@@ -7,9 +7,46 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Protocol, TextIO, TypeVar, cast
 
 Watch = Callable[[str, int, int | None], object]
+_Result = TypeVar("_Result")
+_Result_co = TypeVar("_Result_co", covariant=True)
+
+
+class Work(Protocol[_Result_co]):
+    """What the engine does while somebody waits for it: `_engine.Task`, `_engine.Logits`, `_engine.Stream`."""
+
+    def poll(self) -> tuple[bool, _Result_co | None]: ...
+    def wait(self) -> None: ...
+    def progress(self, end: bool) -> list[tuple[str, int, int | None]]: ...
+    def cancel(self) -> None: ...
+
+
+def finished(work: Work[_Result], watch: Watch | None) -> _Result:
+    """What the work brings.
+
+    The engine waits for a moment at a time. So signals are handled and callbacks called here, in Python: a thread that
+    is in one when the interpreter ends is unwound, and must have none of the engine's frames.
+    """
+    try:
+        while True:
+            ready, result = work.poll()
+            if ready:
+                report(work, watch, end=True)
+                return cast(_Result, result)
+            work.wait()
+            report(work, watch, end=False)
+    except BaseException:
+        work.cancel()
+        raise
+
+
+def report(work: Work[object], watch: Watch | None, *, end: bool) -> None:
+    """Tells of progress what is due."""
+    if watch is not None:
+        for progress in work.progress(end):
+            watch(*progress)
 
 
 @dataclass(frozen=True)
@@ -37,7 +74,14 @@ def watching_tokens(on_progress: OnProgress | None) -> Watch | None:
     """What the engine calls while it generates."""
     if on_progress is None:
         return None
-    return lambda phase, done, total: on_progress(Progress(phase, done, total, "tokens"))
+
+    def watch(phase: str, done: int, total: int | None) -> None:
+        try:
+            on_progress(Progress(phase, done, total, "tokens"))
+        except (StopIteration, StopAsyncIteration) as error:  # in a loop over chunks it would pass for their end
+            raise RuntimeError(f"on_progress raised {type(error).__name__}") from error
+
+    return watch
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ from types import TracebackType
 from typing import NoReturn, Self, cast
 
 from . import _engine
-from .errors import PhiError
-from .progress import Watch
+from .errors import ForkError, PhiError
+from .progress import Watch, report
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
 _LOOK = 0.075
 """Seconds between two reports of progress: a callback is promised 20 a second at most, and one in 200 ms at least."""
+_HOUR = 3600.0
 
 
 class Stream(Generator[Chunk, None, None]):
@@ -64,26 +65,36 @@ class Stream(Generator[Chunk, None, None]):
             raise copy.copy(self._failure)
 
     def _read(self) -> Chunk | None:
-        while piece := self._stream.next(self._watch):
-            if chunk := self._chunk(piece):
+        """The next chunk; None at the end. Callbacks and signal handlers run here, as `progress.finished` has it."""
+        while True:
+            report(self._stream, self._watch, end=False)
+            ready, chunk = self._take()
+            if ready:
+                if chunk is None:
+                    report(self._stream, self._watch, end=True)
                 return chunk
-        return None
+            self._stream.wait()
 
     def _poll(self) -> tuple[bool, Chunk | None]:
         """Whether there is something to read, and if so, the next chunk, None at the end. Never waits."""
         _ = self._stream.finish_reason  # ForkError, as above
-        self._report(end=False)
-        chunk = None
+        report(self._stream, self._watch, end=False)
         with self._reading:
             try:
-                ready, piece = self._stream.poll()
-                while piece and not (chunk := self._chunk(piece)):
-                    ready, piece = self._stream.poll()
+                ready, chunk = self._take()
             except PhiError as error:
                 self._failure = error
                 raise
         if ready and chunk is None:
-            self._report(end=True)
+            report(self._stream, self._watch, end=True)
+        return ready, chunk
+
+    def _take(self) -> tuple[bool, Chunk | None]:
+        """What there is, and a note of it."""
+        chunk = None
+        ready, piece = self._stream.poll()
+        while piece and not (chunk := self._chunk(piece)):
+            ready, piece = self._stream.poll()
         return ready, chunk
 
     def _chunk(self, piece: "_engine._Read") -> Chunk | None:
@@ -95,15 +106,10 @@ class Stream(Generator[Chunk, None, None]):
         self._pieces.append(text)
         return Chunk(text, ids, logprobs) if text else None
 
-    def _report(self, end: bool) -> None:
-        if self._watch is not None:
-            for progress in self._stream.progress(end):
-                self._watch(*progress)
-
-    def _pause(self) -> float | None:
-        """Seconds after which who waits for `_poll` must look again; None: when there is something."""
-        pauses = [self._stream.time_left, None if self._watch is None else _LOOK]
-        return min((pause for pause in pauses if pause is not None), default=None)
+    def _pause(self) -> float:
+        """Seconds after which who waits for `_poll` must look again, though nobody has called."""
+        pauses = [self._stream.time_left, None if self._watch is None else _LOOK, _HOUR]
+        return min(pause for pause in pauses if pause is not None)
 
     def send(self, value: None, /) -> Chunk:
         """`send(None)` is `next()`."""
@@ -189,7 +195,10 @@ class Stream(Generator[Chunk, None, None]):
         )
 
     def __repr__(self) -> str:
-        return f"<Stream: {self.usage.completion_tokens} tokens, {self.finish_reason or 'not finished'}>"
+        try:
+            return f"<Stream: {self.usage.completion_tokens} tokens, {self.finish_reason or 'not finished'}>"
+        except ForkError:
+            return "<Stream: of another process>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Stream cannot be pickled or copied: it is work under way; read it, and pickle the text")

@@ -19,7 +19,6 @@ from . import _engine, options
 from .errors import ClosedError, ContextLengthError, UnsupportedModelError
 from .messages import Prompt, Turn, items
 from .model import Phi
-from .progress import Watch
 from .stream import Stream
 
 Failure: TypeAlias = BaseException | type[BaseException]
@@ -312,27 +311,15 @@ class _Stream:
         top = (id, text, text.encode(), 0.0)
         return (*top, [top] if self._chosen["top_logprobs"] else [])
 
-    def next(self, watch: Watch | None) -> "_engine._Read | None":
-        while True:
-            self._tell(watch, end=False)
-            ready, piece = self.poll()
-            if ready:
-                if piece is None:
-                    self._tell(watch, end=True)
-                return piece
-            with self._model.changed:
-                if (seconds := self._seconds()) > 0:
-                    self._model.changed.wait(seconds if watch is None else min(seconds, _LOOK))
-
-    def _tell(self, watch: Watch | None, end: bool) -> None:
-        if watch is not None:
-            for progress in self.progress(end):
-                watch(*progress)
-
     def poll(self) -> "tuple[bool, _engine._Read | None]":
         with self._model.changed:
             self._start()
             return (False, None) if self._seconds() > 0 else (True, self._now())
+
+    def wait(self) -> None:
+        with self._model.changed:
+            if (seconds := self._seconds()) > 0:
+                self._model.changed.wait(min(seconds, _LOOK))
 
     def notify(self, queue: _engine.ReadyQueue, ticket: int) -> None:
         with self._model.changed:
