@@ -260,7 +260,6 @@ def test_raising_ends_calls_too(slow: Phi, call: str, prompt: Any) -> None:
     works(slow)
 
 
-@posix
 def test_ctrl_c(path: Path) -> None:
     # a process of its own: an interrupt that came late would end these tests
     script = f"""
