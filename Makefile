@@ -8,6 +8,7 @@ SHELL := bash
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
 unexport CONDA_PREFIX
+export MATURIN_NO_MISSING_BUILD_BACKEND_WARNING := 1# ours is maturin's, in packaging
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 help: ## list these targets
