@@ -17,11 +17,10 @@ PLAYED_SITE := $(PLAYED)/lib/python3.11/site-packages
 PLAYED_PACKAGES := python3.11-minimal libpython3.11-minimal libpython3.11-stdlib libc6 libgcc-s1 zlib1g libexpat1 \
 	libffi8 libssl3 liblzma5 libbz2-1.0 libsqlite3-0 libuuid1 libcrypt1 libncursesw6 libtinfo6 libreadline8
 
-# The flags of .cargo/config.toml are for builds from source: a wheel runs on CPUs without fp16.
 wheel-aarch64: require .venv/wheel ## the wheel for Linux on aarch64 as a release builds it, in dist
 	$(call target,$(AARCH64))
 	rm -f dist/*_aarch64.whl
-	RUSTFLAGS= PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --zig --target $(AARCH64) --out dist
+	$(MATURIN_WHEEL) --target $(AARCH64) --out dist
 
 # What takes minutes under emulation is left to x86-64, and so is fork(), which qemu does not survive in a process with
 # threads.
