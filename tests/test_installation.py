@@ -85,6 +85,11 @@ def test_another_c_library() -> None:
     assert re.search("another C library than this system's .*reinstall", _installation.fault(musl) or "")
 
 
+def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    assert "3.11 or later is needed" in (_installation.fault(ImportError()) or "")
+
+
 def test_a_32_bit_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "maxsize", 2**31 - 1)
     assert "install a 64-bit Python" in (_installation.fault(ImportError()) or "")
