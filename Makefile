@@ -8,6 +8,7 @@ SHELL := bash
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
 unexport CONDA_PREFIX
+export MATURIN_NO_MISSING_BUILD_BACKEND_WARNING := 1# ours is maturin's, in packaging
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 help: ## list these targets
@@ -87,8 +88,10 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against th
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
 
-# As .github/workflows/release.yml does it. zig, which maturin looks for on PATH, links against glibc 2.17.
-MATURIN_WHEEL := PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release $(if $(filter Linux,$(shell uname)),--zig)
+# As .github/workflows/release.yml does it: without the flags for builds from source (.cargo/config.toml), or anyone's own.
+# zig, which maturin looks for on PATH, links against glibc 2.17.
+MATURIN_WHEEL := RUSTFLAGS= PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release \
+	$(if $(filter Linux,$(shell uname)),--zig)
 
 wheel: require .venv/wheel ## this machine's wheel as a release builds it, in dist
 	$(MATURIN_WHEEL) --out dist

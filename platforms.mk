@@ -17,19 +17,16 @@ PLAYED_SITE := $(PLAYED)/lib/python3.11/site-packages
 PLAYED_PACKAGES := python3.11-minimal libpython3.11-minimal libpython3.11-stdlib libc6 libgcc-s1 zlib1g libexpat1 \
 	libffi8 libssl3 liblzma5 libbz2-1.0 libsqlite3-0 libuuid1 libcrypt1 libncursesw6 libtinfo6 libreadline8
 
-# The flags of .cargo/config.toml are for builds from source: a wheel runs on CPUs without fp16.
 wheel-aarch64: require .venv/wheel ## the wheel for Linux on aarch64 as a release builds it, in dist
 	$(call target,$(AARCH64))
 	rm -f dist/*_aarch64.whl
-	RUSTFLAGS= PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --zig --target $(AARCH64) --out dist
+	$(MATURIN_WHEEL) --target $(AARCH64) --out dist
 
 # What takes minutes under emulation is left to x86-64, and so is fork(), which qemu does not survive in a process with
 # threads.
-test-aarch64: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER := aarch64-linux-gnu-gcc
-test-aarch64: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER := qemu-aarch64 -cpu max -L $(CURDIR)/$(PLAYED)/root
 test-aarch64: tools-aarch64 $(PLAYED)/made wheel-aarch64 engine ## the same text, goldens and more on emulated aarch64 CPUs
 	rm -rf $(PLAYED)/fp16 $(PLAYED)/from-source $(PLAYED_SITE)/candle_phi*
-	$(BIN)/maturin build --target $(AARCH64) --auditwheel skip --out $(PLAYED)/from-source
+	$(AARCH64_CARGO) $(BIN)/maturin build --target $(AARCH64) --auditwheel skip --out $(PLAYED)/from-source
 	$(PLAYED_PIP) --target $(PLAYED)/fp16 --no-deps $(PLAYED)/from-source/*.whl
 	$(PLAYED_PIP) --target $(PLAYED_SITE) --no-deps dist/*_aarch64.whl
 	$(BIN)/python -m pytest tests/platforms/aarch64.py
@@ -38,8 +35,11 @@ test-aarch64: tools-aarch64 $(PLAYED)/made wheel-aarch64 engine ## the same text
 			-k "(every_kernel or llama_cpp) and not past2047" || exit 1; \
 	done
 	CPU=cortex-a76 $(PLAYED)/bin/python -m pytest -p no:cacheprovider $(PLAYED_TESTS) -k "not fork"
-	cargo test --target $(AARCH64) --lib --test kernels --test demo
+	$(AARCH64_CARGO) cargo test --target $(AARCH64) --lib --test kernels --test demo
 
+# Debian's compiler links what is built from source, as it would there. Not the wheel: that is zig's, for its old glibc.
+AARCH64_CARGO = env CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu max -L $(CURDIR)/$(PLAYED)/root"
 PLAYED_TESTS := $(addprefix tests/test_,options.py errors.py messages.py results.py api_contract.py)
 PLAYED_PIP = $(BIN)/python -m pip install --quiet --no-warn-script-location --only-binary :all: --python-version 3.11 \
 	$(addprefix --platform ,manylinux_2_28_aarch64 manylinux_2_17_aarch64 manylinux2014_aarch64 linux_aarch64)

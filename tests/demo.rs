@@ -46,12 +46,12 @@ impl Demo {
 }
 
 /// With the defaults of the Python API.
-fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> String {
+fn request(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Request {
     let message = Message { role: "user".into(), content: prompt.into() };
     let prompt = engine.tokenize_messages(&[message]).unwrap();
     let repeat_penalty = if temperature == 0.0 { 1.0 } else { 1.2 };
     let sampling = Sampling { temperature, repeat_penalty, ..Sampling::default() };
-    let request = Request {
+    Request {
         prompt,
         max_tokens: 0,
         limited: false,
@@ -60,8 +60,11 @@ fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Strin
         stop: Vec::new(),
         ignore_eos: false,
         top_logprobs: None,
-    };
-    let stream = engine.stream(request, None, None).unwrap();
+    }
+}
+
+fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> String {
+    let stream = engine.stream(request(engine, prompt, temperature, seed), None, None).unwrap();
     let mut text = String::new();
     while let Some(piece) = stream.next().unwrap() {
         text += &piece.text;
@@ -101,4 +104,53 @@ fn a_closed_model_lets_go_of_its_file() {
         fs::remove_file(&demo.path).is_ok() && !demo.path.exists()
     });
     assert!(removed);
+}
+
+/// Windows tells of Ctrl-C in a thread that it makes, and no wait is interrupted: it is seen by the reader that looks up.
+#[cfg(windows)]
+#[test]
+fn ctrl_c_ends_a_stream() {
+    use std::os::windows::process::CommandExt;
+    use std::process::Command;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+
+    const CTRL_C: u32 = 0;
+    const CREATE_NO_WINDOW: u32 = 0x0800_0000;
+    const INSIDE: &str = "CANDLE_PHI_TEST_CTRL_C";
+    static PRESSED: AtomicBool = AtomicBool::new(false);
+
+    unsafe extern "system" {
+        safe fn SetConsoleCtrlHandler(handler: Option<extern "system" fn(u32) -> i32>, add: i32) -> i32;
+        safe fn GenerateConsoleCtrlEvent(event: u32, group: u32) -> i32;
+    }
+    extern "system" fn pressed(event: u32) -> i32 {
+        PRESSED.store(event == CTRL_C, Ordering::Relaxed);
+        1
+    }
+
+    // A process with a console of its own: all who share one are told.
+    if std::env::var_os(INSIDE).is_none() {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "ctrl_c_ends_a_stream"]).env(INSIDE, "1").creation_flags(CREATE_NO_WINDOW);
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        return;
+    }
+    assert_ne!(SetConsoleCtrlHandler(Some(pressed), 1), 0);
+    assert_ne!(SetConsoleCtrlHandler(None, 0), 0); // some are started with Ctrl-C ignored
+    let demo = Demo::new();
+    let engine = demo.open("portable", true);
+    let stream = engine.stream(Request { ignore_eos: true, ..request(&engine, HAIKU, 0.0, 1) }, None, None).unwrap();
+    let presses = std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_millis(200));
+        assert_ne!(GenerateConsoleCtrlEvent(CTRL_C, 0), 0);
+        Instant::now()
+    });
+    let look = || if PRESSED.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    while let ControlFlow::Continue(piece) = stream.next(|_| look()).unwrap() {
+        assert!(piece.is_some(), "it ended by itself");
+    }
+    assert!(presses.join().unwrap().elapsed() < Duration::from_secs(2));
+    assert_eq!(generate(&engine, QUESTION, 0.0, 1), ANSWER);
 }

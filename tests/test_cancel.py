@@ -277,7 +277,6 @@ def test_what_would_pass_for_the_end_is_no_end(phi: Phi, call: str) -> None:
     assert str(raised.value.__cause__) == "of something else"
 
 
-@posix
 def test_ctrl_c(path: Path) -> None:
     # a process of its own: an interrupt that came late would end these tests
     script = f"""

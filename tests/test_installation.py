@@ -12,6 +12,7 @@ import pytest
 
 import candle_phi
 from candle_phi import _engine, _installation
+from conftest import ROOT
 
 PACKAGE = Path(candle_phi.__file__).parent
 ENGINE = Path(_engine.__file__)  # type: ignore[attr-defined]  # every compiled module has it
@@ -84,6 +85,11 @@ def test_another_c_library() -> None:
     assert re.search("another C library than this system's .*reinstall", _installation.fault(musl) or "")
 
 
+def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    assert "3.11 or later is needed" in (_installation.fault(ImportError()) or "")
+
+
 def test_a_32_bit_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "maxsize", 2**31 - 1)
     assert "install a 64-bit Python" in (_installation.fault(ImportError()) or "")
@@ -116,3 +122,29 @@ def test_this_build_is_for_this_processor() -> None:
         if file.read(4) == b"\xca\xfe\xba\xbe":
             pytest.skip("a build for several processors")
     assert _installation.architecture(ENGINE) in ("x86_64", "aarch64")
+
+
+BUILD = (
+    "import sys\n"
+    f"sys.path.insert(0, {str(ROOT / 'packaging')!r})\n"
+    "import build_backend\n"
+    "build_backend.build_wheel('nowhere')\n"
+)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("commands", "says"),
+    [
+        ([], "no C compiler on PATH: install one (Debian: gcc"),
+        (["gcc"], "no Rust on PATH (cargo), and installing it failed (No module named 'puccinialin'): see"),
+    ],
+)
+def test_a_build_from_source_without_a_compiler(tmp_path: Path, commands: list[str], says: str) -> None:
+    for name in commands:
+        tmp_path.joinpath(name).touch(0o755)
+    done = subprocess.run([sys.executable, "-c", BUILD], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("candle-phi: no wheel was taken")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,5 +1,7 @@
 """Why the compiled module cannot be imported, in words that say what to do. Imported only then."""
 
+from __future__ import annotations  # the Python may be an old one
+
 import os
 import platform
 import re
@@ -21,6 +23,8 @@ def fault(error: ImportError) -> str | None:
             f"it cannot be imported from inside {loader.archive}: the compiled module and the model must be files. "
             "shiv and pex build archives that unpack themselves; a plain zip file or zipapp does not"
         )
+    if sys.version_info < (3, 11):  # noqa: UP036  # nothing but pip holds anyone to it
+        return f"this is Python {platform.python_version()} ({sys.executable}), and 3.11 or later is needed"
     if sys.maxsize < 2**32:
         return f"this is a 32-bit Python ({sys.executable}), and models are larger than 2 GB: install a 64-bit Python"
     folder = Path(__file__).parent

@@ -188,13 +188,21 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     // SAFETY: loads and stores end at `whole`.
     unsafe {
-        let whole = x.len() - x.len() % V::LANES;
-        let mut squares = V::splat(0.0);
-        for i in (0..whole).step_by(V::LANES) {
-            let x = V::load(x.as_ptr().add(i));
-            squares = x.mul_add(x, squares);
+        let (fours, whole) = (x.len() - x.len() % (4 * V::LANES), x.len() - x.len() % V::LANES);
+        // Four vectors of sums: the more numbers go into one, the coarser it gets, and each waits for the one before.
+        let mut squares = [V::splat(0.0); 4];
+        for i in (0..fours).step_by(4 * V::LANES) {
+            for (vector, squares) in squares.iter_mut().enumerate() {
+                let x = V::load(x.as_ptr().add(i + vector * V::LANES));
+                *squares = x.mul_add(x, *squares);
+            }
         }
-        let squares = squares.sum() + x[whole..].iter().map(|x| x * x).sum::<f32>();
+        for i in (fours..whole).step_by(V::LANES) {
+            let x = V::load(x.as_ptr().add(i));
+            squares[0] = x.mul_add(x, squares[0]);
+        }
+        let squares = squares[0].add(squares[1]).add(squares[2].add(squares[3])).sum();
+        let squares = squares + x[whole..].iter().map(|x| x * x).sum::<f32>();
         let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
         for i in (0..whole).step_by(V::LANES) {
             let x = V::load(x.as_ptr().add(i)).mul(V::splat(scale));

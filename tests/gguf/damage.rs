@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,11 @@ impl Demo {
             ends.push(starts[starts.len() - 1] + tensor.bytes().len());
         }
         Demo { _folder: folder, path, file, bytes, starts, ends }
+    }
+
+    fn set(&mut self, at: usize, byte: u8) {
+        self.file.seek(SeekFrom::Start(at as u64)).unwrap();
+        self.file.write_all(&[byte]).unwrap();
     }
 
     fn header(&self) -> usize {
@@ -86,12 +91,12 @@ fn the_bundled_model_cut_at_every_byte_of_its_first_64_kib_and_at_every_tensor()
 
 #[test]
 fn the_bundled_model_with_any_one_of_10_000_bytes_of_its_header_changed() {
-    let demo = Demo::new();
+    let mut demo = Demo::new();
     let mut random = Noise(12);
     let (mut refused, mut works) = (0, 0);
     for _ in 0..10_000 {
         let (at, change) = (random.below(demo.header()), 1 + random.below(255) as u8);
-        demo.file.write_all_at(&[demo.bytes[at] ^ change], at as u64).unwrap();
+        demo.set(at, demo.bytes[at] ^ change);
         let opened = timed(&at, || {
             let gguf = Gguf::open(&demo.path, true)?;
             readable(&gguf);
@@ -106,7 +111,7 @@ fn the_bundled_model_with_any_one_of_10_000_bytes_of_its_header_changed() {
                 assert!(!message.contains('\n') && message.len() < 600, "byte {at}: {message}");
             }
         }
-        demo.file.write_all_at(&demo.bytes[at..=at], at as u64).unwrap();
+        demo.set(at, demo.bytes[at]);
     }
     assert!(refused > 500 && works > 500, "{refused} refused, {works} work");
     Config::read(&Gguf::open(&demo.path, true).unwrap()).unwrap(); // as it was
@@ -161,7 +166,7 @@ fn a_small_model_with_any_byte_changed_generates_or_says_why_not() {
             let at = if i % 2 == 0 { random.below(header) } else { random.below(bytes.len()) };
             bytes[at] = random.next() as u8;
         }
-        save(folder.path(), "m.gguf", &bytes);
+        let path = save(folder.path(), &format!("{i}.gguf"), &bytes); // Windows may still hold the last one
         match timed(&i, || generate(&path)) {
             Ok(()) => works += 1,
             Err(Error::InvalidModel(_) | Error::UnsupportedModel(_) | Error::Value(_)) => refused += 1,
@@ -179,7 +184,7 @@ fn weights_that_are_no_numbers_are_text_or_an_error() {
     for (case, byte) in [("NaN", 0xff), ("infinite scales", 0x7c), ("zeros", 0)] {
         let mut bytes = bytes.clone();
         bytes[start..].fill(byte);
-        let path = save(folder.path(), "m.gguf", &bytes);
+        let path = save(folder.path(), &format!("{byte}.gguf"), &bytes);
         match generate(&path) {
             Ok(()) => {}
             Err(Error::InvalidModel(message)) => {
@@ -199,7 +204,12 @@ fn a_file_that_shrank_is_noticed_before_it_is_read() {
         let gguf = Gguf::open(&path, mmap).unwrap();
         gguf.check_length().unwrap();
         let file = File::options().write(true).open(&path).unwrap();
-        file.set_len(whole - 100).unwrap();
+        let shrunk = file.set_len(whole - 100);
+        if cfg!(windows) && mmap {
+            shrunk.expect_err("Windows keeps a file that is mapped as long as it was");
+            continue;
+        }
+        shrunk.unwrap();
         match gguf.check_length() {
             Ok(()) => assert!(!mmap),
             Err(error) => {

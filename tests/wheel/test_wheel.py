@@ -66,6 +66,12 @@ def test_any_linux_of_the_last_decade_has_what_it_links_to(wheel: Path) -> None:
     assert f'the following platform tag:\n"manylinux_2_17_{MACHINE}"' in shown
 
 
+def test_any_python_from_3_11_on_has_what_it_calls(wheel: Path) -> None:
+    report = json.loads(ended(sys.executable, "-m", "abi3audit", "--strict", "--report", wheel))
+    (library,) = report["specs"][str(wheel)]["wheel"]
+    assert (library["result"]["baseline"], library["result"]["non_abi3_symbols"]) == ("3.11", [])
+
+
 def test_it_carries_the_licences_of_what_it_contains(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name.rpartition("/licenses/")[2] for name in archive.namelist() if "/licenses/" in name}
