@@ -183,7 +183,12 @@ unsafe fn nibbles(qs: &[u8; 128]) -> [__m512i; 4] {
         let low = _mm512_set1_epi8(15);
         let (a, b) = (_mm512_loadu_si512(qs.as_ptr().cast()), _mm512_loadu_si512(qs.as_ptr().add(64).cast()));
         let (first, second) = (_mm512_shuffle_i64x2(a, b, 0b10_00_10_00), _mm512_shuffle_i64x2(a, b, 0b11_01_11_01));
-        [first, _mm512_srli_epi16(first, 4), second, _mm512_srli_epi16(second, 4)].map(|q| _mm512_and_si512(q, low))
+        [
+            _mm512_and_si512(first, low),
+            _mm512_and_si512(_mm512_srli_epi16(first, 4), low),
+            _mm512_and_si512(second, low),
+            _mm512_and_si512(_mm512_srli_epi16(second, 4), low),
+        ]
     }
 }
 
