@@ -3,14 +3,13 @@
 //! ```text
 //! decode, for each weight row and super-block, a lane holding four weights of one group:
 //!     sum32 = q . x                      all 256 weights into 16 lanes: four times vpdpbusd
-//!     out  += (d * scale) * dx * sum32 - (dmin * min) * (dx * sum of x)
+//!     out  += (d * scale * dx) * sum32 - (dmin * min) * (dx * sum of x)
 //! prefill, for 32 weight rows unpacked to bytes in cache, each super-block, each 4 rows x 32 tokens:
 //!     for each group of a scale:  sum32 = q . x (vpdpbusd);  sum += d * scale * sum32
 //!     out += dx * (sum - dmin * (mins . sums of x))
 //! ```
 //! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Unpacking deals the quants
-//!    out so that a lane meets the same group in all four vectors: one product with the scales is then enough for a
-//!    block, and every group of activations may have a scale of its own.
+//!    out so that a lane meets the same group in all four vectors: one product with the scales is then enough.
 //! 2. In prefill the lanes are tokens and weights are broadcast: nothing is transposed but the result.
 //! 3. Software prefetch about 2 KB ahead: without it decode reads at two thirds of the bandwidth.
 
@@ -54,13 +53,13 @@ kernel!(
     pack::pack_tile::<4>
 );
 
-/// 256 features of one token for decode, each group with its own scale `dx`.
+/// 256 features of one token for decode.
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
 pub struct DealtRow {
     /// As `SuperBlock::quants` deals out weights.
     q: [[i8; 64]; 4],
-    /// With 8 groups `dx` of each, then `dx * sum of q` of each; with 16 groups `dx` of each, by lane.
+    /// What meets `SuperBlock::factors`: `dx` for a scale, `dx * sum of q` for the min of a group.
     factors: [f32; 16],
     /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
     starts: [i32; 16],
@@ -71,37 +70,32 @@ unsafe impl Plain for DealtRow {}
 /// One token for decode.
 #[inline(always)]
 fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
-    match Scheme::of(format) {
-        Scheme::Super { groups: 8 } => {
-            for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
-                for (group, x) in x.as_chunks::<32>().0.iter().enumerate() {
-                    let (d, sum) = deal::<32, 8>(x, group, &mut block.q);
-                    (block.factors[group], block.factors[8 + group]) = (d, d * sum as f32);
-                }
+    let Scheme::Super { groups } = Scheme::of(format) else { return pack::pack_row(format, x, row) };
+    let mut q = [0; SUPER];
+    for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
+        let d = pack::quantize(x, &mut q);
+        block.factors = [d; 16];
+        if groups == 8 {
+            for (group, q) in q.as_chunks::<32>().0.iter().enumerate() {
+                deal::<8>(q, group, &mut block.q);
+                block.factors[8 + group] = d * pack::sum(q) as f32;
+            }
+        } else {
+            for (group, q) in q.as_chunks::<16>().0.iter().enumerate() {
+                let lane = lane_of_16(group);
+                deal::<4>(q, lane, &mut block.q);
+                block.starts[lane] = -32 * pack::sum(q);
             }
         }
-        Scheme::Super { .. } => {
-            for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
-                for (group, x) in x.as_chunks::<16>().0.iter().enumerate() {
-                    let lane = lane_of_16(group);
-                    let (d, sum) = deal::<16, 4>(x, lane, &mut block.q);
-                    (block.factors[lane], block.starts[lane]) = (d, -32 * sum);
-                }
-            }
-        }
-        _ => pack::pack_row(format, x, row),
     }
 }
 
-/// Quantizes a group; a piece of `P` features goes to each vector. Gives the scale, and the sum of the integers.
+/// A piece of `P` bytes of a group to its place in each vector.
 #[inline(always)]
-fn deal<const N: usize, const P: usize>(x: &[f32; N], place: usize, to: &mut [[i8; 64]; 4]) -> (f32, i32) {
-    let mut q = [0; N];
-    let d = pack::quantize(x, &mut q);
+fn deal<const P: usize>(q: &[i8], place: usize, to: &mut [[i8; 64]; 4]) {
     for (piece, to) in q.as_chunks::<P>().0.iter().zip(to) {
         to.as_chunks_mut::<P>().0[place] = *piece;
     }
-    (d, pack::sum(&q))
 }
 
 /// Where four vectors of 16 groups, transposed four lanes at a time, leave them.

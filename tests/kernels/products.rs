@@ -26,8 +26,6 @@ fn rounding(kernel: &str, format: Format, phase: Phase) -> Rounding {
     match (kernel, phase, format) {
         (_, _, Format::F32 | Format::F16) | ("portable", _, _) => Rounding::F32,
         ("amx", Phase::Prefill, _) => Rounding::Bf16,
-        ("avx512" | "amx", Phase::Decode, Format::Q4_K | Format::Q5_K) => Rounding::Int8(32),
-        ("avx512" | "amx", Phase::Decode, Format::Q6_K) => Rounding::Int8(16),
         (_, _, Format::Q4_K | Format::Q5_K | Format::Q6_K) => Rounding::Int8(256),
         (_, _, Format::Q8_0) => Rounding::Int8(32),
         _ => Rounding::F32,
@@ -37,8 +35,6 @@ fn rounding(kernel: &str, format: Format, phase: Phase) -> Rounding {
 /// Of the sum of the magnitudes of all products: what rounding f32 sums may cost. Each addition costs half a unit in
 /// the last place (2^-24) of the sum so far; kernels add up in many chains, so that few of them meet the whole sum.
 const SUMS: f64 = 16.0 / (1 << 24) as f64;
-/// How many features share a scale where activations become integers: some kernels do this, some that.
-const SHARES: [usize; 3] = [16, 32, 256];
 /// What is smaller than this may count as 0 where activations become integers.
 const NOTHING: f64 = 1e-30;
 
@@ -48,11 +44,10 @@ struct Expected {
     value: f64,
     /// The sum of the magnitudes of what is added up.
     terms: f64,
-    /// Int8, for each of SHARES: at most half a step is lost of each activation, a step being 1/127 of the greatest of
-    /// those that share it.
-    int8: [f64; 3],
+    /// Int8: at most half a step is lost of each activation, a step being 1/127 of the greatest of those that share it.
+    int8: f64,
     /// What is lost is spread evenly, from minus half a step to half a step: 1/12 of the step squared.
-    int8_variance: [f64; 3],
+    int8_variance: f64,
     /// Bf16: at most 2^-9 is lost of each factor. Factors, products and sums that are denormal may count as 0.
     bf16: f64,
     bf16_variance: f64,
@@ -63,7 +58,7 @@ impl Expected {
         let sums = SUMS * self.terms;
         match rounding {
             Rounding::F32 => sums,
-            Rounding::Int8(share) => sums + 1.0001 * self.int8[place(share)],
+            Rounding::Int8(_) => sums + 1.0001 * self.int8,
             Rounding::Bf16 => sums + 1.01 * self.bf16,
         }
     }
@@ -71,19 +66,16 @@ impl Expected {
     fn variance(&self, rounding: Rounding) -> f64 {
         match rounding {
             Rounding::F32 => 0.0,
-            Rounding::Int8(share) => self.int8_variance[place(share)],
+            Rounding::Int8(_) => self.int8_variance,
             Rounding::Bf16 => self.bf16_variance,
         }
     }
 }
 
-fn place(share: usize) -> usize {
-    SHARES.iter().position(|s| *s == share).expect("one of SHARES")
-}
-
 /// `x W^T`, (tokens, rows).
 fn expected(matrix: &Matrix, x: &[f32]) -> Vec<Expected> {
     let cols = matrix.cols;
+    let share = if matrix.format == Format::Q8_0 { 32 } else { 256 };
     let mut offsets = matrix.clone();
     for block in offsets.blocks_mut() {
         block[quants(matrix.format)].fill(0);
@@ -93,22 +85,24 @@ fn expected(matrix: &Matrix, x: &[f32]) -> Vec<Expected> {
     for x in x.chunks_exact(cols) {
         for (w, offset) in rows.chunks_exact(cols).zip(offsets.chunks_exact(cols)) {
             let mut sum = Expected::default();
-            for (w, (offset, x)) in w.iter().zip(offset.iter().zip(x)) {
-                let (w, offset, x) = (*w as f64, *offset as f64, *x as f64);
-                sum.value += w * x;
-                // `scale * q` and `min`, or 32 * scale, are multiplied apart: what cancels in w does not in them.
-                let has_offset = matches!(matrix.format, Format::Q4_K | Format::Q5_K | Format::Q6_K);
-                sum.terms += (w.abs() + if has_offset { 2.0 * offset.abs() } else { 0.0 }) * x.abs();
-                sum.bf16 += (w * x).abs() / 256.0 + f32::MIN_POSITIVE as f64 * (2.0 + w.abs() + x.abs());
-                sum.bf16_variance += (w * x).powi(2) * 2.0 / 12.0 / 65536.0;
-            }
-            for (i, share) in SHARES.into_iter().enumerate() {
-                for (w, x) in w.chunks(share).zip(x.chunks(share)) {
-                    let greatest = x.iter().fold(0f64, |greatest, x| greatest.max((*x as f64).abs()));
-                    let step = if greatest <= NOTHING { 2.0 * greatest } else { greatest / 127.0 };
-                    sum.int8[i] += step / 2.0 * w.iter().map(|w| (*w as f64).abs()).sum::<f64>();
-                    sum.int8_variance[i] += step * step / 12.0 * w.iter().map(|w| (*w as f64).powi(2)).sum::<f64>();
+            for start in (0..cols).step_by(share) {
+                let end = cols.min(start + share);
+                let (mut magnitude, mut squares, mut greatest) = (0.0, 0.0, 0f64);
+                for i in start..end {
+                    let (w, offset, x) = (w[i] as f64, offset[i] as f64, x[i] as f64);
+                    sum.value += w * x;
+                    // `scale * q` and `min`, or 32 * scale, are multiplied apart: what cancels in w does not in them.
+                    let has_offset = matches!(matrix.format, Format::Q4_K | Format::Q5_K | Format::Q6_K);
+                    sum.terms += (w.abs() + if has_offset { 2.0 * offset.abs() } else { 0.0 }) * x.abs();
+                    sum.bf16 += (w * x).abs() / 256.0 + f32::MIN_POSITIVE as f64 * (2.0 + w.abs() + x.abs());
+                    sum.bf16_variance += (w * x).powi(2) * 2.0 / 12.0 / 65536.0;
+                    magnitude += w.abs();
+                    squares += w * w;
+                    greatest = greatest.max(x.abs());
                 }
+                let step = if greatest <= NOTHING { 2.0 * greatest } else { greatest / 127.0 };
+                sum.int8 += step / 2.0 * magnitude;
+                sum.int8_variance += step * step / 12.0 * squares;
             }
             results.push(sum);
         }
@@ -211,13 +205,13 @@ fn products_are_as_near_as_the_rounding_of_activations_allows() {
     }
 }
 
-/// Activations that 8 bits hold exactly: in every 16 features the greatest is 127 times a power of two that 256 features
+/// Activations that 8 bits hold exactly: in every 32 features the greatest is 127 times a power of two that 256 features
 /// share, the others are integers times it.
 fn integers(cols: usize, random: &mut Random) -> Vec<f32> {
     let mut x = vec![0f32; cols];
     for share in x.chunks_mut(256) {
         let step = 1.0 / (1 << random.below(2)) as f32;
-        for part in share.chunks_mut(16) {
+        for part in share.chunks_mut(32) {
             part.fill_with(|| step * random.integer(15));
             let greatest = random.below(part.len());
             part[greatest] = step * if random.below(2) == 0 { 127.0 } else { -127.0 };
@@ -299,7 +293,7 @@ fn extreme_blocks_are_multiplied_as_any_other() {
             .flat_map(|negative| (0..cols).map(move |i| if negative(i) { -127.0 } else { 127.0 }))
             .collect();
         let mut expected = expected(&matrix, &x);
-        expected.iter_mut().for_each(|expected| expected.int8 = [0.0; 3]); // these activations are held exactly
+        expected.iter_mut().for_each(|expected| expected.int8 = 0.0); // these activations are held exactly
         for (kernel, phase) in runs() {
             assert_near(&*kernel, &matrix, phase, &x, &expected);
         }
