@@ -57,7 +57,7 @@ pub unsafe trait Products {
 
     unsafe fn nothing() -> Self::Sum;
 
-    /// Adds step `step` of one weight row with `T` tokens; the last one may be shorter than `STEP`. Both hold the step.
+    /// Adds step `step` of one weight row with `T` tokens, all of which hold it; the last may be shorter than `STEP`.
     unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[Self::Row]; T], sums: &mut [Self::Sum; T]);
 
     unsafe fn total(sum: Self::Sum) -> f32;
@@ -83,6 +83,7 @@ type Strips = [[[f32; STRIP]; TOGETHER]; 2];
 /// As for [`Products`].
 #[inline(always)]
 pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+    assert_eq!(weights.cols % weights.format.block_len(), 0, "features of a row, in whole blocks");
     let lines = x.len() / tokens;
     let row = |token: usize| view::<P::Row>(&x[token * lines..(token + 1) * lines]);
     let mut strips: Strips = [[[0f32; STRIP]; TOGETHER]; 2];
@@ -98,7 +99,7 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
                 _ => TOGETHER,
             };
             for i in 0..count {
-                // The last row of the first half may be without a partner: its own results are handed out once.
+                // The last row of the first half may have no partner: it gets one that is not handed out.
                 let pair = [weights.row(first + i), weights.row((half + first + i).min(rows - 1))];
                 // SAFETY: the caller's promise.
                 unsafe {
