@@ -113,6 +113,7 @@ fn ctrl_c_ends_a_stream() {
     use std::os::windows::process::CommandExt;
     use std::process::Command;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::Poll;
     use std::time::{Duration, Instant};
 
     const CTRL_C: u32 = 0;
@@ -147,10 +148,13 @@ fn ctrl_c_ends_a_stream() {
         assert_ne!(GenerateConsoleCtrlEvent(CTRL_C, 0), 0);
         Instant::now()
     });
-    let look = || if PRESSED.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-    while let ControlFlow::Continue(piece) = stream.next(|_| look()).unwrap() {
-        assert!(piece.is_some(), "it ended by itself");
+    while !PRESSED.load(Ordering::Relaxed) {
+        match stream.poll().unwrap() {
+            Poll::Ready(piece) => assert!(piece.is_some(), "it ended by itself"),
+            Poll::Pending => stream.wait().unwrap(),
+        }
     }
+    stream.cancel();
     assert!(presses.join().unwrap().elapsed() < Duration::from_secs(2));
     assert_eq!(generate(&engine, QUESTION, 0.0, 1), ANSWER);
 }
