@@ -105,18 +105,25 @@ const fn lane_of_16(group: usize) -> usize {
 }
 
 /// A super-block of 256 weights, `w = d * scale * q - dmin * min`.
-pub trait SuperBlock: Block {
+pub trait SuperBlock: Block + Sized {
     const GROUPS: usize;
 
     /// Vector i holds piece i of each group, a piece being `64 / GROUPS` bytes: of 8 groups in order, of 16 groups by
     /// `lane_of_16`.
     unsafe fn quants(&self) -> [__m512i; 4];
 
-    /// With 8 groups `d * scale` of each, then `dmin * min` of each; with 16 groups `d * scale` of each, by lane.
-    unsafe fn factors(&self) -> __m512;
+    /// With 8 groups `d * scale` of each, then `dmin * min` of each; with 16 groups `d * scale` of each, by lane. As
+    /// written here, of a block that starts with a `Header`.
+    #[inline(always)]
+    unsafe fn factors(&self) -> __m512 {
+        unsafe { Header::of(self).factors() }
+    }
 
-    /// The mins as i16, and dmin.
-    unsafe fn mins(&self) -> (__m256i, f32);
+    /// The mins as i16, and dmin; likewise.
+    #[inline(always)]
+    unsafe fn mins(&self) -> (__m256i, f32) {
+        unsafe { Header::of(self).mins() }
+    }
 
     /// The lane of a group in `factors`, and its place in `quants`.
     #[inline(always)]
@@ -219,16 +226,6 @@ impl SuperBlock for blocks::Q4_K {
     unsafe fn quants(&self) -> [__m512i; 4] {
         unsafe { alternate(nibbles(&self.qs)) }
     }
-
-    #[inline(always)]
-    unsafe fn factors(&self) -> __m512 {
-        unsafe { Header::of(self).factors() }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self) -> (__m256i, f32) {
-        unsafe { Header::of(self).mins() }
-    }
 }
 
 impl SuperBlock for blocks::Q5_K {
@@ -247,16 +244,6 @@ impl SuperBlock for blocks::Q5_K {
             }
             alternate(q)
         }
-    }
-
-    #[inline(always)]
-    unsafe fn factors(&self) -> __m512 {
-        unsafe { Header::of(self).factors() }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self) -> (__m256i, f32) {
-        unsafe { Header::of(self).mins() }
     }
 }
 

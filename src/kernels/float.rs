@@ -73,6 +73,14 @@ const STEP: usize = SUPER;
 /// Sums of a dot product that run side by side.
 const CHAINS: usize = 4;
 
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+unsafe fn total<V: Simd>([a, b, c, d]: [V; CHAINS]) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe { a.add(b).add(c.add(d)).sum() }
+}
+
 // SAFETY: pointers stay inside the slices, see each.
 unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type V = V;
@@ -134,9 +142,9 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     }
 
     #[inline(always)]
-    unsafe fn total([a, b, c, d]: Self::Sum) -> f32 {
+    unsafe fn total(sum: Self::Sum) -> f32 {
         // SAFETY: the caller's promise.
-        unsafe { a.add(b).add(c.add(d)).sum() }
+        unsafe { total(sum) }
     }
 
     #[inline(always)]
@@ -188,21 +196,21 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     // SAFETY: loads and stores end at `whole`.
     unsafe {
-        let (fours, whole) = (x.len() - x.len() % (4 * V::LANES), x.len() - x.len() % V::LANES);
-        // Four vectors of sums: the more numbers go into one, the coarser it gets, and each waits for the one before.
-        let mut squares = [V::splat(0.0); 4];
-        for i in (0..fours).step_by(4 * V::LANES) {
+        let chunk = CHAINS * V::LANES;
+        let (chunks, whole) = (x.len() - x.len() % chunk, x.len() - x.len() % V::LANES);
+        // Side by side: the more numbers go into a sum, the coarser it gets, and each waits for the one before.
+        let mut squares = [V::splat(0.0); CHAINS];
+        for i in (0..chunks).step_by(chunk) {
             for (vector, squares) in squares.iter_mut().enumerate() {
                 let x = V::load(x.as_ptr().add(i + vector * V::LANES));
                 *squares = x.mul_add(x, *squares);
             }
         }
-        for i in (fours..whole).step_by(V::LANES) {
+        for i in (chunks..whole).step_by(V::LANES) {
             let x = V::load(x.as_ptr().add(i));
             squares[0] = x.mul_add(x, squares[0]);
         }
-        let squares = squares[0].add(squares[1]).add(squares[2].add(squares[3])).sum();
-        let squares = squares + x[whole..].iter().map(|x| x * x).sum::<f32>();
+        let squares = total(squares) + x[whole..].iter().map(|x| x * x).sum::<f32>();
         let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
         for i in (0..whole).step_by(V::LANES) {
             let x = V::load(x.as_ptr().add(i)).mul(V::splat(scale));
