@@ -11,17 +11,20 @@
 //! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Unpacking deals the quants
 //!    out so that a lane meets the same group in all four vectors: one product with the scales is then enough.
 //! 2. In prefill the lanes are tokens and weights are broadcast: nothing is transposed but the result.
-//! 3. Software prefetch about 2 KB ahead: without it decode reads at two thirds of the bandwidth.
+//! 3. With 16 groups there are no mins: `sum32` starts at what makes `q - 32` of `q`.
+//! 4. Vector units are what is short, so scales and mins are taken apart in general registers.
+//! 5. Software prefetch, for one token into the first cache, for four into the second: without it decode reads at two
+//!    thirds of the bandwidth.
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::blocks::{self, Block, block, blocks};
+use super::blocks::{self, Block, block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, Plain, SUPER, Scheme, SmallRow, SmallTile, TILE, TileBlock, view_mut};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{f32_of, prefetch};
+use super::x86::{ahead, f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -59,10 +62,13 @@ kernel!(
 pub struct DealtRow {
     /// As `SuperBlock::quants` deals out weights.
     q: [[i8; 64]; 4],
-    /// What meets `SuperBlock::factors`: `dx` for a scale, `dx * sum of q` for the min of a group.
-    factors: [f32; 16],
     /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
     starts: [i32; 16],
+    /// With 8 groups: `dx * sum of q` of each, for the mins.
+    sums: [f32; 8],
+    /// dx
+    d: f32,
+    rest: [u32; 7],
 }
 // SAFETY: numbers without padding.
 unsafe impl Plain for DealtRow {}
@@ -74,11 +80,11 @@ fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
     let mut q = [0; SUPER];
     for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
         let d = pack::quantize(x, &mut q);
-        block.factors = [d; 16];
+        block.d = d;
         if groups == 8 {
             for (group, q) in q.as_chunks::<32>().0.iter().enumerate() {
                 deal::<8>(q, group, &mut block.q);
-                block.factors[8 + group] = d * pack::sum(q) as f32;
+                block.sums[group] = d * pack::sum(q) as f32;
             }
         } else {
             for (group, q) in q.as_chunks::<16>().0.iter().enumerate() {
@@ -104,75 +110,48 @@ const fn lane_of_16(group: usize) -> usize {
     group % 4 * 4 + group / 4
 }
 
-/// A super-block of 256 weights, `w = d * scale * q - dmin * min`.
-pub trait SuperBlock: Block + Sized {
+/// A super-block of 256 weights: `w = d * scale * q - dmin * min` with 8 groups, `w = d * scale * (q - 32)` with 16.
+pub trait SuperBlock: Block {
     const GROUPS: usize;
 
     /// Vector i holds piece i of each group, a piece being `64 / GROUPS` bytes: of 8 groups in order, of 16 groups by
     /// `lane_of_16`.
     unsafe fn quants(&self) -> [__m512i; 4];
 
-    /// With 8 groups `d * scale` of each, then `dmin * min` of each; with 16 groups `d * scale` of each, by lane. As
-    /// written here, of a block that starts with a `Header`.
-    #[inline(always)]
-    unsafe fn factors(&self) -> __m512 {
-        unsafe { Header::of(self).factors() }
-    }
+    /// `d * scale` of each lane's group.
+    unsafe fn scales(&self) -> __m512;
 
-    /// The mins as i16, and dmin; likewise.
-    #[inline(always)]
-    unsafe fn mins(&self) -> (__m256i, f32) {
-        unsafe { Header::of(self).mins() }
-    }
+    /// Of 8 groups: their mins, a byte each, and dmin.
+    unsafe fn mins(&self) -> Option<(__m128i, f32)>;
 
-    /// The lane of a group in `factors`, and its place in `quants`.
+    /// The first lane of a group.
     #[inline(always)]
     fn lane(group: usize) -> usize {
-        if Self::GROUPS == 8 { group } else { lane_of_16(group) }
+        if Self::GROUPS == 8 { 2 * group } else { lane_of_16(group) }
     }
 }
 
-/// The first 16 bytes of Q4_K and Q5_K: d, dmin, and 8 scales and 8 mins of 6 bits each.
-struct Header(__m128i);
+/// d and dmin, with which Q4_K and Q5_K start.
+#[inline(always)]
+unsafe fn d_and_dmin<B: Block>(block: &B) -> __m128 {
+    const { assert!(size_of::<B>() >= 16) };
+    unsafe { _mm_cvtph_ps(_mm_loadu_si128((block as *const B).cast())) }
+}
 
-impl Header {
-    #[inline(always)]
-    unsafe fn of<B: Block>(block: &B) -> Self {
-        const { assert!(size_of::<B>() >= 16) };
-        unsafe { Header(_mm_loadu_si128((block as *const B).cast())) }
+#[inline(always)]
+unsafe fn scales_of_8<B: Block>(block: &B, packed: &[u8; 12]) -> __m512 {
+    unsafe {
+        let scales = _mm_cvtsi64_si128(scales_and_mins(packed).0 as i64);
+        let twice_each = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scales, scales)));
+        _mm512_mul_ps(twice_each, _mm512_broadcastss_ps(d_and_dmin(block)))
     }
+}
 
-    /// Scales and mins as bytes: `blocks::scales_and_mins` in one vector.
-    #[inline(always)]
-    unsafe fn bytes(&self) -> __m128i {
-        unsafe {
-            // Bytes 4.. are the words a, b, c. Low bits: a, c, b, c >> 4; high bits: nothing, a, nothing, b.
-            let low = _mm_shuffle_epi8(self.0, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
-            let high =
-                _mm_shuffle_epi8(self.0, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
-            let mask = _mm_setr_epi32(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f);
-            let low = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)), mask);
-            _mm_or_si128(low, _mm_and_si128(_mm_srli_epi32(high, 2), _mm_set1_epi32(0x3030_3030)))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn factors(&self) -> __m512 {
-        unsafe {
-            let d_and_dmin = _mm512_zextps128_ps512(_mm_cvtph_ps(self.0));
-            let eight_of_each = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
-            let numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(self.bytes()));
-            _mm512_mul_ps(numbers, _mm512_permutexvar_ps(eight_of_each, d_and_dmin))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self) -> (__m256i, f32) {
-        unsafe {
-            let mins = _mm_cvtepu8_epi16(_mm_unpackhi_epi64(self.bytes(), _mm_setzero_si128()));
-            let dmin = _mm_cvtss_f32(_mm_movehdup_ps(_mm_cvtph_ps(self.0)));
-            (_mm256_zextsi128_si256(mins), dmin)
-        }
+#[inline(always)]
+unsafe fn mins_of_8<B: Block>(block: &B, packed: &[u8; 12]) -> Option<(__m128i, f32)> {
+    unsafe {
+        let mins = _mm_cvtsi64_si128(scales_and_mins(packed).1 as i64);
+        Some((mins, _mm_cvtss_f32(_mm_movehdup_ps(d_and_dmin(block)))))
     }
 }
 
@@ -226,6 +205,16 @@ impl SuperBlock for blocks::Q4_K {
     unsafe fn quants(&self) -> [__m512i; 4] {
         unsafe { alternate(nibbles(&self.qs)) }
     }
+
+    #[inline(always)]
+    unsafe fn scales(&self) -> __m512 {
+        unsafe { scales_of_8(self, &self.scales) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins(&self) -> Option<(__m128i, f32)> {
+        unsafe { mins_of_8(self, &self.scales) }
+    }
 }
 
 impl SuperBlock for blocks::Q5_K {
@@ -244,6 +233,16 @@ impl SuperBlock for blocks::Q5_K {
             }
             alternate(q)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn scales(&self) -> __m512 {
+        unsafe { scales_of_8(self, &self.scales) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins(&self) -> Option<(__m128i, f32)> {
+        unsafe { mins_of_8(self, &self.scales) }
     }
 }
 
@@ -276,7 +275,7 @@ impl SuperBlock for blocks::Q6_K {
     }
 
     #[inline(always)]
-    unsafe fn factors(&self) -> __m512 {
+    unsafe fn scales(&self) -> __m512 {
         unsafe {
             let by_lane = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let scales = _mm_shuffle_epi8(_mm_loadu_si128(self.scales.as_ptr().cast()), by_lane);
@@ -284,13 +283,9 @@ impl SuperBlock for blocks::Q6_K {
         }
     }
 
-    /// w = d * scale * (q - 32)
     #[inline(always)]
-    unsafe fn mins(&self) -> (__m256i, f32) {
-        unsafe {
-            let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(self.scales.as_ptr().cast()));
-            (_mm256_slli_epi16(scales, 5), f32_of(self.d))
-        }
+    unsafe fn mins(&self) -> Option<(__m128i, f32)> {
+        None
     }
 }
 
@@ -300,9 +295,10 @@ impl SuperBlock for blocks::Q6_K {
 pub struct PanelBlock {
     /// As `SuperBlock::quants` has them.
     q: [u8; SUPER],
-    /// `d * scale` of each group, by lane.
+    /// As `SuperBlock::scales` has them.
     scales: [f32; 16],
-    mins: [i16; 16],
+    /// Of 8 groups.
+    mins: [i16; 8],
     dmin: f32,
 }
 
@@ -315,29 +311,37 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type Row = DealtRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
-    /// Of the groups times their scales, and in its upper half of the mins.
-    type Sum = [__m512; 2];
+    /// Of the groups times their scales, and of the mins.
+    type Sum = (__m512, __m256);
     const ROW: usize = SUPER;
     const STEP: usize = SUPER;
+    const TURN: usize = SUPER;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
     unsafe fn nothing() -> Self::Sum {
-        unsafe { [_mm512_setzero_ps(); 2] }
+        unsafe { (_mm512_setzero_ps(), _mm256_setzero_ps()) }
     }
 
     #[inline(always)]
     unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [Self::Sum; T]) {
         unsafe {
             let block = block::<B>(weights.bytes, step);
-            prefetch(block);
-            let twice_each = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-            let (q, factors) = (block.quants(), block.factors());
+            // Activations of four tokens are half of the first cache: weights that come early push them out.
+            if T == 4 {
+                ahead::<4096, _MM_HINT_T1, B>(block)
+            } else {
+                prefetch(block)
+            }
+            let (q, scales) = (block.quants(), block.scales());
+            let mut dmin_mins = _mm256_setzero_ps();
+            if let Some((mins, dmin)) = block.mins() {
+                dmin_mins = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(mins)), _mm256_set1_ps(dmin));
+            }
             for t in 0..T {
-                let (x, [sum, mins]) = (x[t].get_unchecked(step), &mut sums[t]);
-                let factors = _mm512_mul_ps(factors, _mm512_load_ps(x.factors.as_ptr()));
+                let (x, (sum, mins)) = (x[t].get_unchecked(step), &mut sums[t]);
                 let mut sum32 = match B::GROUPS {
                     8 => _mm512_setzero_si512(),
                     _ => _mm512_load_si512(x.starts.as_ptr().cast()),
@@ -345,20 +349,18 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                 for j in 0..4 {
                     sum32 = _mm512_dpbusd_epi32(sum32, q[j], _mm512_load_si512(x.q[j].as_ptr().cast()));
                 }
+                let scales = _mm512_mul_ps(scales, _mm512_set1_ps(x.d));
+                *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum32), scales, *sum);
                 if B::GROUPS == 8 {
-                    let scales = _mm512_permutexvar_ps(twice_each, factors);
-                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum32), scales, *sum);
-                    *mins = _mm512_add_ps(*mins, factors);
-                } else {
-                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum32), factors, *sum);
+                    *mins = _mm256_fmadd_ps(dmin_mins, _mm256_load_ps(x.sums.as_ptr()), *mins);
                 }
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn total([sum, mins]: Self::Sum) -> f32 {
-        unsafe { _mm512_sub_ps(sum, _mm512_zextps256_ps512(_mm512_extractf32x8_ps(mins, 1))).sum() }
+    unsafe fn total((sum, mins): Self::Sum) -> f32 {
+        unsafe { _mm512_sub_ps(sum, _mm512_zextps256_ps512(mins)).sum() }
     }
 
     #[inline(always)]
@@ -370,10 +372,11 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                 for (j, q) in block.quants().into_iter().enumerate() {
                     _mm512_store_si512((&raw mut (*to).q).cast::<__m512i>().add(j), q);
                 }
-                _mm512_store_ps((&raw mut (*to).scales).cast(), block.factors());
-                let (mins, dmin) = block.mins();
-                _mm256_store_si256((&raw mut (*to).mins).cast(), mins);
-                (*to).dmin = dmin;
+                _mm512_store_ps((&raw mut (*to).scales).cast(), block.scales());
+                if let Some((mins, dmin)) = block.mins() {
+                    _mm_store_si128((&raw mut (*to).mins).cast(), _mm_cvtepu8_epi16(mins));
+                    (*to).dmin = dmin;
+                }
             }
         }
     }
@@ -384,14 +387,23 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); T]; R];
             for group in 0..B::GROUPS {
-                let mut sums32 = [[_mm512_setzero_si512(); T]; R];
                 let (lane, steps, piece) = (B::lane(group), 64 / B::GROUPS, 16 / B::GROUPS);
+                let mut starts = [_mm512_setzero_si512(); T];
+                if B::GROUPS == 16 {
+                    for t in 0..T {
+                        // Even groups are the lower halves. The products are with `q`, not with `q - 32`.
+                        let sums = _mm512_load_si512(x[t].sums.as_ptr().add(group / 2).cast());
+                        let sums = if group % 2 == 0 { _mm512_slli_epi32(sums, 16) } else { sums };
+                        starts[t] = _mm512_sub_epi32(starts[t], _mm512_slli_epi32(_mm512_srai_epi32(sums, 16), 5));
+                    }
+                }
+                let mut sums32 = [starts; R];
                 for step in 0..steps {
                     let mut tokens = [_mm512_setzero_si512(); T];
                     for t in 0..T {
                         tokens[t] = _mm512_load_si512(x[t].q.as_ptr().add(group * steps + step).cast());
                     }
-                    let at = step / piece * 16 + lane * piece + step % piece;
+                    let at = step / piece * 16 + lane + step % piece;
                     for r in 0..R {
                         let w = _mm512_set1_epi32((&raw const (*rows.add(r)).q).cast::<i32>().add(at).read());
                         for t in 0..T {
@@ -407,16 +419,18 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                 }
             }
             for r in 0..R {
-                let dmin = _mm512_set1_ps((*rows.add(r)).dmin);
                 for t in 0..T {
-                    let mut mins = _mm512_setzero_si512();
-                    for pair in 0..B::GROUPS / 2 {
-                        let w = _mm512_set1_epi32((&raw const (*rows.add(r)).mins).cast::<i32>().add(pair).read());
-                        mins = _mm512_dpwssd_epi32(mins, w, _mm512_load_si512(x[t].sums.as_ptr().add(pair).cast()));
+                    if B::GROUPS == 8 {
+                        let mut mins = _mm512_setzero_si512();
+                        for pair in 0..4 {
+                            let w = _mm512_set1_epi32((&raw const (*rows.add(r)).mins).cast::<i32>().add(pair).read());
+                            mins = _mm512_dpwssd_epi32(mins, w, _mm512_load_si512(x[t].sums.as_ptr().add(pair).cast()));
+                        }
+                        let dmin = _mm512_set1_ps((*rows.add(r)).dmin);
+                        sums[r][t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins), dmin, sums[r][t]);
                     }
-                    let sum = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins), dmin, sums[r][t]);
                     let out = out.add(t * stride + r * TILE);
-                    let total = _mm512_fmadd_ps(sum, _mm512_load_ps(x[t].d.as_ptr()), _mm512_load_ps(out));
+                    let total = _mm512_fmadd_ps(sums[r][t], _mm512_load_ps(x[t].d.as_ptr()), _mm512_load_ps(out));
                     _mm512_store_ps(out, total);
                 }
             }

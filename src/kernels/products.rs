@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! decode:   for each two weight rows, one of either half of the matrix, for each 4 tokens:
-//!               for each stretch of features, for each of the rows:  sums += w x
-//!           two runs of addresses in turn keep more reads under way than one; activations stay in the first cache
+//!               for each few features, for each of the rows:  sums += w x
+//!           two runs of addresses in turn keep more reads under way than one, and share what they load of activations
 //! prefill:  for each panel of 32 weight rows:         unpack it, into cache
 //!               for each few tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
 //!               turn the sums from (row, token) to (token, row)
@@ -24,7 +24,7 @@ const PANEL: usize = 32;
 const TILE_STRIDE: usize = PANEL * TILE;
 /// Tokens that share the unpacking of a weight in decode.
 const TOGETHER: usize = 4;
-/// Features of one row before it is the other's turn: of 4 tokens they are 18 KB.
+/// Features of one row before it is the other's turn, as far as `Products::TURN` does not say otherwise.
 const STRETCH: usize = 3072;
 /// Rows whose results decode hands out together.
 const STRIP: usize = 64;
@@ -48,6 +48,9 @@ pub unsafe trait Products {
     const ROW: usize;
     /// Features that decode takes at a time: a multiple of `ROW`.
     const STEP: usize;
+    /// Features of one row that decode multiplies with four tokens before it is the other's turn. Few: the other finds
+    /// the activations in the first cache. Many: the sums of one row, and not of two, stay in registers.
+    const TURN: usize = STRETCH;
     /// Features of a `Block`.
     const BLOCK: usize;
     /// Rows that are multiplied together: a divisor of 32.
@@ -140,26 +143,18 @@ unsafe fn dot<P: Products, const T: usize>(
     for t in 0..T {
         x[t] = &x[t][..cols.div_ceil(P::ROW)];
     }
-    let (steps, stretch) = (cols.div_ceil(P::STEP), STRETCH / P::STEP);
+    let turn = if T == TOGETHER { P::TURN } else { STRETCH } / P::STEP;
+    let steps = cols.div_ceil(P::STEP);
     // SAFETY: the caller's promise.
     unsafe {
-        if steps <= stretch {
-            // The sums stay in registers.
+        let mut sums = [[P::nothing(); T]; 2];
+        for first in (0..steps).step_by(turn) {
             for side in 0..2 {
-                let mut sums = [P::nothing(); T];
-                add_up::<P, T>(rows[side], 0..steps, x, &mut sums);
-                keep::<P, T>(sums, &mut strips[side], at);
+                add_up::<P, T>(rows[side], first..steps.min(first + turn), x, &mut sums[side]);
             }
-        } else {
-            let mut sums = [[P::nothing(); T]; 2];
-            for first in (0..steps).step_by(stretch) {
-                for side in 0..2 {
-                    add_up::<P, T>(rows[side], first..steps.min(first + stretch), x, &mut sums[side]);
-                }
-            }
-            for side in 0..2 {
-                keep::<P, T>(sums[side], &mut strips[side], at);
-            }
+        }
+        for side in 0..2 {
+            keep::<P, T>(sums[side], &mut strips[side], at);
         }
     }
 }

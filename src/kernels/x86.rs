@@ -21,13 +21,20 @@ pub unsafe fn f32_of(half: blocks::Half) -> f32 {
     }
 }
 
-/// The lines of a block that lie about 2 KB further on. Reading ahead of the end is harmless: a prefetch never faults.
+/// Fetches the lines of a block that lie somewhat more than 1 KB further on into the first cache.
 #[inline(always)]
 pub unsafe fn prefetch<B: Block>(block: &B) {
+    unsafe { ahead::<1280, _MM_HINT_T0, B>(block) }
+}
+
+/// Fetches the lines of a block that lie about so many bytes further on. Reading ahead of the end is harmless: a prefetch
+/// never faults.
+#[inline(always)]
+pub unsafe fn ahead<const BYTES: usize, const HINT: i32, B: Block>(block: &B) {
     unsafe {
-        let ahead = (block as *const B).cast::<i8>().wrapping_add(2048);
+        let ahead = (block as *const B).cast::<i8>().wrapping_add(BYTES);
         for line in 0..size_of::<B>().div_ceil(64) {
-            _mm_prefetch(ahead.wrapping_add(64 * line), _MM_HINT_T0);
+            _mm_prefetch(ahead.wrapping_add(64 * line), HINT);
         }
     }
 }
