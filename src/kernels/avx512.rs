@@ -419,6 +419,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                 }
             }
             for r in 0..R {
+                let dmin = _mm512_set1_ps((*rows.add(r)).dmin);
                 for t in 0..T {
                     if B::GROUPS == 8 {
                         let mut mins = _mm512_setzero_si512();
@@ -426,7 +427,6 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                             let w = _mm512_set1_epi32((&raw const (*rows.add(r)).mins).cast::<i32>().add(pair).read());
                             mins = _mm512_dpwssd_epi32(mins, w, _mm512_load_si512(x[t].sums.as_ptr().add(pair).cast()));
                         }
-                        let dmin = _mm512_set1_ps((*rows.add(r)).dmin);
                         sums[r][t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins), dmin, sums[r][t]);
                     }
                     let out = out.add(t * stride + r * TILE);
