@@ -9,7 +9,6 @@ Other work on the machine spoils the figures.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -228,14 +227,6 @@ def go_round(number: int, ours: list[Runner], peers: list[Runner], work: Work, l
             work.contexts = [entry["context"] for entry in report["decode"]]
 
 
-def drop_slower_settings(runners: list[Runner]) -> None:
-    """After the first round: of an engine's two settings, the one that decodes slower runs no more."""
-    for runner, other in itertools.combinations(runners, 2):
-        if runner.name == other.name and (found := speeds(runner.samples())):
-            longest = found[-1]  # where they differ most
-            min(runner, other, key=lambda each: each.samples()[longest][0]).rounds = 1
-
-
 def main() -> None:
     typed = arguments()
     path = typed.model or _engine.default_model()
@@ -257,8 +248,6 @@ def main() -> None:
         go_round(number, ours, peers, work, left_out)
         if n_threads > 1:
             go_round(number, [one_thread], [], Work(model, work.prompts[-1:], work.contexts[:1]), [])
-        if number == 1:
-            drop_slower_settings(peers)
     typed.out.mkdir(parents=True, exist_ok=True)
     write(typed.out / "tokens_per_second", model, ours, peers, one_thread, left_out)
 
