@@ -22,7 +22,7 @@ use std::marker::PhantomData;
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use super::pack::{self, Plain, SUPER, Scheme, SmallRow, SmallTile, TILE, TileBlock, view_mut};
-use super::products::{self, Products};
+use super::products::{self, Products, TOGETHER};
 use super::simd::Simd;
 use super::x86::{ahead, f32_of, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
@@ -111,18 +111,31 @@ const fn lane_of_16(group: usize) -> usize {
 }
 
 /// A super-block of 256 weights: `w = d * scale * q - dmin * min` with 8 groups, `w = d * scale * (q - 32)` with 16.
-pub trait SuperBlock: Block {
+pub trait SuperBlock: Block + Sized {
     const GROUPS: usize;
 
     /// Vector i holds piece i of each group, a piece being `64 / GROUPS` bytes: of 8 groups in order, of 16 groups by
     /// `lane_of_16`.
     unsafe fn quants(&self) -> [__m512i; 4];
 
-    /// `d * scale` of each lane's group.
-    unsafe fn scales(&self) -> __m512;
+    /// `d * scale` of each lane's group. As written here, of a block that starts as Q4_K does.
+    #[inline(always)]
+    unsafe fn scales(&self) -> __m512 {
+        unsafe {
+            let scales = _mm_cvtsi64_si128(scales_and_mins(packed(self)).0 as i64);
+            let twice_each = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scales, scales)));
+            _mm512_mul_ps(twice_each, _mm512_broadcastss_ps(d_and_dmin(self)))
+        }
+    }
 
-    /// Of 8 groups: their mins, a byte each, and dmin.
-    unsafe fn mins(&self) -> Option<(__m128i, f32)>;
+    /// Of 8 groups: their mins, a byte each, and dmin; likewise.
+    #[inline(always)]
+    unsafe fn mins(&self) -> Option<(__m128i, f32)> {
+        unsafe {
+            let mins = _mm_cvtsi64_si128(scales_and_mins(packed(self)).1 as i64);
+            Some((mins, _mm_cvtss_f32(_mm_movehdup_ps(d_and_dmin(self)))))
+        }
+    }
 
     /// The first lane of a group.
     #[inline(always)]
@@ -131,28 +144,18 @@ pub trait SuperBlock: Block {
     }
 }
 
-/// d and dmin, with which Q4_K and Q5_K start.
+/// d and dmin of a block that starts as Q4_K does.
 #[inline(always)]
 unsafe fn d_and_dmin<B: Block>(block: &B) -> __m128 {
     const { assert!(size_of::<B>() >= 16) };
     unsafe { _mm_cvtph_ps(_mm_loadu_si128((block as *const B).cast())) }
 }
 
+/// Its scales and mins, which come next.
 #[inline(always)]
-unsafe fn scales_of_8<B: Block>(block: &B, packed: &[u8; 12]) -> __m512 {
-    unsafe {
-        let scales = _mm_cvtsi64_si128(scales_and_mins(packed).0 as i64);
-        let twice_each = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scales, scales)));
-        _mm512_mul_ps(twice_each, _mm512_broadcastss_ps(d_and_dmin(block)))
-    }
-}
-
-#[inline(always)]
-unsafe fn mins_of_8<B: Block>(block: &B, packed: &[u8; 12]) -> Option<(__m128i, f32)> {
-    unsafe {
-        let mins = _mm_cvtsi64_si128(scales_and_mins(packed).1 as i64);
-        Some((mins, _mm_cvtss_f32(_mm_movehdup_ps(d_and_dmin(block)))))
-    }
+unsafe fn packed<B: Block>(block: &B) -> &[u8; 12] {
+    const { assert!(size_of::<B>() >= 16) };
+    unsafe { &*(block as *const B).cast::<u8>().add(4).cast() }
 }
 
 /// The nibbles of 128 bytes, four runs of 32 bytes (groups 0 and 1, 2 and 3, ...): the first 16 bytes of all low ones,
@@ -205,16 +208,6 @@ impl SuperBlock for blocks::Q4_K {
     unsafe fn quants(&self) -> [__m512i; 4] {
         unsafe { alternate(nibbles(&self.qs)) }
     }
-
-    #[inline(always)]
-    unsafe fn scales(&self) -> __m512 {
-        unsafe { scales_of_8(self, &self.scales) }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self) -> Option<(__m128i, f32)> {
-        unsafe { mins_of_8(self, &self.scales) }
-    }
 }
 
 impl SuperBlock for blocks::Q5_K {
@@ -233,16 +226,6 @@ impl SuperBlock for blocks::Q5_K {
             }
             alternate(q)
         }
-    }
-
-    #[inline(always)]
-    unsafe fn scales(&self) -> __m512 {
-        unsafe { scales_of_8(self, &self.scales) }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self) -> Option<(__m128i, f32)> {
-        unsafe { mins_of_8(self, &self.scales) }
     }
 }
 
@@ -329,8 +312,8 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [Self::Sum; T]) {
         unsafe {
             let block = block::<B>(weights.bytes, step);
-            // Activations of four tokens are half of the first cache: weights that come early push them out.
-            if T == 4 {
+            // Activations of four tokens are more than half of the first cache: weights that come early push them out.
+            if T == TOGETHER {
                 ahead::<4096, _MM_HINT_T1, B>(block)
             } else {
                 prefetch(block)

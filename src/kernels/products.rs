@@ -23,7 +23,7 @@ const PANEL: usize = 32;
 /// Sums of one tile with a panel.
 const TILE_STRIDE: usize = PANEL * TILE;
 /// Tokens that share the unpacking of a weight in decode.
-const TOGETHER: usize = 4;
+pub const TOGETHER: usize = 4;
 /// Features of one row before it is the other's turn, as far as `Products::TURN` does not say otherwise.
 const STRETCH: usize = 3072;
 /// Rows whose results decode hands out together.
@@ -48,7 +48,7 @@ pub unsafe trait Products {
     const ROW: usize;
     /// Features that decode takes at a time: a multiple of `ROW`.
     const STEP: usize;
-    /// Features of one row that decode multiplies with four tokens before it is the other's turn. Few: the other finds
+    /// Features of one row that decode multiplies with `TOGETHER` tokens before it is the other's turn. Few: the other finds
     /// the activations in the first cache. Many: the sums of one row, and not of two, stay in registers.
     const TURN: usize = STRETCH;
     /// Features of a `Block`.

@@ -16,8 +16,8 @@ const FLOATS: [Format; 3] = [Format::F32, Format::F16, Format::BF16];
 enum Rounding {
     /// Nothing.
     F32,
-    /// Activations become 8-bit integers, with a scale for so many features.
-    Int8(usize),
+    /// Activations become 8-bit integers, with a scale for each 256 features, or 32 where weights are Q8_0.
+    Int8,
     /// Activations and weights are rounded to 8 significant bits.
     Bf16,
 }
@@ -26,8 +26,7 @@ fn rounding(kernel: &str, format: Format, phase: Phase) -> Rounding {
     match (kernel, phase, format) {
         (_, _, Format::F32 | Format::F16) | ("portable", _, _) => Rounding::F32,
         ("amx", Phase::Prefill, _) => Rounding::Bf16,
-        (_, _, Format::Q4_K | Format::Q5_K | Format::Q6_K) => Rounding::Int8(256),
-        (_, _, Format::Q8_0) => Rounding::Int8(32),
+        (_, _, Format::Q4_K | Format::Q5_K | Format::Q6_K | Format::Q8_0) => Rounding::Int8,
         _ => Rounding::F32,
     }
 }
@@ -58,7 +57,7 @@ impl Expected {
         let sums = SUMS * self.terms;
         match rounding {
             Rounding::F32 => sums,
-            Rounding::Int8(_) => sums + 1.0001 * self.int8,
+            Rounding::Int8 => sums + 1.0001 * self.int8,
             Rounding::Bf16 => sums + 1.01 * self.bf16,
         }
     }
@@ -66,7 +65,7 @@ impl Expected {
     fn variance(&self, rounding: Rounding) -> f64 {
         match rounding {
             Rounding::F32 => 0.0,
-            Rounding::Int8(_) => self.int8_variance,
+            Rounding::Int8 => self.int8_variance,
             Rounding::Bf16 => self.bf16_variance,
         }
     }
