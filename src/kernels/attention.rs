@@ -198,9 +198,14 @@ impl Group<'_, '_> {
         unsafe {
             let mut d = 0;
             while d + 2 * V::LANES <= head_dim {
-                if Q == 1 && d + 6 * V::LANES <= head_dim {
-                    self.value_columns::<V, E, Q, 6>(first, keys.clone(), v, head_dim, d);
-                    d += 6 * V::LANES;
+                if Q == 1 && d + 96 <= head_dim {
+                    // A query on its own waits for memory: values are read in the order in which they lie.
+                    match V::LANES {
+                        16 => self.value_columns::<V, E, Q, 6>(first, keys.clone(), v, head_dim, d),
+                        8 => self.value_columns::<V, E, Q, 12>(first, keys.clone(), v, head_dim, d),
+                        _ => self.value_columns::<V, E, Q, 24>(first, keys.clone(), v, head_dim, d),
+                    }
+                    d += 96;
                 } else {
                     self.value_columns::<V, E, Q, 2>(first, keys.clone(), v, head_dim, d);
                     d += 2 * V::LANES;
