@@ -16,6 +16,9 @@ use super::{KvPage, KvSlice, Line, PAGE, Query, view_mut};
 
 /// Queries that share loads, at most: as many as leave room in the registers of AVX-512.
 const QUERIES: usize = 8;
+/// Features of a value that a query on its own takes at once: as many as AVX2 has registers for, and all that a head of
+/// Phi-3-mini has. It waits for memory, which is to be read in the order in which it lies.
+const AT_ONCE: usize = 96;
 
 /// An element of a cache page.
 ///
@@ -198,14 +201,13 @@ impl Group<'_, '_> {
         unsafe {
             let mut d = 0;
             while d + 2 * V::LANES <= head_dim {
-                if Q == 1 && d + 96 <= head_dim {
-                    // A query on its own waits for memory: values are read in the order in which they lie.
+                if Q == 1 && d + AT_ONCE <= head_dim {
                     match V::LANES {
                         16 => self.value_columns::<V, E, Q, 6>(first, keys.clone(), v, head_dim, d),
                         8 => self.value_columns::<V, E, Q, 12>(first, keys.clone(), v, head_dim, d),
                         _ => self.value_columns::<V, E, Q, 24>(first, keys.clone(), v, head_dim, d),
                     }
-                    d += 96;
+                    d += AT_ONCE;
                 } else {
                     self.value_columns::<V, E, Q, 2>(first, keys.clone(), v, head_dim, d);
                     d += 2 * V::LANES;
