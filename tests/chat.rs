@@ -462,7 +462,7 @@ fn no_template_hangs_or_fills_memory() {
     assert!(attacks.len() >= 80, "{}", attacks.len());
     for (name, source) in attacks {
         assert!(source.len() <= 64 << 10, "{name}: {} bytes", source.len());
-        // 100 ms is what it may take; a busy machine is given five tries and more time.
+        // 100 ms is what it may take; a busy machine, or a sanitizer, is given five tries and more time.
         let mut took = Duration::MAX;
         for _ in 0..5 {
             let start = Instant::now();
@@ -481,7 +481,7 @@ fn no_template_hangs_or_fills_memory() {
             }
         }
         slowest = slowest.max((took, name));
-        assert!(took < Duration::from_millis(500), "{name}: {took:?}");
+        assert!(took < Duration::from_secs(1), "{name}: {took:?}");
     }
     println!("slowest: {slowest:?}");
 }

@@ -1,9 +1,10 @@
 //! AVX2 with FMA and F16C: 8-bit products for quantized weights, f32 for the others.
 //!
 //! ```text
-//! decode, for each weight row and super-block, 32 weights at a time:
-//!     sum32 += scale * (q . x)           vpmaddubsw to 16 bits, vpmaddwd with the scale
-//!     out   += dx * (d * sum32 - dmin * (mins . sums of x))
+//! decode, for each weight row and super-block, a lane holding four weights of one group:
+//!     sum16  = q . x                     as many as fit: vpmaddubsw
+//!     sum32 += scale * sum16             vpmaddwd
+//!     out   += d * dx * sum32 - (dmin * min) * (dx * sum of x)
 //! prefill, for 32 weight rows unpacked to bytes in cache, each super-block, each 2 rows x 16 tokens:
 //!     for each group of a scale:  sum16 = q . x (vpmaddubsw);  sum32 += scale * sum16
 //!     out += dx * (d * sum32 - dmin * (mins . sums of x))
@@ -16,11 +17,12 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
+use super::dealt::{self, DealtRow};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
+use super::pack::{self, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{f32_of, prefetch};
+use super::x86::{d_and_dmin, f32_of, packed, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX2, FMA and F16C.
@@ -35,7 +37,7 @@ impl Avx2 {
     }
 }
 
-kernel!(Avx2, "avx2", "avx2,fma,f16c", __m256, SuperProducts, SmallProducts, pack::pack_row, pack::pack_tile::<4>);
+kernel!(Avx2, "avx2", "avx2,fma,f16c", __m256, SuperProducts, SmallProducts, dealt::pack_row, pack::pack_tile::<4>);
 
 /// The integer parts of a super-block, `w = d * scale * q - dmin * min`.
 pub struct Super {
@@ -53,8 +55,9 @@ pub trait SuperBlock: Block {
 
     unsafe fn scales(&self) -> Super;
 
-    /// Weights `32 * i .. 32 * (i + 1)` as bytes.
-    unsafe fn quants(&self, i: usize) -> __m256i;
+    /// As bytes, 16 weights from `16 * a` on and 16 from `16 * b` on. They are neighbours, or 64 apart: low nibbles both,
+    /// or both high ones.
+    unsafe fn quants(&self, a: usize, b: usize) -> __m256i;
 }
 
 #[inline(always)]
@@ -62,22 +65,42 @@ unsafe fn bytes_to_i16(bytes: u64) -> __m256i {
     unsafe { _mm256_zextsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(bytes as i64))) }
 }
 
-/// Of Q4_K and Q5_K.
+/// Of a block that starts as Q4_K does.
 #[inline(always)]
-unsafe fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
+unsafe fn unpack_scales<B: Block>(block: &B) -> Super {
     unsafe {
-        let (scales, mins) = scales_and_mins(packed);
-        Super { scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d: f32_of(d), dmin: f32_of(dmin) }
+        let (scales, mins) = scales_and_mins(packed(block));
+        let both = d_and_dmin(block);
+        let (d, dmin) = (_mm_cvtss_f32(both), _mm_cvtss_f32(_mm_movehdup_ps(both)));
+        Super { scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d, dmin }
     }
 }
 
+/// 16 bytes from each of two places.
 #[inline(always)]
-unsafe fn low_or_high_nibbles(qs: *const u8, high: bool) -> __m256i {
+unsafe fn join(a: *const u8, b: *const u8) -> __m256i {
+    unsafe { _mm256_loadu2_m128i(b.cast(), a.cast()) }
+}
+
+#[inline(always)]
+unsafe fn low_or_high_nibbles(q: __m256i, high: bool) -> __m256i {
+    unsafe { _mm256_and_si256(if high { _mm256_srli_epi16(q, 4) } else { q }, _mm256_set1_epi8(15)) }
+}
+
+/// Of Q4_K and Q5_K, where two groups, 64 weights, share 32 bytes.
+#[inline(always)]
+unsafe fn nibbles(qs: &[u8; 128], a: usize, b: usize) -> __m256i {
     unsafe {
-        let q = _mm256_loadu_si256(qs.cast());
-        let q = if high { _mm256_srli_epi16(q, 4) } else { q };
-        _mm256_and_si256(q, _mm256_set1_epi8(15))
+        let qs = qs.as_ptr();
+        let q = join(qs.add(a / 4 * 32 + a % 2 * 16), qs.add(b / 4 * 32 + b % 2 * 16));
+        low_or_high_nibbles(q, a % 4 >= 2)
     }
+}
+
+/// A number for each half.
+#[inline(always)]
+unsafe fn halves(a: usize, b: usize) -> __m256i {
+    unsafe { _mm256_set_m128i(_mm_set1_epi32(b as i32), _mm_set1_epi32(a as i32)) }
 }
 
 impl SuperBlock for blocks::Q4_K {
@@ -86,12 +109,12 @@ impl SuperBlock for blocks::Q4_K {
 
     #[inline(always)]
     unsafe fn scales(&self) -> Super {
-        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
+        unsafe { unpack_scales(self) }
     }
 
     #[inline(always)]
-    unsafe fn quants(&self, i: usize) -> __m256i {
-        unsafe { low_or_high_nibbles(self.qs.as_ptr().add(i / 2 * 32), i % 2 == 1) }
+    unsafe fn quants(&self, a: usize, b: usize) -> __m256i {
+        unsafe { nibbles(&self.qs, a, b) }
     }
 }
 
@@ -101,18 +124,19 @@ impl SuperBlock for blocks::Q5_K {
 
     #[inline(always)]
     unsafe fn scales(&self) -> Super {
-        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
+        unsafe { unpack_scales(self) }
     }
 
     #[inline(always)]
-    unsafe fn quants(&self, i: usize) -> __m256i {
+    unsafe fn quants(&self, a: usize, b: usize) -> __m256i {
         unsafe {
-            let low = low_or_high_nibbles(self.qs.as_ptr().add(i / 2 * 32), i % 2 == 1);
             // Bit i of every byte is the fifth bit of group i.
-            let high = _mm256_loadu_si256(self.qh.as_ptr().cast());
-            let by = _mm_cvtsi32_si128(if i < 4 { 4 - i as i32 } else { i as i32 - 4 });
-            let high = if i < 4 { _mm256_sll_epi16(high, by) } else { _mm256_srl_epi16(high, by) };
-            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(16)))
+            let high = join(self.qh.as_ptr().add(a % 2 * 16), self.qh.as_ptr().add(b % 2 * 16));
+            let high = match a {
+                0..8 => _mm256_sllv_epi32(high, halves(4 - a / 2, 4 - b / 2)),
+                _ => _mm256_srlv_epi32(high, halves(a / 2 - 4, b / 2 - 4)),
+            };
+            _mm256_or_si256(nibbles(&self.qs, a, b), _mm256_and_si256(high, _mm256_set1_epi8(16)))
         }
     }
 }
@@ -132,13 +156,15 @@ impl SuperBlock for blocks::Q6_K {
     }
 
     #[inline(always)]
-    unsafe fn quants(&self, i: usize) -> __m256i {
+    unsafe fn quants(&self, a: usize, b: usize) -> __m256i {
         unsafe {
-            let (half, group) = (i / 4, i % 4);
-            let low = low_or_high_nibbles(self.ql.as_ptr().add(half * 64 + group % 2 * 32), group >= 2);
-            // Two bits of every byte belong to each of the half's four groups of 32.
-            let high = _mm256_loadu_si256(self.qh.as_ptr().add(half * 32).cast());
-            let high = match group {
+            let (run, pair) = (a / 8, a / 2 % 4);
+            let low = self.ql.as_ptr().add(64 * run + 32 * (pair % 2));
+            let low = low_or_high_nibbles(join(low.add(a % 2 * 16), low.add(b % 2 * 16)), pair >= 2);
+            // Two bits of every byte belong to each of the run's four pairs of groups.
+            let high = self.qh.as_ptr().add(32 * run);
+            let high = join(high.add(a % 2 * 16), high.add(b % 2 * 16));
+            let high = match pair {
                 0 => _mm256_slli_epi16(high, 4),
                 1 => _mm256_slli_epi16(high, 2),
                 2 => high,
@@ -149,18 +175,50 @@ impl SuperBlock for blocks::Q6_K {
     }
 }
 
-/// The scale of each 32 weights, spread over the i16 lanes of a vector: of groups of 16, one in each half.
+/// Half of each vector, as `dealt` has them.
 #[inline(always)]
-unsafe fn spread_scale<B: SuperBlock>(scales: __m256i, i: usize) -> __m256i {
+unsafe fn deal<B: SuperBlock>(block: &B, half: usize) -> [__m256i; 4] {
     unsafe {
+        let mut q = [_mm256_setzero_si256(); 4];
         if B::GROUPS == 8 {
-            let both = _mm256_broadcastsi128_si256(_mm256_castsi256_si128(scales));
-            _mm256_shuffle_epi8(both, _mm256_set1_epi16((0x0100 + 0x0202 * i) as i16))
+            for part in 0..2 {
+                let at = 8 * half + part;
+                let (even, odd) = (block.quants(at, at + 4), block.quants(at + 2, at + 6));
+                q[2 * part] = _mm256_unpacklo_epi64(even, odd);
+                q[2 * part + 1] = _mm256_unpackhi_epi64(even, odd);
+            }
         } else {
-            let half = if i < 4 { _mm256_castsi256_si128(scales) } else { _mm256_extracti128_si256(scales, 1) };
-            let (first, second) = ((0x0100 + 0x0404 * (i % 4)) as i16, (0x0302 + 0x0404 * (i % 4)) as i16);
-            let index = _mm256_inserti128_si256(_mm256_set1_epi16(first), _mm_set1_epi16(second), 1);
-            _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index)
+            for i in 0..4 {
+                q[i] = block.quants(4 * i + 2 * half, 4 * i + 2 * half + 1);
+            }
+            let (a, b) = (_mm256_unpacklo_epi32(q[0], q[1]), _mm256_unpacklo_epi32(q[2], q[3]));
+            let (c, d) = (_mm256_unpackhi_epi32(q[0], q[1]), _mm256_unpackhi_epi32(q[2], q[3]));
+            q[0] = _mm256_unpacklo_epi64(a, b);
+            q[1] = _mm256_unpackhi_epi64(a, b);
+            q[2] = _mm256_unpacklo_epi64(c, d);
+            q[3] = _mm256_unpackhi_epi64(c, d);
+        }
+        q
+    }
+}
+
+/// The scale of each lane's group, twice: a pair of 16-bit sums takes both.
+#[inline(always)]
+unsafe fn deal_scales<B: SuperBlock>(scales: __m256i) -> [__m256i; 2] {
+    unsafe {
+        let (low, high) = (_mm256_castsi256_si128(scales), _mm256_extracti128_si256(scales, 1));
+        if B::GROUPS == 8 {
+            let both = _mm256_broadcastsi128_si256(low);
+            let index = |group: i64| {
+                let each = |group: i64| 0x0100_0100_0100_0100 + 0x0202_0202_0202_0202 * group;
+                _mm256_setr_epi64x(each(group), each(group + 1), each(group + 2), each(group + 3))
+            };
+            [_mm256_shuffle_epi8(both, index(0)), _mm256_shuffle_epi8(both, index(4))]
+        } else {
+            // By lane, but lanes 4 to 7 and 8 to 11 changed for each other: doubling works within halves.
+            let order = _mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+            let scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(_mm_packs_epi16(low, high), order));
+            [_mm256_unpacklo_epi16(scales, scales), _mm256_unpackhi_epi16(scales, scales)]
         }
     }
 }
@@ -183,12 +241,13 @@ pub struct SuperProducts<B>(PhantomData<B>);
 // SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
 unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     type V = __m256;
-    type Row = RowBlock;
+    type Row = DealtRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
     type Sum = __m256;
     const ROW: usize = SUPER;
     const STEP: usize = SUPER;
+    const TURN: usize = 1024;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 2;
     const TILES: usize = 1;
@@ -199,26 +258,41 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[RowBlock]; T], sums: &mut [__m256; T]) {
+    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [__m256; T]) {
         unsafe {
             let block = block::<B>(weights.bytes, step);
             prefetch(block);
             let w = block.scales();
+            let scales = deal_scales::<B>(w.scales);
+            let mins = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(w.mins)));
+            let dmin_mins = _mm256_mul_ps(mins, _mm256_set1_ps(w.dmin));
+            let fit = if B::FIT < 4 { B::FIT } else { 4 };
             let mut sums32 = [_mm256_setzero_si256(); T];
-            for j in 0..8 {
-                let (q, scale) = (block.quants(j), spread_scale::<B>(w.scales, j));
+            for half in 0..2 {
+                let q = deal(block, half);
                 for t in 0..T {
-                    let x = _mm256_load_si256(x[t].get_unchecked(step).q.as_ptr().add(32 * j).cast());
-                    let products = _mm256_madd_epi16(_mm256_maddubs_epi16(q, x), scale);
-                    sums32[t] = _mm256_add_epi32(sums32[t], products);
+                    let x = x[t].get_unchecked(step);
+                    for part in 0..4 / fit {
+                        let mut sums16 = _mm256_setzero_si256();
+                        for i in part * fit..(part + 1) * fit {
+                            let x = _mm256_load_si256(x.q[i].as_ptr().add(32 * half).cast());
+                            sums16 = _mm256_add_epi16(sums16, _mm256_maddubs_epi16(q[i], x));
+                        }
+                        sums32[t] = _mm256_add_epi32(sums32[t], _mm256_madd_epi16(sums16, scales[half]));
+                    }
                 }
             }
             for t in 0..T {
                 let x = x[t].get_unchecked(step);
-                let mins = _mm256_madd_epi16(w.mins, _mm256_load_si256(x.sums.as_ptr().cast()));
-                let mins = _mm256_mul_ps(_mm256_set1_ps(w.dmin * x.d), _mm256_cvtepi32_ps(mins));
-                let sum = _mm256_fmsub_ps(_mm256_set1_ps(w.d * x.d), _mm256_cvtepi32_ps(sums32[t]), mins);
-                sums[t] = _mm256_add_ps(sums[t], sum);
+                if B::GROUPS == 16 {
+                    let mins = _mm256_madd_epi16(w.mins, _mm256_load_si256(x.sums.of_16.as_ptr().cast()));
+                    sums32[t] = _mm256_sub_epi32(sums32[t], mins);
+                }
+                let d = _mm256_mul_ps(_mm256_set1_ps(w.d), _mm256_set1_ps(x.d));
+                sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums32[t]), d, sums[t]);
+                if B::GROUPS == 8 {
+                    sums[t] = _mm256_fnmadd_ps(dmin_mins, _mm256_load_ps(x.sums.of_8.as_ptr()), sums[t]);
+                }
             }
         }
     }
@@ -235,7 +309,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                 prefetch(block);
                 let (w, to) = (block.scales(), to.add(i * stride));
                 for j in 0..8 {
-                    _mm256_store_si256((&raw mut (*to).q).cast::<__m256i>().add(j), block.quants(j));
+                    _mm256_store_si256((&raw mut (*to).q).cast::<__m256i>().add(j), block.quants(2 * j, 2 * j + 1));
                 }
                 let (low, high) = (_mm256_castsi256_si128(w.scales), _mm256_extracti128_si256(w.scales, 1));
                 for (j, half) in [low, high].into_iter().enumerate() {
@@ -328,6 +402,7 @@ unsafe impl Products for SmallProducts {
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
+    const TURN: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 2;
     const TILES: usize = 1;

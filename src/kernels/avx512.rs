@@ -8,8 +8,8 @@
 //!     for each group of a scale:  sum32 = q . x (vpdpbusd);  sum += d * scale * sum32
 //!     out += dx * (sum - dmin * (mins . sums of x))
 //! ```
-//! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Unpacking deals the quants
-//!    out so that a lane meets the same group in all four vectors: one product with the scales is then enough.
+//! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Quants are dealt out so that
+//!    a lane meets the same group in all four vectors: one product with the scales is then enough.
 //! 2. In prefill the lanes are tokens and weights are broadcast: nothing is transposed but the result.
 //! 3. With 16 groups there are no mins: `sum32` starts at what makes `q - 32` of `q`.
 //! 4. Vector units are what is short, so scales and mins are taken apart in general registers.
@@ -20,11 +20,12 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
+use super::dealt::{self, DealtRow};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, Plain, SUPER, Scheme, SmallRow, SmallTile, TILE, TileBlock, view_mut};
+use super::pack::{self, SUPER, SmallRow, SmallTile, TILE, TileBlock};
 use super::products::{self, Products, TOGETHER};
 use super::simd::Simd;
-use super::x86::{ahead, f32_of, prefetch};
+use super::x86::{ahead, d_and_dmin, f32_of, packed, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -52,70 +53,15 @@ kernel!(
     __m512,
     SuperProducts,
     SmallProducts,
-    pack_row,
+    dealt::pack_row,
     pack::pack_tile::<4>
 );
-
-/// 256 features of one token for decode.
-#[derive(Copy, Clone)]
-#[repr(C, align(64))]
-pub struct DealtRow {
-    /// As `SuperBlock::quants` deals out weights.
-    q: [[i8; 64]; 4],
-    /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
-    starts: [i32; 16],
-    /// With 8 groups: `dx * sum of q` of each, for the mins.
-    sums: [f32; 8],
-    /// dx
-    d: f32,
-    rest: [u32; 7],
-}
-// SAFETY: numbers without padding.
-unsafe impl Plain for DealtRow {}
-
-/// One token for decode.
-#[inline(always)]
-fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
-    let Scheme::Super { groups } = Scheme::of(format) else { return pack::pack_row(format, x, row) };
-    let mut q = [0; SUPER];
-    for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
-        let d = pack::quantize(x, &mut q);
-        block.d = d;
-        if groups == 8 {
-            for (group, q) in q.as_chunks::<32>().0.iter().enumerate() {
-                deal::<8>(q, group, &mut block.q);
-                block.sums[group] = d * pack::sum(q) as f32;
-            }
-        } else {
-            for (group, q) in q.as_chunks::<16>().0.iter().enumerate() {
-                let lane = lane_of_16(group);
-                deal::<4>(q, lane, &mut block.q);
-                block.starts[lane] = -32 * pack::sum(q);
-            }
-        }
-    }
-}
-
-/// A piece of `P` bytes of a group to its place in each vector.
-#[inline(always)]
-fn deal<const P: usize>(q: &[i8], place: usize, to: &mut [[i8; 64]; 4]) {
-    for (piece, to) in q.as_chunks::<P>().0.iter().zip(to) {
-        to.as_chunks_mut::<P>().0[place] = *piece;
-    }
-}
-
-/// Where four vectors of 16 groups, transposed four lanes at a time, leave them.
-#[inline(always)]
-const fn lane_of_16(group: usize) -> usize {
-    group % 4 * 4 + group / 4
-}
 
 /// A super-block of 256 weights: `w = d * scale * q - dmin * min` with 8 groups, `w = d * scale * (q - 32)` with 16.
 pub trait SuperBlock: Block + Sized {
     const GROUPS: usize;
 
-    /// Vector i holds piece i of each group, a piece being `64 / GROUPS` bytes: of 8 groups in order, of 16 groups by
-    /// `lane_of_16`.
+    /// As `dealt` has them.
     unsafe fn quants(&self) -> [__m512i; 4];
 
     /// `d * scale` of each lane's group. As written here, of a block that starts as Q4_K does.
@@ -136,26 +82,6 @@ pub trait SuperBlock: Block + Sized {
             Some((mins, _mm_cvtss_f32(_mm_movehdup_ps(d_and_dmin(self)))))
         }
     }
-
-    /// The first lane of a group.
-    #[inline(always)]
-    fn lane(group: usize) -> usize {
-        if Self::GROUPS == 8 { 2 * group } else { lane_of_16(group) }
-    }
-}
-
-/// d and dmin of a block that starts as Q4_K does.
-#[inline(always)]
-unsafe fn d_and_dmin<B: Block>(block: &B) -> __m128 {
-    const { assert!(size_of::<B>() >= 16) };
-    unsafe { _mm_cvtph_ps(_mm_loadu_si128((block as *const B).cast())) }
-}
-
-/// Its scales and mins, which come next.
-#[inline(always)]
-unsafe fn packed<B: Block>(block: &B) -> &[u8; 12] {
-    const { assert!(size_of::<B>() >= 16) };
-    unsafe { &*(block as *const B).cast::<u8>().add(4).cast() }
 }
 
 /// The nibbles of 128 bytes, four runs of 32 bytes (groups 0 and 1, 2 and 3, ...): the first 16 bytes of all low ones,
@@ -335,7 +261,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                 let scales = _mm512_mul_ps(scales, _mm512_set1_ps(x.d));
                 *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum32), scales, *sum);
                 if B::GROUPS == 8 {
-                    *mins = _mm256_fmadd_ps(dmin_mins, _mm256_load_ps(x.sums.as_ptr()), *mins);
+                    *mins = _mm256_fmadd_ps(dmin_mins, _mm256_load_ps(x.sums.of_8.as_ptr()), *mins);
                 }
             }
         }
@@ -370,7 +296,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); T]; R];
             for group in 0..B::GROUPS {
-                let (lane, steps, piece) = (B::lane(group), 64 / B::GROUPS, 16 / B::GROUPS);
+                let (lane, steps) = (dealt::lane(B::GROUPS, group), 64 / B::GROUPS);
                 let mut starts = [_mm512_setzero_si512(); T];
                 if B::GROUPS == 16 {
                     for t in 0..T {
@@ -386,7 +312,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                     for t in 0..T {
                         tokens[t] = _mm512_load_si512(x[t].q.as_ptr().add(group * steps + step).cast());
                     }
-                    let at = step / piece * 16 + lane + step % piece;
+                    let at = dealt::place(B::GROUPS, group, step);
                     for r in 0..R {
                         let w = _mm512_set1_epi32((&raw const (*rows.add(r)).q).cast::<i32>().add(at).read());
                         for t in 0..T {
@@ -441,6 +367,7 @@ unsafe impl Products for SmallProducts {
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
+    const TURN: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
     const TILES: usize = 3;

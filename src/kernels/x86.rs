@@ -21,6 +21,20 @@ pub unsafe fn f32_of(half: blocks::Half) -> f32 {
     }
 }
 
+/// d and dmin of a block that starts as Q4_K does.
+#[inline(always)]
+pub unsafe fn d_and_dmin<B: Block>(block: &B) -> __m128 {
+    const { assert!(size_of::<B>() >= 16) };
+    unsafe { _mm_cvtph_ps(_mm_loadu_si128((block as *const B).cast())) }
+}
+
+/// Its scales and mins, which come next.
+#[inline(always)]
+pub unsafe fn packed<B: Block>(block: &B) -> &[u8; 12] {
+    const { assert!(size_of::<B>() >= 16) };
+    unsafe { &*(block as *const B).cast::<u8>().add(4).cast() }
+}
+
 /// Fetches the lines of a block that lie somewhat more than 1 KB further on into the first cache.
 #[inline(always)]
 pub unsafe fn prefetch<B: Block>(block: &B) {

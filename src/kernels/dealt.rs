@@ -1,0 +1,89 @@
+//! Super-blocks of 256 numbers as x86's vectors of bytes take them, activations as they are packed for decode and weights
+//! as they are unpacked.
+//!
+//! They are dealt out like cards: of four vectors of 64 bytes, vector i holds piece i of each group. Every lane of 32 bits
+//! then meets the same group in all four, so that their products may be summed up before the group's scale is applied.
+//! AVX2 takes each vector in two halves.
+//!
+//! ```text
+//! 8 groups, pieces of 8 bytes:     0  1  2  3  4  5  6  7          two lanes each
+//! 16 groups, pieces of 4 bytes:    0 4 8 12  1 5 9 13  2 6 10 14  3 7 11 15
+//! ```
+
+use super::Format;
+use super::pack::{self, Line, Plain, SUPER, Scheme, view_mut};
+
+/// 256 features of one token.
+#[derive(Copy, Clone)]
+#[repr(C, align(64))]
+pub struct DealtRow {
+    pub q: [[i8; 64]; 4],
+    /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
+    pub starts: [i32; 16],
+    pub sums: Sums,
+    /// dx
+    pub d: f32,
+    rest: [u32; 7],
+}
+// SAFETY: numbers without padding.
+unsafe impl Plain for DealtRow {}
+
+/// Of each group, in order, for the mins.
+#[derive(Copy, Clone)]
+#[repr(C)]
+pub union Sums {
+    /// With 8 groups: `dx * sum of q`.
+    pub of_8: [f32; 8],
+    /// With 16 groups: the sum of q.
+    pub of_16: [i16; 16],
+}
+
+/// The first of a group's lanes, in each vector. Of 16 groups as transposing four lanes at a time leaves them.
+#[inline(always)]
+pub const fn lane(groups: usize, group: usize) -> usize {
+    if groups == 8 { 2 * group } else { group % 4 * 4 + group / 4 }
+}
+
+/// Among the lanes of all four vectors, the one of the numbers `4 * i .. 4 * (i + 1)` of a group.
+#[inline(always)]
+pub const fn place(groups: usize, group: usize, i: usize) -> usize {
+    let lanes = 16 / groups;
+    i / lanes * 16 + lane(groups, group) + i % lanes
+}
+
+/// One token for decode.
+#[inline(always)]
+pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
+    let Scheme::Super { groups } = Scheme::of(format) else { return pack::pack_row(format, x, row) };
+    let mut q = [0; SUPER];
+    for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
+        let d = pack::quantize(x, &mut q);
+        block.d = d;
+        if groups == 8 {
+            let mut sums = [0f32; 8];
+            for (group, q) in q.as_chunks::<32>().0.iter().enumerate() {
+                deal::<8>(q, group, &mut block.q);
+                sums[group] = d * pack::sum(q) as f32;
+            }
+            block.sums = Sums { of_8: sums };
+        } else {
+            let mut sums = [0i16; 16];
+            for (group, q) in q.as_chunks::<16>().0.iter().enumerate() {
+                let lane = lane(16, group);
+                deal::<4>(q, lane, &mut block.q);
+                let sum = pack::sum(q);
+                block.starts[lane] = -32 * sum;
+                sums[group] = sum as i16;
+            }
+            block.sums = Sums { of_16: sums };
+        }
+    }
+}
+
+/// The pieces of a group, `P` bytes each, to their place in each vector.
+#[inline(always)]
+fn deal<const P: usize>(q: &[i8], place: usize, to: &mut [[i8; 64]; 4]) {
+    for (piece, to) in q.as_chunks::<P>().0.iter().zip(to) {
+        to.as_chunks_mut::<P>().0[place] = *piece;
+    }
+}
