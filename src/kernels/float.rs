@@ -2,11 +2,12 @@
 //! and activations. Written once over [`Simd`].
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::f16;
 
 use super::pack::{FLOATS, FloatTile, SUPER, TILE};
-use super::products::Products;
+use super::products::{Products, TOGETHER};
 use super::simd::{self, Simd};
 use super::{Weights, dequantize};
 
@@ -70,15 +71,72 @@ unsafe impl Stored for StoredBlocks {
 
 /// Weights that are dequantized at a time: whole blocks of every format.
 const STEP: usize = SUPER;
-/// Sums of a dot product that run side by side.
-const CHAINS: usize = 4;
+/// Sums of a dot product that run side by side. With two rows and four tokens that makes 16 registers.
+const CHAINS: usize = 2;
 
-/// # Safety
-/// As for [`Simd`].
-#[inline(always)]
-unsafe fn total<V: Simd>([a, b, c, d]: [V; CHAINS]) -> f32 {
-    // SAFETY: the caller's promise.
-    unsafe { a.add(b).add(c.add(d)).sum() }
+impl<V: Simd, S: Stored> Float<V, S> {
+    /// Some steps of `R` weight rows with `T` tokens: activations are loaded once for all rows.
+    ///
+    /// # Safety
+    /// As for [`Products`].
+    #[inline(always)]
+    unsafe fn add_rows<const R: usize, const T: usize>(
+        rows: [Weights<'_>; R],
+        steps: Range<usize>,
+        x: [&[f32]; T],
+        sums: &mut [[[V; CHAINS]; T]; R],
+    ) {
+        let chunk = CHAINS * V::LANES;
+        // Bytes: what was fastest from memory.
+        let ahead = if T == TOGETHER { 4096 } else { 512 * S::BYTES.unwrap_or(0) };
+        let (mut done, end) = (steps.start * STEP, rows[0].cols.min(steps.end * STEP));
+        // SAFETY: loads end at `end`, or in a buffer of STEP; the rest is the caller's promise.
+        unsafe {
+            if let Some(bytes) = S::BYTES {
+                let mut growing = *sums;
+                while done + chunk <= end {
+                    for row in rows {
+                        V::prefetch(row.bytes.as_ptr().wrapping_add(done * bytes + ahead));
+                    }
+                    for c in 0..CHAINS {
+                        let i = done + c * V::LANES;
+                        let mut w = [V::splat(0.0); R];
+                        for r in 0..R {
+                            w[r] = S::load::<V>(rows[r].bytes.as_ptr().add(i * bytes));
+                        }
+                        for t in 0..T {
+                            let x = V::load(x[t].as_ptr().add(i));
+                            for r in 0..R {
+                                growing[r][t][c] = w[r].mul_add(x, growing[r][t][c]);
+                            }
+                        }
+                    }
+                    done += chunk;
+                }
+                *sums = growing;
+            }
+            while done < end {
+                let mut w = [0f32; STEP];
+                let mut x_end = [0f32; STEP];
+                let count = STEP.min(end - done);
+                for r in 0..R {
+                    dequantize(rows[r].part(done..done + count), &mut w[..count]);
+                    for t in 0..T {
+                        let mut from = x[t].as_ptr().add(done);
+                        if count < STEP {
+                            x_end[..count].copy_from_slice(&x[t][done..end]);
+                            from = x_end.as_ptr();
+                        }
+                        for i in (0..count.next_multiple_of(chunk)).step_by(V::LANES) {
+                            let sum = &mut sums[r][t][i / V::LANES % CHAINS];
+                            *sum = V::load(w.as_ptr().add(i)).mul_add(V::load(from.add(i)), *sum);
+                        }
+                    }
+                }
+                done += count;
+            }
+        }
+    }
 }
 
 // SAFETY: pointers stay inside the slices, see each.
@@ -102,55 +160,42 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 
     #[inline(always)]
     unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
-        let chunk = CHAINS * V::LANES;
-        let mut done = step * STEP;
-        let end = weights.cols.min(done + STEP);
-        // SAFETY: loads end at `end`, or in a buffer of STEP; the rest is the caller's promise.
-        unsafe {
-            if let Some(bytes) = S::BYTES {
-                while done + chunk <= end {
-                    V::prefetch(weights.bytes.as_ptr().wrapping_add(done * bytes + 2048));
-                    for c in 0..CHAINS {
-                        let i = done + c * V::LANES;
-                        let w = S::load::<V>(weights.bytes.as_ptr().add(i * bytes));
-                        for t in 0..T {
-                            sums[t][c] = w.mul_add(V::load(x[t].as_ptr().add(i)), sums[t][c]);
-                        }
-                    }
-                    done += chunk;
-                }
-            }
-            if done == end {
-                return;
-            }
-            let mut w = [0f32; STEP];
-            let mut x_end = [0f32; STEP];
-            let count = end - done;
-            dequantize(weights.part(done..end), &mut w[..count]);
-            for t in 0..T {
-                let mut from = x[t].as_ptr().add(done);
-                if count < STEP {
-                    x_end[..count].copy_from_slice(&x[t][done..end]);
-                    from = x_end.as_ptr();
-                }
-                for i in (0..count.next_multiple_of(chunk)).step_by(V::LANES) {
-                    let sum = &mut sums[t][i / V::LANES % CHAINS];
-                    *sum = V::load(w.as_ptr().add(i)).mul_add(V::load(from.add(i)), *sum);
-                }
-            }
-        }
+        // SAFETY: the caller's promise.
+        unsafe { Self::add_rows([weights], step..step + 1, x, std::array::from_mut(sums)) }
     }
 
     #[inline(always)]
-    unsafe fn total(sum: Self::Sum) -> f32 {
+    unsafe fn add_both<const T: usize>(
+        rows: [Weights<'_>; 2],
+        steps: Range<usize>,
+        x: [&[f32]; T],
+        sums: &mut [[Self::Sum; T]; 2],
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { total(sum) }
+        unsafe { Self::add_rows(rows, steps, x, sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn total([a, b]: Self::Sum) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { a.add(b).sum() }
     }
 
     #[inline(always)]
     unsafe fn unpack(weights: Weights<'_>, to: *mut Self::Block, stride: usize) {
+        let mut whole = 0;
+        if let Some(bytes) = S::BYTES {
+            whole = weights.cols - weights.cols % FLOATS;
+            for i in (0..whole).step_by(V::LANES) {
+                // SAFETY: a vector of the row, and of block `i / FLOATS`; the rest is the caller's promise.
+                unsafe {
+                    let to = to.add(i / FLOATS * stride).cast::<f32>().add(i % FLOATS);
+                    S::load::<V>(weights.bytes.as_ptr().add(i * bytes)).store(to);
+                }
+            }
+        }
         let mut buffer = [0f32; STEP];
-        for start in (0..weights.cols).step_by(STEP) {
+        for start in (whole..weights.cols).step_by(STEP) {
             let count = STEP.min(weights.cols - start);
             dequantize(weights.part(start..start + count), &mut buffer[..count]);
             buffer[count..].fill(0.0);
@@ -196,6 +241,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     // SAFETY: loads and stores end at `whole`.
     unsafe {
+        const CHAINS: usize = 4;
         let chunk = CHAINS * V::LANES;
         let (chunks, whole) = (x.len() - x.len() % chunk, x.len() - x.len() % V::LANES);
         // Side by side: the more numbers go into a sum, the coarser it gets, and each waits for the one before.
@@ -210,7 +256,8 @@ pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [
             let x = V::load(x.as_ptr().add(i));
             squares[0] = x.mul_add(x, squares[0]);
         }
-        let squares = total(squares) + x[whole..].iter().map(|x| x * x).sum::<f32>();
+        let [a, b, c, d] = squares;
+        let squares = a.add(b).add(c.add(d)).sum() + x[whole..].iter().map(|x| x * x).sum::<f32>();
         let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
         for i in (0..whole).step_by(V::LANES) {
             let x = V::load(x.as_ptr().add(i)).mul(V::splat(scale));

@@ -63,6 +63,24 @@ pub unsafe trait Products {
     /// Adds step `step` of one weight row with `T` tokens, all of which hold it; the last may be shorter than `STEP`.
     unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[Self::Row]; T], sums: &mut [Self::Sum; T]);
 
+    /// Adds some steps of two weight rows. As written here one after the other.
+    #[inline(always)]
+    unsafe fn add_both<const T: usize>(
+        rows: [Weights<'_>; 2],
+        steps: Range<usize>,
+        x: [&[Self::Row]; T],
+        sums: &mut [[Self::Sum; T]; 2],
+    ) {
+        for side in 0..2 {
+            let mut growing = sums[side];
+            for step in steps.clone() {
+                // SAFETY: the caller's promise.
+                unsafe { Self::add(rows[side], step, x, &mut growing) };
+            }
+            sums[side] = growing;
+        }
+    }
+
     unsafe fn total(sum: Self::Sum) -> f32;
 
     /// Unpack one weight row: block i goes to `to + i * stride`.
@@ -149,33 +167,12 @@ unsafe fn dot<P: Products, const T: usize>(
     unsafe {
         let mut sums = [[P::nothing(); T]; 2];
         for first in (0..steps).step_by(turn) {
-            for side in 0..2 {
-                add_up::<P, T>(rows[side], first..steps.min(first + turn), x, &mut sums[side]);
-            }
+            P::add_both(rows, first..steps.min(first + turn), x, &mut sums);
         }
         for side in 0..2 {
             keep::<P, T>(sums[side], &mut strips[side], at);
         }
     }
-}
-
-/// Some steps of a weight row.
-///
-/// # Safety
-/// As for [`Products`].
-#[inline(always)]
-unsafe fn add_up<P: Products, const T: usize>(
-    weights: Weights<'_>,
-    steps: Range<usize>,
-    x: [&[P::Row]; T],
-    sums: &mut [P::Sum; T],
-) {
-    let mut growing = *sums;
-    for step in steps {
-        // SAFETY: the caller's promise.
-        unsafe { P::add(weights, step, x, &mut growing) };
-    }
-    *sums = growing;
 }
 
 /// # Safety
