@@ -87,12 +87,11 @@ impl<V: Simd, S: Stored> Float<V, S> {
         sums: &mut [[[V; CHAINS]; T]; R],
     ) {
         let chunk = CHAINS * V::LANES;
-        // Bytes: what was fastest from memory.
-        let ahead = if T == TOGETHER { 4096 } else { 512 * S::BYTES.unwrap_or(0) };
         let (mut done, end) = (steps.start * STEP, rows[0].cols.min(steps.end * STEP));
         // SAFETY: loads end at `end`, or in a buffer of STEP; the rest is the caller's promise.
         unsafe {
             if let Some(bytes) = S::BYTES {
+                let ahead = if T == TOGETHER { 4096 } else { 512 * bytes }; // what was fastest from memory
                 let mut growing = *sums;
                 while done + chunk <= end {
                     for row in rows {

@@ -86,7 +86,7 @@ pub fn view_mut<T: Plain>(lines: &mut [Line]) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), size_of_val(lines) / size_of::<T>()) }
 }
 
-/// 256 features of one token.
+/// 256 features of one token, in order: for NEON. x86 has `dealt::DealtRow`.
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
 pub struct RowBlock {
