@@ -74,70 +74,6 @@ const STEP: usize = SUPER;
 /// Sums of a dot product that run side by side. With two rows and four tokens that makes 16 registers.
 const CHAINS: usize = 2;
 
-impl<V: Simd, S: Stored> Float<V, S> {
-    /// Some steps of `R` weight rows with `T` tokens: activations are loaded once for all rows.
-    ///
-    /// # Safety
-    /// As for [`Products`].
-    #[inline(always)]
-    unsafe fn add_rows<const R: usize, const T: usize>(
-        rows: [Weights<'_>; R],
-        steps: Range<usize>,
-        x: [&[f32]; T],
-        sums: &mut [[[V; CHAINS]; T]; R],
-    ) {
-        let chunk = CHAINS * V::LANES;
-        let (mut done, end) = (steps.start * STEP, rows[0].cols.min(steps.end * STEP));
-        // SAFETY: loads end at `end`, or in a buffer of STEP; the rest is the caller's promise.
-        unsafe {
-            if let Some(bytes) = S::BYTES {
-                let ahead = if T == TOGETHER { 4096 } else { 512 * bytes }; // what was fastest from memory
-                let mut growing = *sums;
-                while done + chunk <= end {
-                    for row in rows {
-                        V::prefetch(row.bytes.as_ptr().wrapping_add(done * bytes + ahead));
-                    }
-                    for c in 0..CHAINS {
-                        let i = done + c * V::LANES;
-                        let mut w = [V::splat(0.0); R];
-                        for r in 0..R {
-                            w[r] = S::load::<V>(rows[r].bytes.as_ptr().add(i * bytes));
-                        }
-                        for t in 0..T {
-                            let x = V::load(x[t].as_ptr().add(i));
-                            for r in 0..R {
-                                growing[r][t][c] = w[r].mul_add(x, growing[r][t][c]);
-                            }
-                        }
-                    }
-                    done += chunk;
-                }
-                *sums = growing;
-            }
-            while done < end {
-                let mut w = [0f32; STEP];
-                let mut x_end = [0f32; STEP];
-                let count = STEP.min(end - done);
-                for r in 0..R {
-                    dequantize(rows[r].part(done..done + count), &mut w[..count]);
-                    for t in 0..T {
-                        let mut from = x[t].as_ptr().add(done);
-                        if count < STEP {
-                            x_end[..count].copy_from_slice(&x[t][done..end]);
-                            from = x_end.as_ptr();
-                        }
-                        for i in (0..count.next_multiple_of(chunk)).step_by(V::LANES) {
-                            let sum = &mut sums[r][t][i / V::LANES % CHAINS];
-                            *sum = V::load(w.as_ptr().add(i)).mul_add(V::load(from.add(i)), *sum);
-                        }
-                    }
-                }
-                done += count;
-            }
-        }
-    }
-}
-
 // SAFETY: pointers stay inside the slices, see each.
 unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type V = V;
@@ -157,12 +93,28 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
         unsafe { [V::splat(0.0); CHAINS] }
     }
 
+    /// Dequantizes first: blocks, and a last step that is shorter than the others.
     #[inline(always)]
     unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
-        // SAFETY: the caller's promise.
-        unsafe { Self::add_rows([weights], step..step + 1, x, std::array::from_mut(sums)) }
+        let start = step * STEP;
+        let count = STEP.min(weights.cols - start);
+        let (mut w, mut x_end) = ([0f32; STEP], [0f32; STEP]);
+        dequantize(weights.part(start..start + count), &mut w[..count]);
+        for t in 0..T {
+            let mut x = &x[t][start..start + count];
+            if count < STEP {
+                x_end[..count].copy_from_slice(x);
+                x = &x_end;
+            }
+            for i in (0..count).step_by(V::LANES) {
+                let sum = &mut sums[t][i / V::LANES % CHAINS];
+                // SAFETY: `w` and `x` have STEP numbers, which are whole vectors; the rest is the caller's promise.
+                *sum = unsafe { V::load(w.as_ptr().add(i)).mul_add(V::load(x.as_ptr().add(i)), *sum) };
+            }
+        }
     }
 
+    /// Side by side, so that activations are loaded once for both rows.
     #[inline(always)]
     unsafe fn add_both<const T: usize>(
         rows: [Weights<'_>; 2],
@@ -170,8 +122,37 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
         x: [&[f32]; T],
         sums: &mut [[Self::Sum; T]; 2],
     ) {
-        // SAFETY: the caller's promise.
-        unsafe { Self::add_rows(rows, steps, x, sums) }
+        let mut growing = *sums;
+        let mut done = steps.start;
+        if let Some(bytes) = S::BYTES {
+            done = steps.end.min(rows[0].cols / STEP);
+            let ahead = if T == TOGETHER { 4096 } else { 512 * bytes }; // what was fastest from memory
+            for chunk in (steps.start * STEP..done * STEP).step_by(CHAINS * V::LANES) {
+                // SAFETY: whole steps of the rows and of `x`; the rest is the caller's promise.
+                unsafe {
+                    for row in rows {
+                        V::prefetch(row.bytes.as_ptr().wrapping_add(chunk * bytes + ahead));
+                    }
+                    for c in 0..CHAINS {
+                        let i = chunk + c * V::LANES;
+                        let w0 = S::load::<V>(rows[0].bytes.as_ptr().add(i * bytes));
+                        let w1 = S::load::<V>(rows[1].bytes.as_ptr().add(i * bytes));
+                        for t in 0..T {
+                            let x = V::load(x[t].as_ptr().add(i));
+                            growing[0][t][c] = w0.mul_add(x, growing[0][t][c]);
+                            growing[1][t][c] = w1.mul_add(x, growing[1][t][c]);
+                        }
+                    }
+                }
+            }
+        }
+        for step in done..steps.end {
+            for side in 0..2 {
+                // SAFETY: the caller's promise.
+                unsafe { Self::add(rows[side], step, x, &mut growing[side]) };
+            }
+        }
+        *sums = growing;
     }
 
     #[inline(always)]
