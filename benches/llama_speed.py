@@ -1,10 +1,10 @@
-"""One round of llama.cpp for tokens_per_second.py, in an environment that has llama-cpp-python; prints JSON.
+"""llama.cpp for tokens_per_second.py, in an environment that has llama-cpp-python: one figure at a time.
 
-The keys are those of `candle-phi bench --json`. Nothing is sampled, which is to this peer's advantage.
+What is asked and answered is as in `our_speed.py`. Nothing is sampled, which is to this peer's advantage.
 """
 
 import argparse
-import json
+import ctypes
 import random
 import re
 import time
@@ -12,7 +12,10 @@ from pathlib import Path
 
 import llama_cpp
 
+from worker import serve
+
 DECODED = 16
+BATCH = 512
 
 
 def private_bytes() -> int | None:
@@ -25,6 +28,45 @@ def private_bytes() -> int | None:
     return 1024 * max(int(kilobytes["Private_Dirty"]), int(kilobytes["Anonymous"]))
 
 
+class Context:
+    """One sequence of random tokens."""
+
+    def __init__(self, model: llama_cpp.llama_model_p, positions: int, n_threads: int, flash_attention: bool) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = positions, BATCH, BATCH
+        params.n_threads = params.n_threads_batch = n_threads
+        params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
+        context = llama_cpp.llama_init_from_model(model, params)
+        assert context is not None, f"llama.cpp makes no context of {positions} positions"
+        self.context = context
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self.ids = random.Random(0)
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def seconds(self, *passes: int) -> float:
+        """What passes over so many tokens each take."""
+        start = time.perf_counter()
+        for tokens in passes:
+            ids = (ctypes.c_int32 * tokens)(*(self.ids.randrange(self.n_vocab) for _ in range(tokens)))
+            failed = llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(ids, tokens))
+            assert failed == 0, f"llama_decode returned {failed}"
+        llama_cpp.llama_synchronize(self.context)
+        return time.perf_counter() - start
+
+
+def load(file: str) -> llama_cpp.llama_model_p:
+    model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+    assert model is not None, f"llama.cpp does not load {file}"
+    return model
+
+
+def pieces(tokens: int) -> list[int]:
+    """As passes of at most a batch."""
+    return [min(BATCH, tokens - done) for done in range(0, tokens, BATCH)]
+
+
 def counts(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
@@ -32,60 +74,65 @@ def counts(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--n-threads", type=int, required=True)
     parser.add_argument("--prompts", type=counts, required=True)
     parser.add_argument("--contexts", type=counts, required=True)
+    parser.add_argument("--turns", type=int, required=True)
+    parser.add_argument("--n-threads", type=int, required=True)
     parser.add_argument("--flash-attention", action="store_true")
     typed = parser.parse_args()
 
-    start = time.perf_counter()
-    llama = llama_cpp.Llama(
-        typed.model,
-        n_ctx=max([*typed.prompts, *typed.contexts]) + DECODED + 8,
-        n_batch=512,
-        n_threads=typed.n_threads,
-        n_threads_batch=typed.n_threads,
-        flash_attn=typed.flash_attention,
-        use_mmap=True,
-        verbose=False,
-    )
-    load_seconds = time.perf_counter() - start
-    loaded = private_bytes()
-    ids = random.Random(0)
+    @llama_cpp.llama_log_callback
+    def quiet(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        pass
 
-    def tokens(n: int) -> list[int]:
-        return [ids.randrange(llama.n_vocab()) for _ in range(n)]
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    model = load(typed.model)
 
-    def seconds(*passes: list[int]) -> float:
+    def context(model: llama_cpp.llama_model_p, positions: int) -> Context:
+        return Context(model, positions, typed.n_threads, typed.flash_attention)
+
+    room = max([*typed.prompts, 2 * DECODED])
+    empty = context(model, room)
+    loaded, decoding = private_bytes(), None
+    empty.seconds(min(32, BATCH), 1, 1)  # the first passes touch everything once
+    kept: dict[int, Context] = {}
+
+    def prefill(tokens: int) -> dict[str, float]:
+        empty.clear()
+        return {f"prefill {tokens}": tokens / empty.seconds(*pieces(tokens))}
+
+    def decode(at: int) -> dict[str, float]:
+        nonlocal decoding
+        if at <= 1:
+            empty.clear()
+            empty.seconds(1)
+        elif at not in kept:
+            more = typed.turns * DECODED
+            kept[at] = context(model, at + more)
+            kept[at].seconds(*pieces(max(at - more // 2, 1)))
+        speed = DECODED / kept.get(at, empty).seconds(*[1] * DECODED)
+        decoding = max(private_bytes() or 0, decoding or 0) or None
+        return {f"decode {at}": speed}
+
+    def load_again(_: int) -> dict[str, float]:
         start = time.perf_counter()
-        for given in passes:
-            llama.eval(given)
-        llama_cpp.llama_synchronize(llama.ctx)
-        return time.perf_counter() - start
+        again = load(typed.model)
+        another = context(again, room)
+        seconds = time.perf_counter() - start
+        llama_cpp.llama_free(another.context)
+        llama_cpp.llama_model_free(again)
+        return {"load": seconds}
 
-    seconds(tokens(32), *(tokens(1) for _ in range(2)))  # the first passes touch everything once
-    prefill, decode = [], {}
-    for n in typed.prompts:
-        llama.reset()
-        prefill.append({"tokens": n, "tokens_per_second": n / seconds(tokens(n))})
-    decoding = None
-    # A longer context goes on where the last prompt ended, which saves most of the time; the empty one comes last.
-    for context in sorted(typed.contexts, key=lambda n: n or 10**9):
-        if not 0 < llama.n_tokens <= context:
-            llama.reset()
-        if more := max(context, 1) - llama.n_tokens:
-            seconds(tokens(more))
-        decode[context] = DECODED / seconds(*(tokens(1) for _ in range(DECODED)))
-        decoding = private_bytes()
-    report = {
-        "prefill": prefill,
-        "decode": [{"context": context, "tokens_per_second": decode[context]} for context in typed.contexts],
-        "load_seconds": load_seconds,
-        "private_bytes_loaded": loaded,
-        "private_bytes_decoding": decoding,
-        "system_info": llama_cpp.llama_print_system_info().decode(),
-    }
-    print(json.dumps(report))
+    serve(
+        {"left_out": {}, "system_info": llama_cpp.llama_print_system_info().decode()},
+        {
+            "prefill": prefill,
+            "decode": decode,
+            "load": load_again,
+            "memory": lambda _: {"private loaded": loaded, "private decoding": decoding},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     make bench MODEL=path/to/Phi-3-mini-4k-instruct-q4.gguf
 
-Each engine has a process of its own in each round, and a round goes through all engines, so that what slows the machine
-for a while slows them alike. The file is read before each process: the page cache is warm. llama.cpp is PyPI's
-llama-cpp-python, compiled into environments of its own, once for each set of instructions that it is compared on.
-Other work on the machine spoils the figures.
+Each engine has a process that lives as long as the comparison, and they take turns figure by figure, so that what slows
+the machine for some seconds slows them alike. All are in memory at once (14 GB with Phi-3-mini and two builds of
+llama.cpp); Candle's loop, which takes most, comes alone at the end. The file is read before: the page cache is warm.
+llama.cpp is PyPI's llama-cpp-python, compiled into environments of its own, once for each set of instructions that it
+is compared on. Other work on the machine spoils the figures.
 """
 
 import argparse
@@ -15,18 +16,28 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from candle_phi import Phi, _engine
 from report import chart, heading, speeds, tables
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = [sys.executable, "-m", "candle_phi", "bench", "--json", "--repeat=1"]
+BENCHES = ROOT / "benches"
+OURS = [sys.executable, str(BENCHES / "our_speed.py")]
+ALONE = "one thread"
+TURNS = 3
+"""Turns in a round of what is short: memory's speed changes within seconds."""
+SHORT = 64
+"""Tokens of a prompt that is."""
 LLAMA = "llama-cpp-python==0.3.36"
 AVX2 = ["AVX", "AVX2", "FMA", "F16C", "BMI2"]
 AVX512 = ["AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16"]
@@ -44,69 +55,60 @@ BUILDS = {"native": "-DGGML_NATIVE=ON", "avx512": cmake([*AVX2, *AVX512]), "avx2
 
 
 @dataclass
-class Work:
-    """The file, and what is measured on it."""
-
-    model: Path
-    prompts: list[int]
-    contexts: list[int]
-
-    def warm(self) -> None:
-        """Reads the file into the page cache."""
-        with self.model.open("rb", buffering=0) as file:
-            block = bytearray(1 << 24)
-            while file.readinto(block):
-                pass
-
-    def options(self) -> list[str]:
-        given = {"--prompts": self.prompts, "--contexts": self.contexts}
-        return [f"{name}={','.join(map(str, lengths))}" for name, lengths in given.items()]
-
-
-@dataclass
 class Runner:
-    """One engine in one setting."""
+    """One engine in one setting: a process that is asked for one figure at a time."""
 
     name: str
     command: list[str]
-    rounds: int
+    asked: list[str]
+    """The questions it gets in each round."""
     setting: str = ""
     """Runners of one name are settings of one engine: the best of them counts, figure by figure."""
+    is_peer: bool = False
     env: dict[str, str] = field(default_factory=dict)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    ready: dict[str, Any] = field(default_factory=dict)
+    """What the process said of itself at its start."""
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
-    def run(self, work: Work) -> None:
-        work.warm()
-        command = [*self.command, *work.options()]
-        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True, errors="replace")
-        if done.returncode != 0:
-            raise RuntimeError(f"{self.name} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-        self.reports.append(json.loads(done.stdout))
+    def __enter__(self) -> Self:
+        """Starts the process, and waits until it is ready."""
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            self.command,
+            env=os.environ | self.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        return self
 
-    def samples(self) -> dict[str, list[float]]:
-        """Each figure in every round."""
-        found: dict[str, list[float]] = {}
-        for report in self.reports:
-            for name, value in figures(report).items():
-                found.setdefault(name, []).append(value)
-        return found
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
 
+    def answer(self) -> dict[str, Any]:
+        """The process's next line."""
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            found: dict[str, Any] = json.loads(line)
+            return found
+        status = self.process.wait()
+        self.errors.seek(0)
+        raise RuntimeError(f"{self.name} ended with {status}: {self.errors.read().strip()[-500:]}")
 
-def figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """One round's JSON as names and numbers."""
-    found = {f"prefill {entry['tokens']}": entry["tokens_per_second"] for entry in report["prefill"]}
-    for entry in report["decode"]:
-        found[f"decode {entry['context']}"] = entry["tokens_per_second"]
-        if "bandwidth_fraction" in entry:
-            found[f"fraction {entry['context']}"] = entry["bandwidth_fraction"]
-    names = {
-        "load_seconds": "load",
-        "private_bytes_loaded": "private loaded",
-        "private_bytes_decoding": "private decoding",
-        "four_tokens_over_one": "four over one",
-        "bandwidth_bytes_per_second": "bandwidth",
-    }
-    return found | {short: report[key] for key, short in names.items() if report.get(key) is not None}
+    def ask(self, question: str) -> None:
+        """Has something measured, and keeps the samples."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{question}\n")
+            self.process.stdin.flush()
+        except OSError:  # it has ended: its last words are more to the point
+            pass
+        for name, value in self.answer().items():
+            if value is not None:
+                self.samples.setdefault(name, []).append(value)
 
 
 def medians(runners: Iterable[Runner]) -> dict[str, dict[str, float]]:
@@ -114,7 +116,7 @@ def medians(runners: Iterable[Runner]) -> dict[str, dict[str, float]]:
     engines: dict[str, dict[str, float]] = {}
     for runner in runners:
         best = engines.setdefault(runner.name, {})
-        for name, values in runner.samples().items():
+        for name, values in runner.samples.items():
             better = min if name.startswith(("load", "private", "four")) else max
             found = median(values)
             best[name] = better(found, best.get(name, found))
@@ -185,46 +187,94 @@ def arguments() -> argparse.Namespace:
     return typed
 
 
-def our_runner(name: str, kernel: str, n_threads: int, model: Path, rounds: int) -> Runner:
-    return Runner(name, [*BENCH, f"--model={model}", f"--n-threads={n_threads}", f"--kernel={kernel}"], rounds)
+@dataclass
+class Work:
+    """The file, and what is measured on it."""
+
+    model: Path
+    prompts: list[int]
+    contexts: list[int]
+    rounds: int
+
+    def command(self, *program: str) -> list[str]:
+        """A process that can measure all of it."""
+        given = {"--prompts": self.prompts, "--contexts": self.contexts}
+        lengths = [f"{name}={','.join(map(str, lengths))}" for name, lengths in given.items()]
+        return [*program, str(self.model), *lengths, f"--turns={TURNS * self.rounds}"]
+
+    def questions(self) -> list[str]:
+        """What everyone is asked in a round, in order; "passes" only ours."""
+        prefill = [f"prefill {n}" for n in self.prompts for _ in range(TURNS if n <= SHORT else 1)]
+        return ["load", *prefill, *TURNS * self.decoding(), *TURNS * ["passes"]]
+
+    def decoding(self) -> list[str]:
+        return [f"decode {n}" for n in self.contexts]
+
+    def warm(self) -> None:
+        """Reads the file into the page cache."""
+        with self.model.open("rb", buffering=0) as file:
+            block = bytearray(1 << 24)
+            while file.readinto(block):
+                pass
 
 
-def peer_runners(typed: argparse.Namespace, model: Path, n_threads: int) -> list[Runner]:
-    """llama.cpp's builds, each without and with flash attention, and Candle's own loop."""
+def our_runner(work: Work, name: str, kernel: str, n_threads: int) -> Runner:
+    return Runner(name, [*work.command(*OURS), f"--n-threads={n_threads}", f"--kernel={kernel}"], work.questions())
+
+
+def llama_runners(work: Work, typed: argparse.Namespace, n_threads: int) -> list[Runner]:
+    """llama.cpp's builds, each without and with flash attention."""
     found = []
     given = dict(entry.split("=", 1) for entry in typed.llama_python)
+    asked = [question for question in work.questions() if question != "passes"]
     for build in typed.llama or list(given) or usual_builds():
         if build != "none":
             python = given.get(build) or str(llama_python(build, typed.out))
-            command = [python, str(ROOT / "benches" / "llama_speed.py"), str(model), f"--n-threads={n_threads}"]
-            found.append(Runner(f"llama.cpp {build}", command, typed.rounds, "flash attention off"))
-            found.append(
-                Runner(f"llama.cpp {build}", [*command, "--flash-attention"], typed.rounds, "flash attention on")
-            )
-    if typed.candle_rounds:
-        command = [*BENCH, f"--model={model}", "--engine=candle"]
-        env = {"CANDLE_NUM_THREADS": str(n_threads), "RAYON_NUM_THREADS": str(n_threads)}
-        found.append(Runner("Candle", command, min(typed.rounds, typed.candle_rounds), env=env))
+            command = [*work.command(python, str(BENCHES / "llama_speed.py")), f"--n-threads={n_threads}"]
+            for setting, options in {"off": [], "on": ["--flash-attention"]}.items():
+                setting = f"flash attention {setting}"
+                found.append(Runner(f"llama.cpp {build}", [*command, *options], asked, setting, is_peer=True))
     return found
 
 
-def go_round(number: int, ours: list[Runner], peers: list[Runner], work: Work, left_out: list[str]) -> None:
-    """One round through all. A peer that fails is left out from here on; one of ours that fails ends the run."""
-    for runner in [runner for runner in [*ours, *peers] if number <= runner.rounds]:
-        say(f"{time.strftime('%H:%M:%S')}  round {number}: {runner.name} {runner.setting}")
+def candle_runner(work: Work, n_threads: int) -> Runner:
+    env = {"CANDLE_NUM_THREADS": str(n_threads), "RAYON_NUM_THREADS": str(n_threads)}
+    asked = ["load", *(f"prefill {n}" for n in work.prompts), *work.decoding()]
+    return Runner("Candle", [*work.command(*OURS), "--engine=candle"], asked, is_peer=True, env=env)
+
+
+def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runner]:
+    """Starts the engines, and has each question answered by all of them in turn. Returns those that lasted."""
+
+    def attempt(runner: Runner, step: Callable[..., object], *given: str) -> bool:
         try:
-            runner.run(work)
+            step(runner, *given)
         except RuntimeError as error:
-            if runner not in peers:
+            if not runner.is_peer:
                 sys.exit(str(error))
             left_out.append(str(error))
-            peers.remove(runner)
-            continue
-        if runner is ours[0] and number == 1:  # what does not fit the file is left out for everyone
-            report = runner.reports[0]
-            left_out += report["left_out"]
-            work.prompts = [entry["tokens"] for entry in report["prefill"]]
-            work.contexts = [entry["context"] for entry in report["decode"]]
+            return False
+        return True
+
+    def start(runner: Runner) -> None:
+        say(f"{time.strftime('%H:%M:%S')}  starting {runner.name} {runner.setting}")
+        processes.enter_context(runner)
+        runner.ready = runner.answer()
+        runner.asked = [question for question in runner.asked if question not in runner.ready["left_out"]]
+        for reason in runner.ready["left_out"].values():
+            if reason not in left_out:
+                left_out.append(f"{runner.name}: {reason}" if runner.is_peer else reason)
+
+    with ExitStack() as processes:
+        runners = [runner for runner in runners if attempt(runner, start)]
+        for number in range(1, work.rounds + 1):
+            say(f"{time.strftime('%H:%M:%S')}  round {number} of {work.rounds}")
+            for i, question in enumerate(runners[0].asked if runners else []):
+                turn = i % len(runners)  # nobody always comes after the same one
+                for runner in runners[turn:] + runners[:turn]:
+                    if question in runner.asked and not attempt(runner, Runner.ask, question):
+                        runners.remove(runner)
+        return [runner for runner in runners if attempt(runner, Runner.ask, "memory")]
 
 
 def main() -> None:
@@ -240,52 +290,60 @@ def main() -> None:
     doctor: dict[str, Any] = _engine.doctor()
     lesser = [kernel for kernel in doctor["kernels"][::-1] if kernel not in (best, "portable")]
     kernels = typed.kernels.split(",") if typed.kernels else [best, *lesser]
-    ours = [our_runner(f"candle-phi {kernel}", kernel, n_threads, model, typed.rounds) for kernel in kernels]
-    one_thread = our_runner("one thread", kernels[0], 1, model, typed.rounds)
-    peers = peer_runners(typed, model, n_threads)
-    work, left_out = Work(model, typed.prompts, typed.contexts), list[str]()
-    for number in range(1, typed.rounds + 1):
-        go_round(number, ours, peers, work, left_out)
-        if n_threads > 1:
-            go_round(number, [one_thread], [], Work(model, work.prompts[-1:], work.contexts[:1]), [])
+    work, left_out = Work(model, typed.prompts, typed.contexts, typed.rounds), list[str]()
+    ours = [our_runner(work, f"candle-phi {kernel}", kernel, n_threads) for kernel in kernels]
+    alone = our_runner(work, ALONE, kernels[0], 1)
+    alone.asked = [*(f"prefill {n}" for n in work.prompts[-1:]), *TURNS * work.decoding()[:1], "passes"]
+    others = [alone] if n_threads > 1 else []
+    work.warm()
+    lasted = compare(work, [*ours, *others, *llama_runners(work, typed, n_threads)], left_out)
+    if typed.candle_rounds:
+        less = replace(work, rounds=min(typed.rounds, typed.candle_rounds))
+        lasted += compare(less, [candle_runner(less, n_threads)], left_out)
     typed.out.mkdir(parents=True, exist_ok=True)
-    write(typed.out / "tokens_per_second", model, ours, peers, one_thread, left_out)
+    write(typed.out / "tokens_per_second", work, lasted, left_out)
 
 
-def write(
-    stem: Path, model: Path, ours: list[Runner], peers: list[Runner], one_thread: Runner, left_out: list[str]
-) -> None:
+def write(stem: Path, work: Work, runners: list[Runner], left_out: list[str]) -> None:
     """The table, on stdout too, the chart, and every sample."""
-    engines, names = medians([*ours, *peers]), [runner.name for runner in ours]
-    mine, first = engines[names[0]], ours[0].reports[0]
-    reads = {entry["context"]: entry["bytes_per_token"] for entry in first["decode"]}
-    threads = first["n_threads"]
-    caption = f"{first['machine']}, n_threads={threads}, {first['date'][:10]}, medians of {ours[0].rounds}"
-    flags = " ".join(name for name, has in first["cpu"].items() if has is True)
-    notes = [f"{caption}; {flags}.", f"Memory, when only read: {mine['bandwidth'] / 1e9:.1f} GB/s."]
-    if one_thread.reports:
-        alone = medians([one_thread])[one_thread.name]
+    engines = medians(runners)
+    alone = engines.pop(ALONE, None)
+    names = [name for name in engines if name.startswith("candle-phi ")]
+    mine, about = engines[names[0]], runners[0].ready
+    reads = {int(context): read for context, read in about["bytes_per_token"].items()}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    threads = about["n_threads"]
+    caption = f"{about['machine']}, n_threads={threads}, {date[:10]}, medians of {work.rounds} rounds"
+    flags = " ".join(name for name, has in about["cpu"].items() if has is True)
+    bandwidths = [value / 1e9 for value in runners[0].samples["bandwidth"]]
+    notes = [
+        f"{caption}; {flags}.",
+        f"Memory, when only read: {median(bandwidths):.1f} GB/s ({min(bandwidths):.1f} to {max(bandwidths):.1f}).",
+    ]
+    if alone:
         gains = [f"{heading(name)} {mine[name] / alone[name]:.2f}x" for name in speeds(alone)]
         gains.append(f"reading memory {mine['bandwidth'] / alone['bandwidth']:.2f}x")
         notes.append(f"{threads} threads over one: {', '.join(gains)}.")
-    if "four over one" in mine:
-        notes.append(f"A decode pass over 4 tokens takes {mine['four over one']:.2f} times as long as over one.")
+    notes += [
+        f"{name}: a decode pass over 4 tokens takes {engines[name]['four over one']:.2f} times as long as over one."
+        for name in names
+    ]
     notes += [f"Left out: {what}" for what in left_out]
     text = tables(engines, names, reads) + "".join(f"\n{note}\n" for note in notes)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     stem.with_suffix(".svg").write_text(chart(engines, names, reads, caption), encoding="utf-8")
     record = {
-        "model": model.name,
-        "model_bytes": model.stat().st_size,
-        "date": first["date"],
-        "machine": first["machine"],
+        "model": work.model.name,
+        "model_bytes": work.model.stat().st_size,
+        "date": date,
+        "machine": about["machine"],
         "cores": os.cpu_count(),
-        "cpu": first["cpu"],
+        "cpu": about["cpu"],
         "n_threads": threads,
         "medians": engines,
         "runs": [
-            {"name": runner.name, "setting": runner.setting, "samples": runner.samples(), "reports": runner.reports}
-            for runner in [*ours, *peers, one_thread]
+            {"name": runner.name, "setting": runner.setting, "samples": runner.samples, "about": runner.ready}
+            for runner in runners
         ],
         "left_out": left_out,
     }

@@ -9,14 +9,14 @@ use memmap2::MmapMut;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
-/// The first pass brings the file into memory; the best of the others counts.
-const PASSES: usize = 6;
+/// The first pass brings the file into memory; the median of the others counts.
+const PASSES: usize = 4;
 /// What a thread takes at a time: long enough for the memory's prefetchers to run in.
 const CHUNK: usize = 16 << 20;
 /// A model below this may lie in a processor's cache; a buffer of this size is read in its place.
 const SMALLEST: usize = 1 << 30;
 
-/// The file's weights, read by `n_threads` threads as fast as they can: bytes per second, of the best pass.
+/// The file's weights, read by `n_threads` threads as fast as they can: bytes per second, of the median pass.
 pub fn measure(gguf: &Gguf, n_threads: usize) -> Result<f64> {
     let files: Vec<&[u8]> = gguf.parts().map(|(_, bytes)| bytes).collect();
     let filled;
@@ -27,8 +27,10 @@ pub fn measure(gguf: &Gguf, n_threads: usize) -> Result<f64> {
         files
     };
     let chunks: Vec<&[u8]> = memory.iter().flat_map(|bytes| bytes.chunks(CHUNK)).collect();
-    let seconds = (0..PASSES).map(|_| pass(&chunks, n_threads, read)).skip(1).fold(f64::INFINITY, f64::min);
-    Ok(chunks.iter().map(|chunk| chunk.len()).sum::<usize>() as f64 / seconds)
+    let mut seconds = [0; PASSES].map(|_| pass(&chunks, n_threads, read));
+    let seconds = &mut seconds[1..];
+    seconds.sort_by(f64::total_cmp);
+    Ok(chunks.iter().map(|chunk| chunk.len()).sum::<usize>() as f64 / seconds[seconds.len() / 2])
 }
 
 /// Bytes of weights that one decoded token reads: all but the embedding table, which is one row, unless it is the head.

@@ -111,7 +111,7 @@ def test_the_comparison(tmp_path: Path) -> None:
     assert "2 threads over one: prefill 512" in done.stdout
     assert "1500" in done.stdout  # is left out, and said so
     found = json.loads((tmp_path / "tokens_per_second.json").read_text(encoding="utf-8"))
-    assert [runner["name"] for runner in found["runs"]] == ["candle-phi portable", "Candle", "one thread"]
+    assert [runner["name"] for runner in found["runs"]] == ["candle-phi portable", "one thread", "Candle"]
     for runner in found["runs"]:
         assert all(is_speed(value) for value in runner["samples"]["decode 0"])
     chart = ElementTree.parse(tmp_path / "tokens_per_second.svg").getroot()

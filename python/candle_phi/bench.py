@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
+from types import TracebackType
+from typing import NamedTuple, Self
 
 from . import __version__, _engine
 from .errors import PhiError
@@ -18,10 +20,12 @@ from .stream import Stream
 PROMPTS = (32, 128, 512)
 CONTEXTS = (0, 1500)
 
-_DECODED = 17
-"""Tokens of which decoding is timed; the first of them comes from the prompt's pass."""
-_SPARE = 8
-"""Tokens that a stream may still make while its memory is looked at."""
+_AHEAD = 8
+"""Tokens read before the clock starts: more than the engine computes ahead of its reader."""
+_DECODED = 16
+"""Tokens of which decoding is timed."""
+_TURN = 2 * _AHEAD + _DECODED
+"""Positions that a turn of decoding may take, with what is computed while the memory is looked at."""
 _TOGETHER = 4
 
 
@@ -40,14 +44,27 @@ class Decode:
     """The speed of what follows a prompt."""
 
     context: int
-    """Tokens before; at 0 there is one, since a prompt has at least one."""
+    """Tokens before, on average; at 0 there is one, since a prompt has at least one."""
     tokens_per_second: float
-    """Tokens after the first over the time since it came, sampling and detokenizing included."""
+    """Of 16 tokens, read one after the other, sampling and detokenizing included."""
     bytes_per_token: int
     """What the model has to read for each: the weights, and the keys and values before it."""
     bandwidth_fraction: float
-    """What it reads in a second over the bandwidth of the same round; above 1 when the processor's cache holds it."""
+    """What it reads in a second over the bandwidth before and after; above 1 when the processor's cache holds it."""
     samples: list[float]
+
+
+class Turn(NamedTuple):
+    """One sample of decoding."""
+
+    tokens_per_second: float
+    bytes_per_token: int
+    bandwidth: float
+    """Bytes per second, the mean of before and after: it changes within seconds where others use the memory, too."""
+
+    @property
+    def bandwidth_fraction(self) -> float:
+        return self.tokens_per_second * self.bytes_per_token / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +82,9 @@ class Report:
     n_threads: int
     repeat: int
     bandwidth_bytes_per_second: float
-    """How fast `n_threads` threads read the weights and do nothing else: in each round the best of some passes."""
+    """How fast `n_threads` threads read the weights and do nothing else."""
     bandwidth_samples: list[float]
+    """Each the mean of before and after a sample of decoding."""
     weight_bytes_per_token: int
     prefill: list[Prefill]
     decode: list[Decode]
@@ -80,6 +98,116 @@ class Report:
     """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None: not for this engine."""
     left_out: list[str]
     """What does not fit the model's context."""
+
+
+class Bench:
+    """A model that is measured figure by figure, so that others can have their turns in between.
+
+    The stream at a longer context is kept from turn to turn, since to get there takes far longer than to measure. It
+    starts as much below the context as it ends above.
+    """
+
+    def __init__(
+        self, open_model: Callable[[], Phi], *, turns: int, prompts: Sequence[int], contexts: Sequence[int]
+    ) -> None:
+        """Opens the model, and makes the first pass, which touches everything once.
+
+        Args:
+            open_model: opens the model, each time anew.
+            turns: how often decoding is to be measured.
+            prompts: lengths in tokens of the prompts that are to be timed.
+            contexts: lengths of the prompts after which decoding is to be timed.
+        """
+        self.open_model = open_model
+        self.phi = open_model()
+        self.private_loaded = _private_bytes()
+        self.private_decoding: int | None = None
+        self.left_out: dict[str, str] = {}
+        """What does not fit the model's context ("prefill 512", "decode 1500"), and why."""
+        self._turns = turns
+        self._ids = random.Random(0)
+        self._kept: dict[int, Stream] = {}
+        self.prompts = [n for n in prompts if self._fits(f"prefill {n}", n, 1)]
+        self.contexts = [n for n in contexts if self._fits(f"decode {n}", *self._span(n))]
+        self.bandwidth()  # brings the file into memory
+        self.prefill(self.prompts[0] if self.prompts else 1)  # Candle repacks the weights on first use
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.phi.close()
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens per second."""
+        with self._stream(tokens, 1) as stream:
+            for _ in stream:
+                pass
+            return tokens / _first_token_seconds(stream)
+
+    def decode(self, context: int) -> Turn:
+        """Times some tokens, and how fast the memory is before and after."""
+        before = self.bandwidth()
+        prompt, more = self._span(context)
+        stream = self._kept.pop(context, None) or self._stream(prompt, more)
+        _read(stream, len(stream.token_ids) + _AHEAD)
+        first, start = len(stream.token_ids), time.perf_counter()
+        _read(stream, first + _DECODED)
+        decoded = len(stream.token_ids) - first
+        speed = decoded / (time.perf_counter() - start)
+        private = _private_bytes()
+        self.private_decoding = max(private or 0, self.private_decoding or 0) or None
+        if self._keeps(context):
+            self._kept[context] = stream
+            time.sleep(_AHEAD / speed)  # until it has computed ahead what it may, so that it disturbs nobody
+        else:
+            stream.close()
+        read = sum(self.phi._model.bytes_per_token(prompt + first + decoded // 2))
+        return Turn(speed, read, (before + self.bandwidth()) / 2)
+
+    def bandwidth(self) -> float:
+        """Bytes per second, when the weights are only read."""
+        return self.phi._model.bandwidth()
+
+    def four_tokens_over_one(self) -> float | None:
+        """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None: not for this engine."""
+        if self.phi.engine != "native":
+            return None
+        passes = [(self.phi._model.decode_pass(_TOGETHER), self.phi._model.decode_pass(1)) for _ in range(2)]
+        return min(four for four, _ in passes) / min(one for _, one in passes)
+
+    def load(self) -> float:
+        """Seconds until another model of the same file computes."""
+        start = time.perf_counter()
+        with self.open_model() as phi, phi.stream([0], max_tokens=1, temperature=0, ignore_eos=True) as stream:
+            for _ in stream:
+                pass
+            return time.perf_counter() - start - stream.timings.prefill_seconds
+
+    def _keeps(self, context: int) -> bool:
+        return context > 1 and self.phi.engine == "native"  # Candle's loop holds one stream at a time
+
+    def _span(self, context: int) -> tuple[int, int]:
+        """Lengths of the prompt and of the completion of a stream for this context."""
+        more = _TURN * (self._turns if self._keeps(context) else 1)
+        return max(context - more // 2, 1) if self._keeps(context) else max(context, 1), more
+
+    def _stream(self, prompt: int, max_tokens: int) -> Stream:
+        ids = [self._ids.randrange(self.phi.n_vocab) for _ in range(prompt)]
+        return self.phi.stream(ids, max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+    def _fits(self, figure: str, prompt: int, more: int) -> bool:
+        """Whether prompt and completion fit; if not, `left_out` gets a word about it."""
+        positions = prompt + more
+        if positions > self.phi.n_ctx:
+            self.left_out[figure] = f"{figure}: takes {positions} positions, and the context has {self.phi.n_ctx}"
+            return False
+        try:
+            self._stream(prompt, more).close()  # nothing is computed before the first read
+        except PhiError as error:  # engine="candle" knows no sliding window
+            self.left_out[figure] = f"{figure}: {error}"
+            return False
+        return True
 
 
 def measure(
@@ -99,37 +227,26 @@ def measure(
         contexts: lengths of the prompts after which decoding is timed.
         on_round: called with the number of each round, from 1.
     """
-    ids = random.Random(0)
-    with open_model() as phi:
-        loaded = _private_bytes()
-        left_out: list[str] = []
-        prompts = [n for n in prompts if _fits(phi, f"prefill of {n} tokens", n, 1, left_out)]
-        contexts = [n for n in contexts if _fits(phi, f"decode at {n} tokens", n, _DECODED + _SPARE, left_out)]
-        phi._model.bandwidth()  # brings the file into memory
-        _prefill(phi, _prompt(phi, ids, prompts[0] if prompts else 1))  # Candle repacks the weights on first use
-        prefills: list[list[float]] = [[] for _ in prompts]
-        decodes: list[list[float]] = [[] for _ in contexts]
-        bandwidths, fours, ones, private = [], [], [], []
+    with Bench(open_model, turns=repeat, prompts=prompts, contexts=contexts) as bench:
+        prefills: dict[int, list[float]] = {n: [] for n in bench.prompts}
+        decodes: dict[int, list[Turn]] = {n: [] for n in bench.contexts}
+        fours = []
         for number in range(1, repeat + 1):
             on_round(number)
-            for n, samples in zip(prompts, prefills, strict=True):
-                samples.append(_prefill(phi, _prompt(phi, ids, n)))
-            bandwidths.append(phi._model.bandwidth())
-            for n, samples in zip(contexts, decodes, strict=True):
-                speed, memory = _decode(phi, _prompt(phi, ids, n))
-                samples.append(speed)
-                private.append(memory)
-            if phi.engine == "native":
-                fours.append(phi._model.decode_pass(_TOGETHER))
-                ones.append(phi._model.decode_pass(1))
-        traffic = [sum(phi._model.bytes_per_token(max(n, 1) + _DECODED // 2)) for n in contexts]
+            for n, speeds in prefills.items():
+                speeds.append(bench.prefill(n))
+            for n, turns in decodes.items():
+                turns.append(bench.decode(n))
+            fours.append(bench.four_tokens_over_one())
+        phi = bench.phi
         weights, _ = phi._model.bytes_per_token(1)
-    loads = [_load(open_model) for _ in range(repeat)]
+        bandwidths = [turn.bandwidth for turns in decodes.values() for turn in turns] or [bench.bandwidth()]
+    loads = [bench.load() for _ in range(repeat)]
     return Report(
         model=phi.path,
         version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=_machine(),
+        machine=machine(),
         cpu=_engine.doctor()["cpu"],
         engine=phi.engine,
         kernel=phi.kernel,
@@ -138,22 +255,22 @@ def measure(
         bandwidth_bytes_per_second=median(bandwidths),
         bandwidth_samples=bandwidths,
         weight_bytes_per_token=weights,
-        prefill=[Prefill(n, median(speeds), speeds) for n, speeds in zip(prompts, prefills, strict=True)],
+        prefill=[Prefill(n, median(speeds), speeds) for n, speeds in prefills.items()],
         decode=[
             Decode(
                 context=n,
-                tokens_per_second=median(speeds),
-                bytes_per_token=read,
-                bandwidth_fraction=median(s * read / b for s, b in zip(speeds, bandwidths, strict=True)),
-                samples=speeds,
+                tokens_per_second=median(turn.tokens_per_second for turn in turns),
+                bytes_per_token=median_low(turn.bytes_per_token for turn in turns),
+                bandwidth_fraction=median(turn.bandwidth_fraction for turn in turns),
+                samples=[turn.tokens_per_second for turn in turns],
             )
-            for n, speeds, read in zip(contexts, decodes, traffic, strict=True)
+            for n, turns in decodes.items()
         ],
         load_seconds=median(loads),
-        private_bytes_loaded=loaded,
-        private_bytes_decoding=max((memory for memory in private if memory is not None), default=None),
-        four_tokens_over_one=median(fours) / median(ones) if fours else None,
-        left_out=left_out,
+        private_bytes_loaded=bench.private_loaded,
+        private_bytes_decoding=bench.private_decoding,
+        four_tokens_over_one=median(times) if (times := [four for four in fours if four is not None]) else None,
+        left_out=list(bench.left_out.values()),
     )
 
 
@@ -194,60 +311,16 @@ def _megabytes(n: int) -> str:
     return f"{n / 1e6:.0f} MB"
 
 
-def _fits(phi: Phi, name: str, prompt: int, more: int, left_out: list[str]) -> bool:
-    """Whether prompt and completion fit; if not, `left_out` gets a word about it."""
-    prompt = max(prompt, 1)
-    if prompt + more > phi.n_ctx:
-        left_out.append(f"{name}: takes {prompt + more} positions, and the context has {phi.n_ctx}")
-        return False
-    try:
-        _stream(phi, [0] * prompt, more).close()  # nothing is computed before the first read
-    except PhiError as error:  # engine="candle" knows no sliding window
-        left_out.append(f"{name}: {error}")
-        return False
-    return True
-
-
-def _prompt(phi: Phi, ids: random.Random, tokens: int) -> list[int]:
-    return [ids.randrange(phi.n_vocab) for _ in range(max(tokens, 1))]
-
-
-def _stream(phi: Phi, prompt: list[int], max_tokens: int) -> Stream:
-    return phi.stream(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
-
-
 def _first_token_seconds(stream: Stream) -> float:
     seconds = stream.timings.time_to_first_token
     assert seconds is not None, "a stream that was read has its first token"
     return seconds
 
 
-def _prefill(phi: Phi, prompt: list[int]) -> float:
-    """Tokens per second."""
-    with _stream(phi, prompt, 1) as stream:
-        for _ in stream:
-            pass
-        return len(prompt) / _first_token_seconds(stream)
-
-
-def _decode(phi: Phi, prompt: list[int]) -> tuple[float, int | None]:
-    """Tokens per second, and the private memory at the end, while the stream still has its cache."""
-    with _stream(phi, prompt, _DECODED + _SPARE) as stream:
-        start = time.perf_counter()
-        for _ in stream:
-            if len(stream.token_ids) >= _DECODED:
-                break
-        seconds = time.perf_counter() - start - _first_token_seconds(stream)
-        return (len(stream.token_ids) - 1) / seconds, _private_bytes()
-
-
-def _load(open_model: Callable[[], Phi]) -> float:
-    """Seconds until the model computes."""
-    start = time.perf_counter()
-    with open_model() as phi, _stream(phi, [0], 1) as stream:
-        for _ in stream:
-            pass
-        return time.perf_counter() - start - stream.timings.prefill_seconds
+def _read(stream: Stream, tokens: int) -> None:
+    """Reads until the stream has made so many."""
+    while len(stream.token_ids) < tokens:
+        next(stream)
 
 
 def _private_bytes() -> int | None:
@@ -261,7 +334,7 @@ def _private_bytes() -> int | None:
     return 1024 * max(int(kilobytes["Private_Dirty"]), int(kilobytes["Anonymous"]))
 
 
-def _machine() -> str:
+def machine() -> str:
     """The processor's name, where the system tells."""
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)

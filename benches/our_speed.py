@@ -1,0 +1,62 @@
+"""Ours, or Candle's own loop, for tokens_per_second.py: one figure at a time, as `candle-phi bench` measures it."""
+
+import argparse
+from typing import Any
+
+from candle_phi import Phi, _engine
+from candle_phi.bench import Bench, machine
+from worker import serve
+
+
+def counts(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--prompts", type=counts, required=True)
+    parser.add_argument("--contexts", type=counts, required=True)
+    parser.add_argument("--turns", type=int, required=True)
+    parser.add_argument("--n-threads", type=int)
+    parser.add_argument("--kernel")
+    parser.add_argument("--engine", choices=["native", "candle"])
+    typed = vars(parser.parse_args())
+    model, turns, prompts, contexts = (typed.pop(name) for name in ("model", "turns", "prompts", "contexts"))
+    options: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
+
+    with Bench(lambda: Phi(model, **options), turns=turns, prompts=prompts, contexts=contexts) as bench:
+        phi = bench.phi
+
+        def decode(context: int) -> dict[str, float]:
+            turn = bench.decode(context)
+            return {
+                f"decode {context}": turn.tokens_per_second,
+                f"fraction {context}": turn.bandwidth_fraction,
+                "bandwidth": turn.bandwidth,
+            }
+
+        ready = {
+            "left_out": bench.left_out,
+            "bytes_per_token": {n: sum(phi._model.bytes_per_token(max(n, 1))) for n in bench.contexts},
+            "n_threads": phi.n_threads,
+            "machine": machine(),
+            "cpu": _engine.doctor()["cpu"],
+        }
+        serve(
+            ready,
+            {
+                "prefill": lambda n: {f"prefill {n}": bench.prefill(n)},
+                "decode": decode,
+                "passes": lambda _: {"four over one": bench.four_tokens_over_one(), "bandwidth": bench.bandwidth()},
+                "load": lambda _: {"load": bench.load()},
+                "memory": lambda _: {
+                    "private loaded": bench.private_loaded,
+                    "private decoding": bench.private_decoding,
+                },
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
