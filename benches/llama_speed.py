@@ -41,9 +41,11 @@ class Context:
         self.context = context
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.ids = random.Random(0)
+        self.length = 0
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        self.length = 0
 
     def seconds(self, *passes: int) -> float:
         """What passes over so many tokens each take."""
@@ -52,6 +54,7 @@ class Context:
             ids = (ctypes.c_int32 * tokens)(*(self.ids.randrange(self.n_vocab) for _ in range(tokens)))
             failed = llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(ids, tokens))
             assert failed == 0, f"llama_decode returned {failed}"
+            self.length += tokens
         llama_cpp.llama_synchronize(self.context)
         return time.perf_counter() - start
 
@@ -76,7 +79,6 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompts", type=counts, required=True)
     parser.add_argument("--contexts", type=counts, required=True)
-    parser.add_argument("--turns", type=int, required=True)
     parser.add_argument("--n-threads", type=int, required=True)
     parser.add_argument("--flash-attention", action="store_true")
     typed = parser.parse_args()
@@ -103,15 +105,17 @@ def main() -> None:
         return {f"prefill {tokens}": tokens / empty.seconds(*pieces(tokens))}
 
     def decode(at: int) -> dict[str, float]:
+        """A long context is kept from turn to turn, from a tenth below it to a tenth above."""
         nonlocal decoding
-        if at <= 1:
-            empty.clear()
-            empty.seconds(1)
-        elif at not in kept:
-            more = typed.turns * DECODED
+        more = DECODED * max(at // 5 // DECODED, 1)
+        first = max(at - more // 2, 1)
+        if at > 1 and at not in kept:
             kept[at] = context(model, at + more)
-            kept[at].seconds(*pieces(max(at - more // 2, 1)))
-        speed = DECODED / kept.get(at, empty).seconds(*[1] * DECODED)
+        there = kept.get(at, empty)
+        if not first <= there.length <= first + more - DECODED:
+            there.clear()
+            there.seconds(*pieces(first))
+        speed = DECODED / there.seconds(*[1] * DECODED)
         decoding = max(private_bytes() or 0, decoding or 0) or None
         return {f"decode {at}": speed}
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from candle_phi import Phi, _engine
-from candle_phi.bench import Bench, machine
+from candle_phi.bench import Bench, load_seconds, machine
 from worker import serve
 
 
@@ -17,16 +17,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompts", type=counts, required=True)
     parser.add_argument("--contexts", type=counts, required=True)
-    parser.add_argument("--turns", type=int, required=True)
     parser.add_argument("--n-threads", type=int)
     parser.add_argument("--kernel")
     parser.add_argument("--engine", choices=["native", "candle"])
     typed = vars(parser.parse_args())
-    model, turns, prompts, contexts = (typed.pop(name) for name in ("model", "turns", "prompts", "contexts"))
+    model, prompts, contexts = (typed.pop(name) for name in ("model", "prompts", "contexts"))
     options: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
 
-    with Bench(lambda: Phi(model, **options), turns=turns, prompts=prompts, contexts=contexts) as bench:
-        phi = bench.phi
+    def open_model() -> Phi:
+        return Phi(model, **options)
+
+    with open_model() as phi:
+        bench = Bench(phi, prompts=prompts, contexts=contexts)
 
         def decode(context: int) -> dict[str, float]:
             turn = bench.decode(context)
@@ -49,7 +51,7 @@ def main() -> None:
                 "prefill": lambda n: {f"prefill {n}": bench.prefill(n)},
                 "decode": decode,
                 "passes": lambda _: {"four over one": bench.four_tokens_over_one(), "bandwidth": bench.bandwidth()},
-                "load": lambda _: {"load": bench.load()},
+                "load": lambda _: {"load": load_seconds(open_model)},
                 "memory": lambda _: {
                     "private loaded": bench.private_loaded,
                     "private decoding": bench.private_decoding,

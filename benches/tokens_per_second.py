@@ -200,7 +200,7 @@ class Work:
         """A process that can measure all of it."""
         given = {"--prompts": self.prompts, "--contexts": self.contexts}
         lengths = [f"{name}={','.join(map(str, lengths))}" for name, lengths in given.items()]
-        return [*program, str(self.model), *lengths, f"--turns={TURNS * self.rounds}"]
+        return [*program, str(self.model), *lengths]
 
     def questions(self) -> list[str]:
         """What everyone is asked in a round, in order; "passes" only ours."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, median_low
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from . import __version__, _engine
 from .errors import PhiError
@@ -103,40 +102,29 @@ class Report:
 class Bench:
     """A model that is measured figure by figure, so that others can have their turns in between.
 
-    The stream at a longer context is kept from turn to turn, since to get there takes far longer than to measure. It
-    starts as much below the context as it ends above.
+    A stream at a long context is kept from turn to turn, from a tenth below the context to a tenth above: to get there
+    takes far longer than to measure.
     """
 
-    def __init__(
-        self, open_model: Callable[[], Phi], *, turns: int, prompts: Sequence[int], contexts: Sequence[int]
-    ) -> None:
-        """Opens the model, and makes the first pass, which touches everything once.
+    def __init__(self, phi: Phi, *, prompts: Sequence[int], contexts: Sequence[int]) -> None:
+        """Makes the first pass, which touches everything once.
 
         Args:
-            open_model: opens the model, each time anew.
-            turns: how often decoding is to be measured.
+            phi: just opened.
             prompts: lengths in tokens of the prompts that are to be timed.
-            contexts: lengths of the prompts after which decoding is to be timed.
+            contexts: positions around which decoding is to be timed.
         """
-        self.open_model = open_model
-        self.phi = open_model()
+        self.phi = phi
         self.private_loaded = _private_bytes()
         self.private_decoding: int | None = None
         self.left_out: dict[str, str] = {}
         """What does not fit the model's context ("prefill 512", "decode 1500"), and why."""
-        self._turns = turns
         self._ids = random.Random(0)
         self._kept: dict[int, Stream] = {}
         self.prompts = [n for n in prompts if self._fits(f"prefill {n}", n, 1)]
         self.contexts = [n for n in contexts if self._fits(f"decode {n}", *self._span(n))]
         self.bandwidth()  # brings the file into memory
         self.prefill(self.prompts[0] if self.prompts else 1)  # Candle repacks the weights on first use
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.phi.close()
 
     def prefill(self, tokens: int) -> float:
         """Tokens per second."""
@@ -157,7 +145,7 @@ class Bench:
         speed = decoded / (time.perf_counter() - start)
         private = _private_bytes()
         self.private_decoding = max(private or 0, self.private_decoding or 0) or None
-        if self._keeps(context):
+        if len(stream.token_ids) + _TURN <= more:
             self._kept[context] = stream
             time.sleep(_AHEAD / speed)  # until it has computed ahead what it may, so that it disturbs nobody
         else:
@@ -176,21 +164,11 @@ class Bench:
         passes = [(self.phi._model.decode_pass(_TOGETHER), self.phi._model.decode_pass(1)) for _ in range(2)]
         return min(four for four, _ in passes) / min(one for _, one in passes)
 
-    def load(self) -> float:
-        """Seconds until another model of the same file computes."""
-        start = time.perf_counter()
-        with self.open_model() as phi, phi.stream([0], max_tokens=1, temperature=0, ignore_eos=True) as stream:
-            for _ in stream:
-                pass
-            return time.perf_counter() - start - stream.timings.prefill_seconds
-
-    def _keeps(self, context: int) -> bool:
-        return context > 1 and self.phi.engine == "native"  # Candle's loop holds one stream at a time
-
     def _span(self, context: int) -> tuple[int, int]:
         """Lengths of the prompt and of the completion of a stream for this context."""
-        more = _TURN * (self._turns if self._keeps(context) else 1)
-        return max(context - more // 2, 1) if self._keeps(context) else max(context, 1), more
+        turns = context // 5 // _TURN if self.phi.engine == "native" else 1  # Candle's loop holds one stream at a time
+        more = _TURN * max(turns, 1)
+        return max(context - more // 2, 1), more
 
     def _stream(self, prompt: int, max_tokens: int) -> Stream:
         ids = [self._ids.randrange(self.phi.n_vocab) for _ in range(prompt)]
@@ -227,7 +205,8 @@ def measure(
         contexts: lengths of the prompts after which decoding is timed.
         on_round: called with the number of each round, from 1.
     """
-    with Bench(open_model, turns=repeat, prompts=prompts, contexts=contexts) as bench:
+    with open_model() as phi:
+        bench = Bench(phi, prompts=prompts, contexts=contexts)
         prefills: dict[int, list[float]] = {n: [] for n in bench.prompts}
         decodes: dict[int, list[Turn]] = {n: [] for n in bench.contexts}
         fours = []
@@ -238,10 +217,9 @@ def measure(
             for n, turns in decodes.items():
                 turns.append(bench.decode(n))
             fours.append(bench.four_tokens_over_one())
-        phi = bench.phi
         weights, _ = phi._model.bytes_per_token(1)
         bandwidths = [turn.bandwidth for turns in decodes.values() for turn in turns] or [bench.bandwidth()]
-    loads = [bench.load() for _ in range(repeat)]
+    loads = [load_seconds(open_model) for _ in range(repeat)]
     return Report(
         model=phi.path,
         version=__version__,
@@ -315,6 +293,15 @@ def _first_token_seconds(stream: Stream) -> float:
     seconds = stream.timings.time_to_first_token
     assert seconds is not None, "a stream that was read has its first token"
     return seconds
+
+
+def load_seconds(open_model: Callable[[], Phi]) -> float:
+    """From the call that opens the model to the start of its first pass."""
+    start = time.perf_counter()
+    with open_model() as phi, phi.stream([0], max_tokens=1, temperature=0, ignore_eos=True) as stream:
+        for _ in stream:
+            pass
+        return time.perf_counter() - start - stream.timings.prefill_seconds
 
 
 def _read(stream: Stream, tokens: int) -> None:
