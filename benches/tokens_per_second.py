@@ -96,7 +96,7 @@ class Runner:
             return found
         status = self.process.wait()
         self.errors.seek(0)
-        raise RuntimeError(f"{self.name} ended with {status}: {self.errors.read().strip()[-500:]}")
+        raise RuntimeError(f"{self.name} {self.setting} ended with {status}: {self.errors.read().strip()[-500:]}")
 
     def ask(self, question: str) -> None:
         """Has something measured, and keeps the samples."""
@@ -232,8 +232,11 @@ def llama_runners(work: Work, typed: argparse.Namespace, n_threads: int) -> list
             python = given.get(build) or str(llama_python(build, typed.out))
             command = [*work.command(python, str(BENCHES / "llama_speed.py")), f"--n-threads={n_threads}"]
             for setting, options in {"off": [], "on": ["--flash-attention"]}.items():
-                setting = f"flash attention {setting}"
-                found.append(Runner(f"llama.cpp {build}", [*command, *options], asked, setting, is_peer=True))
+                found.append(
+                    Runner(
+                        f"llama.cpp {build}", [*command, *options], asked, f"flash attention {setting}", is_peer=True
+                    )
+                )
     return found
 
 

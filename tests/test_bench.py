@@ -102,11 +102,14 @@ def test_wrong_options_are_refused(argument: str, says: str) -> None:
 
 
 def test_the_comparison(tmp_path: Path) -> None:
-    """Without llama.cpp, which takes minutes to compile."""
+    """Without llama.cpp, which takes minutes to compile: a peer that does not run is left out, with its last words."""
     script = str(ROOT / "benches" / "tokens_per_second.py")
-    options = ["--quick", "--llama=none", "--model=demo", "--n-threads=2", "--kernels=portable", f"--out={tmp_path}"]
+    options = ["--quick", "--model=demo", "--n-threads=2", "--kernels=portable", f"--out={tmp_path}"]
+    options.append(f"--llama-python=native={sys.executable}")
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "Left out: llama.cpp native flash attention off ended with 1" in done.stdout
+    assert "No module named 'llama_cpp'" in done.stdout
     assert "| candle-phi portable / Candle |" in done.stdout
     assert "2 threads over one: prefill 512" in done.stdout
     assert "1500" in done.stdout  # is left out, and said so
