@@ -3,7 +3,6 @@
 What is asked and answered is as in `our_speed.py`. Nothing is sampled, which is to this peer's advantage.
 """
 
-import argparse
 import ctypes
 import random
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from worker import serve
+from worker import parser, serve
 
 DECODED = 16
 BATCH = 512
@@ -70,18 +69,10 @@ def pieces(tokens: int) -> list[int]:
     return [min(BATCH, tokens - done) for done in range(0, tokens, BATCH)]
 
 
-def counts(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--prompts", type=counts, required=True)
-    parser.add_argument("--contexts", type=counts, required=True)
-    parser.add_argument("--n-threads", type=int, required=True)
-    parser.add_argument("--flash-attention", action="store_true")
-    typed = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--flash-attention", action="store_true")
+    typed = options.parse_args()
 
     @llama_cpp.llama_log_callback
     def quiet(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:

@@ -1,26 +1,17 @@
 """Ours, or Candle's own loop, for tokens_per_second.py: one figure at a time, as `candle-phi bench` measures it."""
 
-import argparse
 from typing import Any
 
 from candle_phi import Phi, _engine
 from candle_phi.bench import Bench, load_seconds, machine
-from worker import serve
-
-
-def counts(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]
+from worker import parser, serve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--prompts", type=counts, required=True)
-    parser.add_argument("--contexts", type=counts, required=True)
-    parser.add_argument("--n-threads", type=int)
-    parser.add_argument("--kernel")
-    parser.add_argument("--engine", choices=["native", "candle"])
-    typed = vars(parser.parse_args())
+    given = parser(__doc__)
+    given.add_argument("--kernel")
+    given.add_argument("--engine", choices=["native", "candle"])
+    typed = vars(given.parse_args())
     model, prompts, contexts = (typed.pop(name) for name in ("model", "prompts", "contexts"))
     options: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
 

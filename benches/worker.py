@@ -4,10 +4,25 @@ A process prints a line of JSON when it is ready, and one for each question: the
 The others wait meanwhile.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Takes the file, and what will be asked about it."""
+
+    def counts(text: str) -> list[int]:
+        return [int(n) for n in text.split(",")]
+
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("model")
+    found.add_argument("--prompts", type=counts, required=True)
+    found.add_argument("--contexts", type=counts, required=True)
+    found.add_argument("--n-threads", type=int)
+    return found
 
 
 def serve(ready: Mapping[str, Any], answers: Mapping[str, Callable[[int], Mapping[str, float | None]]]) -> None:

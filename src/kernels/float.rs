@@ -221,11 +221,11 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     // SAFETY: loads and stores end at `whole`.
     unsafe {
-        const CHAINS: usize = 4;
-        let chunk = CHAINS * V::LANES;
+        const SUMS: usize = 4;
+        let chunk = SUMS * V::LANES;
         let (chunks, whole) = (x.len() - x.len() % chunk, x.len() - x.len() % V::LANES);
         // Side by side: the more numbers go into a sum, the coarser it gets, and each waits for the one before.
-        let mut squares = [V::splat(0.0); CHAINS];
+        let mut squares = [V::splat(0.0); SUMS];
         for i in (0..chunks).step_by(chunk) {
             for (vector, squares) in squares.iter_mut().enumerate() {
                 let x = V::load(x.as_ptr().add(i + vector * V::LANES));
