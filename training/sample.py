@@ -1,6 +1,6 @@
-"""Samples from the exported file, dequantized into PyTorch, at temperature 1.0 and with a repeat penalty of 1.2.
+"""Samples from the exported file, dequantized into PyTorch, at temperature 1.0.
 
-The penalty is on the last 64 generated tokens, as in Candle's tutorial.
+`--penalty 1.2` adds the repeat penalty of Candle's tutorial. It covers the last 64 generated tokens.
 
     python sample.py ../python/candle_phi/demo/phi3-demo-q4_k_m.gguf --count 200
 
@@ -97,7 +97,7 @@ def main() -> None:
     arguments.add_argument("--count", type=int, default=200)
     arguments.add_argument("--show", type=int, default=10)
     arguments.add_argument("--temperature", type=float, default=1.0)
-    arguments.add_argument("--penalty", type=float, default=1.2)
+    arguments.add_argument("--penalty", type=float, default=1.0)
     arguments.add_argument("--seed", type=int, default=1)
     options = arguments.parse_args()
     torch.set_num_threads(2)
