@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import terminal
 from candle_phi import Phi, hub, memory
 from conftest import HAIKU, run_python
 from fake_hub import FakeHub
@@ -41,28 +42,10 @@ def run(*arguments: str, code: int = 0) -> str:
     return said.decode()
 
 
-def on_terminal(*arguments: str, **env: str) -> tuple[int, str, str]:
-    """Runs with a terminal as stderr: exit code, stdout, and what the terminal was sent."""
-    import pty
-
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=slave,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "100", **env},
-    )
-    os.close(slave)
-    sent = b""
-    try:
-        while data := os.read(master, 4096):
-            sent += data
-    except OSError:  # Linux ends a terminal so
-        pass
-    os.close(master)
-    out, _ = process.communicate(timeout=30)
-    return process.returncode, out.decode(), sent.decode()
+def on_terminal(*arguments: str, columns: int = 100, **env: str) -> tuple[int, str, str]:
+    """Runs with a terminal as stderr: exit code, stdout, and what the terminal received."""
+    code, received, out = terminal.on_terminal([*COMMAND, *arguments], "stderr", columns=columns, **env)
+    return code, out.decode(), received.decode()
 
 
 def test_pull_list_verify_rm(home: Path, server: FakeHub) -> None:
