@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test asan tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing asan tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
@@ -33,6 +33,12 @@ test: engine ## the tests of the engine (cargo) and of the package (pytest), wit
 		.venv/cargo.log; \
 	echo "pytest: $$(tail -n 1 .venv/pytest.log | tr -d '=' | xargs)"; \
 	test $$cargo$$pytest = 00
+
+# The tests whose subject is time, and the limits of those that also check something else. One test at a time, since they
+# would slow each other down. A busy machine may fail them; it must not fail `make test`.
+test-timing: engine ## the tests that measure time, with wide limits
+	cargo test -- --ignored --test-threads 1
+	$(BIN)/python -m pytest --timing
 
 # A target that is named, even this machine's own, leaves build scripts and derive macros without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)
@@ -70,7 +76,7 @@ SOAK_SECONDS := 60
 soak: engine ## SOAK_SECONDS (60) of generations by several threads, a fifth of them cancelled (Linux)
 	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
-lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against the compiled module
+lint: engine .venv/lint ## formats, clippy, ruff, mypy, the stubs against the compiled module, and the workflows
 	cargo fmt --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --all-targets -- -D warnings
@@ -83,7 +89,8 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against th
 	$(BIN)/python -m mypy.stubtest candle_phi._engine
 	$(BIN)/python packaging/third_party.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
@@ -112,7 +119,7 @@ sdist: require .venv/build ## the source distribution, in dist, and a build from
 rust-version:
 	@echo $(RUST_VERSION)
 
-# What is missing or too old, in one line.
+# One line says what is missing or too old.
 require:
 	@command -v cargo > /dev/null && command -v rustc > /dev/null || \
 		{ echo "make: Rust is missing: install $(RUST_VERSION) or later, see https://rustup.rs" >&2; exit 1; }

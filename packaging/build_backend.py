@@ -8,8 +8,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-import maturin
+import maturin  # type: ignore[import-untyped]  # has no annotations
 
 C_COMPILERS = ("cc", "gcc", "clang")
 
@@ -33,7 +34,7 @@ def explained(hook: Callable[..., object]) -> Callable[..., object]:
     return explaining
 
 
-def fail(reason: str) -> None:
+def fail(reason: str) -> NoReturn:
     sys.exit(f"candle-phi: no wheel was taken, and a build from source does not work here: {reason}")
 
 

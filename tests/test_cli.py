@@ -25,7 +25,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     options = {"capture_output": True, "timeout": 60, "stdin": subprocess.DEVNULL} | options
     if "input" in options:
         del options["stdin"]
-    return subprocess.run([*COMMAND, *arguments], **options)
+    return subprocess.run([*COMMAND, *arguments], **options)  # type: ignore[return-value]  # bytes: no option asks for text
 
 
 def failed(done: subprocess.CompletedProcess[bytes], code: int) -> str:

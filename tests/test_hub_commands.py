@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import terminal
-from candle_phi import Phi, hub, memory
+from candle_phi import Phi, _engine, hub, memory
 from conftest import HAIKU, run_python
 from fake_hub import FakeHub
 
@@ -156,16 +156,13 @@ def test_a_model_that_is_larger_than_memory(
         with caplog.at_level(logging.WARNING, "candle_phi"):
             Phi(phi.path).close()
         assert bool(caplog.records) == warns
-    assert (
-        memory._engine.memory_needed(phi.path, 100, "f32")[1]
-        == 2 * memory._engine.memory_needed(phi.path, 100, "f16")[1]
-    )
+    assert _engine.memory_needed(phi.path, 100, "f32")[1] == 2 * _engine.memory_needed(phi.path, 100, "f16")[1]
 
 
 def test_the_warning_counts_the_context(
     phi: Phi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, context = memory._engine.memory_needed(phi.path, phi.n_ctx, "f16")
+    weights, context = _engine.memory_needed(phi.path, phi.n_ctx, "f16")
     assert weights == os.path.getsize(phi.path)
     layers, heads = phi.metadata["phi3.block_count"], phi.metadata["phi3.attention.head_count"]
     assert context % (2 * 2 * phi.n_ctx) == 0

@@ -24,7 +24,7 @@ def pythons() -> list[str]:
     named = [path for name in names if (path := shutil.which(name))]
     of_pyenv = sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
     ask = "import sys, venv, ensurepip; assert sys.version_info >= (3, 11); print(sys.version, sys.base_prefix)"
-    found = {}
+    found: dict[str, str] = {}
     for python in [sys.executable, *named, *of_pyenv]:
         done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
         if done.returncode == 0:
@@ -86,7 +86,7 @@ def test_old_cpus(python: Path, cpu: str, kernel: str) -> None:
 
 
 def test_inside_an_archive_the_error_names_what_works(python: Path, wheel: Path, tmp_path: Path) -> None:
-    command = [python, "-S", "-c", "import candle_phi"]
+    command = [str(python), "-S", "-c", "import candle_phi"]
     done = subprocess.run(command, env={"PYTHONPATH": str(wheel)}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "ImportError: candle_phi: it cannot be imported from inside" in done.stderr
