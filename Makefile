@@ -90,7 +90,7 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, the stubs against the co
 	$(BIN)/python packaging/third_party.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
-	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/zizmor --offline --quiet .
 
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
