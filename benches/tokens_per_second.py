@@ -8,6 +8,7 @@ llama.cpp); Candle's loop, which takes most, comes alone at the end. The file is
 llama.cpp is PyPI's llama-cpp-python, compiled into environments of its own, once for each set of instructions that it
 is compared on. Other work on the machine spoils the figures.
 """
+# Decisions: docs/design/tests-and-benchmarks.md
 
 import argparse
 import json

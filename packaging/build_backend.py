@@ -2,6 +2,7 @@
 
 Where there is a network, maturin installs a missing Rust itself, for the build; a C compiler it cannot.
 """
+# Decisions: docs/design/packaging.md
 
 import functools
 import os
