@@ -208,7 +208,7 @@ def test_busy_is_told() -> None:
         await anext(unread)
         waiting = [asyncio.create_task(phi.agenerate(HAIKU)) for _ in range(2)]
         for task in waiting:
-            with pytest.raises(BusyError, match=r"1 slot is held by a stream that nobody has read for 1\d s"):
+            with pytest.raises(BusyError, match=r"1 slot is held by a stream unread for 1\d s"):
                 await task
         unread.cancel()
         assert await phi.agenerate(HAIKU, max_tokens=3)

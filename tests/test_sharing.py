@@ -121,8 +121,8 @@ def test_streams_that_nobody_reads_do_not_block_for_ever() -> None:
     assert {name: type(error) for name, error in raised.items()} == dict.fromkeys(calls, BusyError)
     assert all(9 < seconds < 20 for seconds in took.values()), took
     for name in ("zip", "interrupt"):
-        assert "1 slot is held by a stream that nobody has read for 1" in str(raised[name])
-    assert "2 slots are held by streams that nobody has read for 1" in str(raised["two"])
+        assert "1 slot is held by a stream unread for 1" in str(raised[name])
+    assert "2 slots are held by streams unread for 1" in str(raised["two"])
     # at once, now that it is known
     again = models[2].stream(HAIKU)
     begin = time.monotonic()
