@@ -1,6 +1,4 @@
 //! What generation needs of a model, whichever engine computes it.
-//!
-//! Decisions: docs/design/model.md
 
 use std::sync::Arc;
 
