@@ -51,16 +51,7 @@ fn request(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Reques
     let prompt = engine.tokenize_messages(&[message]).unwrap();
     let repeat_penalty = if temperature == 0.0 { 1.0 } else { 1.2 };
     let sampling = Sampling { temperature, repeat_penalty, ..Sampling::default() };
-    Request {
-        prompt,
-        max_tokens: 0,
-        limited: false,
-        sampling,
-        seed,
-        stop: Vec::new(),
-        ignore_eos: false,
-        top_logprobs: None,
-    }
+    Request { prompt, sampling, seed, ..Request::default() }
 }
 
 fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> String {
