@@ -5,26 +5,14 @@ What is asked and answered is as in `our_speed.py`. Nothing is sampled, which is
 
 import ctypes
 import random
-import re
 import time
-from pathlib import Path
 
 import llama_cpp
 
-from worker import parser, serve
+from worker import parser, private_bytes, serve
 
 DECODED = 16
 BATCH = 512
-
-
-def private_bytes() -> int | None:
-    """As `candle-phi bench` counts it."""
-    try:
-        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return None
-    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE))
-    return 1024 * max(int(kilobytes["Private_Dirty"]), int(kilobytes["Anonymous"]))
 
 
 class Context:

@@ -27,7 +27,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-from candle_phi import Phi, _engine
+from candle_phi import Phi, _engine, hub
 from report import chart, heading, speeds, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,13 +61,13 @@ class Runner:
     name: str
     command: list[str]
     asked: list[str]
-    """The questions it gets in each round."""
+    """The questions of each round."""
     setting: str = ""
     """Runners of one name are settings of one engine: the best of them counts, figure by figure."""
     is_peer: bool = False
     env: dict[str, str] = field(default_factory=dict)
     ready: dict[str, Any] = field(default_factory=dict)
-    """What the process said of itself at its start."""
+    """The first line of the process."""
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -99,12 +99,12 @@ class Runner:
         raise RuntimeError(f"{self.name} {self.setting} ended with {status}: {self.errors.read().strip()[-500:]}")
 
     def ask(self, question: str) -> None:
-        """Has something measured, and keeps the samples."""
+        """Asks for a measurement, and keeps the samples."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{question}\n")
             self.process.stdin.flush()
-        except OSError:  # it has ended: its last words are more to the point
+        except OSError:  # it has ended: its last words say more
             pass
         for name, value in self.answer().items():
             if value is not None:
@@ -165,10 +165,10 @@ def arguments() -> argparse.Namespace:
     builds = ", ".join(BUILDS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a GGUF file, or demo (default: the one that candle-phi runs)")
+    add("--model", help="a GGUF file, or demo (default: phi-3-mini-4k from the cache)")
     add("--n-threads", type=int, metavar="N", help="default: what candle-phi takes")
-    add("--kernels", metavar="NAME,...", help="ours to compare, best first (default: all but portable)")
-    add("--llama", action="append", metavar="BUILD", help=f"{builds}, or none; several times (default: as the CPU is)")
+    add("--kernels", metavar="NAME,...", help="kernels to compare, best first (default: all but portable)")
+    add("--llama", action="append", metavar="BUILD", help=f"{builds}, or none; repeatable (default: as the CPU allows)")
     add("--llama-python", action="append", default=[], metavar="BUILD=PATH", help="an environment that has it already")
     add("--rounds", type=int, default=5, metavar="N", help="default: 5")
     add("--candle-rounds", type=int, default=2, metavar="N", help="of Candle, which is slow (default: 2; 0: without)")
@@ -203,7 +203,7 @@ class Work:
         return [*program, str(self.model), *lengths]
 
     def questions(self) -> list[str]:
-        """What everyone is asked in a round, in order; "passes" only ours."""
+        """The questions of a round, in order. "passes" is for our engine only."""
         prefill = [f"prefill {n}" for n in self.prompts for _ in range(TURNS if n <= SHORT else 1)]
         return ["load", *prefill, *TURNS * self.decoding(), *TURNS * ["passes"]]
 
@@ -273,7 +273,7 @@ def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runn
         for number in range(1, work.rounds + 1):
             say(f"{time.strftime('%H:%M:%S')}  round {number} of {work.rounds}")
             for i, question in enumerate(runners[0].asked if runners else []):
-                turn = i % len(runners)  # nobody always comes after the same one
+                turn = i % len(runners)  # so that no runner always comes after the same one
                 for runner in runners[turn:] + runners[:turn]:
                     if question in runner.asked and not attempt(runner, Runner.ask, question):
                         runners.remove(runner)
@@ -282,11 +282,12 @@ def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runn
 
 def main() -> None:
     typed = arguments()
-    path = typed.model or _engine.default_model()
+    path = typed.model or hub.cached(_engine.DEFAULT_REPO, _engine.DEFAULT_FILE)
     if path is None:
         sys.exit(
-            "there is no model to measure: make bench MODEL=path/to/file.gguf, where "
-            f"`hf download {_engine.DEFAULT_REPO} {_engine.DEFAULT_FILE}` gets the usual one (2.4 GB)"
+            f"there is no model to measure: {_engine.DEFAULT_FILE} is not in the cache. "
+            "candle-phi pull phi-3-mini-4k downloads it (2.4 GB); "
+            "make bench MODEL=path/to/file.gguf measures another file, MODEL=demo the bundled model"
         )
     with Phi.demo() if path == "demo" else Phi(path) as phi:
         model, best, n_threads = Path(phi.path).resolve(), phi.kernel, typed.n_threads or phi.n_threads

@@ -1,18 +1,25 @@
-"""What the engines' processes have in common: they answer questions about one figure at a time.
+"""Shared by the engines' processes: each answers questions about one figure at a time.
 
-A process prints a line of JSON when it is ready, and one for each question: the figures that were measured, by name.
-The others wait meanwhile.
+A process prints a line of JSON when it is ready, and one for each question: the measured figures by name. The other
+processes wait meanwhile.
 """
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1] / "python" / "candle_phi"
+
+private_bytes: Callable[[], int | None] = runpy.run_path(str(_PACKAGE / "_private_memory.py"))["private_bytes"]
+"""As `candle-phi bench` counts it. The file is read here: llama.cpp's environment does not have the package."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Takes the file, and what will be asked about it."""
+    """Reads the arguments: the file, and the figures that will be asked for."""
 
     def counts(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]

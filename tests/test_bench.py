@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from candle_phi import Phi, bench
+from candle_phi import Phi, _bench
 from conftest import ROOT
 from test_cli import DEMO, failed, run
 
@@ -19,7 +19,7 @@ def is_speed(value: object) -> bool:
 
 def test_json_has_every_documented_key(phi: Phi) -> None:
     found = json.loads(run("bench", "--json", "--repeat=2", "--contexts=0,300,1500", "--n-threads=1", *DEMO).stdout)
-    assert list(found) == list(bench.Report.__dataclass_fields__)
+    assert list(found) == list(_bench.Report.__dataclass_fields__)
     assert (found["model"], found["engine"], found["kernel"]) == (phi.path, phi.engine, phi.kernel)
     assert (found["n_threads"], found["repeat"]) == (1, 2)
     assert [entry["tokens"] for entry in found["prefill"]] == [32, 128, 512]
@@ -55,7 +55,7 @@ def test_bytes_of_a_token(phi: Phi) -> None:
 
 
 def test_the_fraction_is_of_the_bytes_that_are_read() -> None:
-    report = bench.measure(Phi.demo, repeat=1, prompts=[], contexts=[0])
+    report = _bench.measure(Phi.demo, repeat=1, prompts=[], contexts=[0])
     (decode,) = report.decode
     expected = decode.tokens_per_second * decode.bytes_per_token / report.bandwidth_bytes_per_second
     assert decode.bandwidth_fraction == pytest.approx(expected)

@@ -32,6 +32,24 @@ SHORT_NAMES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """Names that may stand for a repository, each with the repository and the file that is meant."""
 
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"phi3": "phi-3-mini-4k", "phi3.5": "phi-3.5-mini", "phi4": "phi-4", "phi4-mini": "phi-4-mini"}
+)
+"""Names of the same models elsewhere, each with the short name that it stands for."""
+
+
+def resolve(name: str) -> str:
+    """The repository that a short name or an alias stands for, else the name."""
+    short = ALIASES.get(name, name)
+    return SHORT_NAMES[short][0] if short in SHORT_NAMES else name
+
+
+def closest(name: str) -> str | None:
+    """The short name or alias that a misspelt name is close to."""
+    import difflib  # not at import: only a mistake needs it
+
+    return next(iter(difflib.get_close_matches(name, [*SHORT_NAMES, *ALIASES], n=1)), None)
+
 
 @dataclass(frozen=True)
 class File:

@@ -405,7 +405,10 @@ class Phi:
         if parse_special is not None or add_bos:
             raise ValueError("parse_special and add_bos are for raw=True")
         if isinstance(prompt, str) and ("<|user|>" in prompt or "<|assistant|>" in prompt):
-            _logger.warning("the prompt has <|user|> or <|assistant|> as plain text; raw=True takes it as it stands")
+            _logger.warning(
+                "the prompt has <|user|> or <|assistant|> as plain text; %s takes it as it stands",
+                options.Option("raw", "True"),
+            )
         if not isinstance(prompt, str):
             prompt = items(prompt)  # once: it may be a generator
             if are_ids(prompt):

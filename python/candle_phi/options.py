@@ -5,7 +5,55 @@ import numbers
 import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+Spelling = Callable[[str, str | None], str]
+"""Spells an option for a front end. Takes the option's name and its value, if the message has one."""
+
+
+class Option(NamedTuple):
+    """An option inside a message, and its value where the message has one: `top_logprobs=3`."""
+
+    name: str
+    value: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value}"
+
+
+class OptionError(Exception):
+    """An option has a value that it cannot have. Raised as `OptionTypeError` or `OptionValueError`.
+
+    Args:
+        option: the option, a str or an `Option`. A str may have an index: `"stop[0]"`.
+        problem: what is wrong. Every option that it mentions is an `Option`, so that a front end can spell it.
+
+    Attributes:
+        name: the option's name in the Python API, without an index.
+    """
+
+    def __init__(self, option: str | Option, *problem: str | Option) -> None:
+        self._option = Option(option) if isinstance(option, str) else option
+        self._problem = problem
+        self.name = self._option.name.partition("[")[0]
+        super().__init__(f"{self._option} {''.join(map(str, problem))}")
+
+    def spelled(self, spell: Spelling) -> str:
+        """The message with each option spelled by `spell`. Indices are left out."""
+        problem = "".join(part if isinstance(part, str) else spell(*part) for part in self._problem)
+        return f"{spell(self.name, self._option.value)} {problem}"
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self._option, *self._problem)
+
+
+class OptionTypeError(OptionError, TypeError):
+    """An option has a value of the wrong type."""
+
+
+class OptionValueError(OptionError, ValueError):
+    """An option has a value that is out of range, or that another option rules out."""
+
 
 Check = Callable[[str, object], Any]
 """Takes an option's name and value; returns the value as the engine wants it, or raises and names both."""
@@ -23,11 +71,11 @@ def _shown(value: object) -> str:
 def _wrong_type(name: str, wanted: str, value: object) -> NoReturn:
     kind = type(value)
     shown = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    raise TypeError(f"{name} must be {wanted}, not {shown} ({_shown(value)})")
+    raise OptionTypeError(name, f"must be {wanted}, not {shown} ({_shown(value)})")
 
 
 def _out_of_range(name: str, wanted: str, value: object) -> NoReturn:
-    raise ValueError(f"{name} must be {wanted}, not {_shown(value)}")
+    raise OptionValueError(name, f"must be {wanted}, not {_shown(value)}")
 
 
 def _integer(low: int, high: int = 2**31 - 1) -> Check:
@@ -36,7 +84,9 @@ def _integer(low: int, high: int = 2**31 - 1) -> Check:
             _wrong_type(name, "an int", value)
         integer = int(value)
         if not low <= integer <= high:
-            _out_of_range(name, f"from {low} to {high}", value)
+            _out_of_range(
+                name, f"at least {low}" if integer < low and high == 2**31 - 1 else f"from {low} to {high}", value
+            )
         return integer
 
     return check
@@ -76,6 +126,18 @@ def _name(name: str, value: object) -> str:
     if not isinstance(value, str):
         _wrong_type(name, "a str", value)
     return encodable(name, value)
+
+
+def _choice(*choices: str) -> Check:
+    """Accepts these strings."""
+    wanted = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+
+    def check(name: str, value: object) -> str:
+        if _name(name, value) not in choices:
+            _out_of_range(name, wanted, value)
+        return str(value)
+
+    return check
 
 
 def path(name: str, value: object) -> str:
@@ -118,7 +180,7 @@ def _stop(name: str, value: object) -> list[str]:
         if not isinstance(string, str):
             _wrong_type(f"{name}[{i}]", "a str", string)
         if not string:
-            raise ValueError(f"{name}[{i}] is empty: every text contains it")
+            raise OptionValueError(f"{name}[{i}]", "is empty, and every text contains an empty string")
         encodable(f"{name}[{i}]", string)
     return strings
 
@@ -136,9 +198,11 @@ def _logit_bias(name: str, value: object) -> dict[int, float]:
     for key, bias in value.items():
         # OpenAI's JSON has the ids as strings of digits
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12 else key
-        token = _token_id(f"{name}: a token id", token)
+        if isinstance(token, int) and not 0 <= token < 2**32:
+            raise OptionValueError(name, f"has the key {token}, and token ids are from 0 to {2**32 - 1}")
+        token = _token_id(name, token)
         if token in biases:
-            raise ValueError(f"{name} names the token id {token} twice")
+            raise OptionValueError(name, f"has the token id {token} twice")
         biases[token] = _bias(f"{name}[{_shown(key)}]", bias)
     return biases
 
@@ -148,8 +212,8 @@ def encodable(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has a lone surrogate, {text[error.start]!r}, at position {error.start}: it is not text"
+        raise OptionValueError(
+            name, f"has a lone surrogate, {text[error.start]!r}, at position {error.start}"
         ) from None
     return text
 
@@ -157,10 +221,10 @@ def encodable(name: str, text: str) -> str:
 MODEL: dict[str, Check] = {
     "n_ctx": _maybe(_integer(1)),
     "n_threads": _maybe(_integer(1, 1024)),
-    "device": _name,
-    "engine": _name,
+    "device": _choice("auto", "cpu", "cuda", "metal"),
+    "engine": _choice("native", "candle"),
     "kernel": _maybe(_name),
-    "kv_cache": _name,
+    "kv_cache": _choice("f16", "f32", "q8_0"),
     "mmap": flag,
     "tokenizer": _maybe(path),
     "chat_template": _maybe(_name),
@@ -209,20 +273,36 @@ WATCH: dict[str, Check] = {"on_progress": _maybe(_callable)}
 
 GENERATION: dict[str, Check] = {**SAMPLING, **WATCH, **PROMPT}
 
-_FOREIGN = {
-    "max_new_tokens": "use max_tokens",
-    "num_predict": "use max_tokens",
-    "max_length": "use max_tokens",
-    "temp": "use temperature",
-    "repetition_penalty": "use repeat_penalty",
-    "stop_sequences": "use stop",
-    "stop_seqs": "use stop",
+RENAMED: Mapping[str, str] = {
+    "max_new_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "max_length": "max_tokens",
+    "temp": "temperature",
+    "repetition_penalty": "repeat_penalty",
+    "stop_sequences": "stop",
+    "stop_seqs": "stop",
+    "n_gpu_layers": "device",
+    "num_ctx": "n_ctx",
+    "context_length": "n_ctx",
+    "json_schema": "response_format",
+    "format": "response_format",
+}
+"""Names of other libraries' options, each with the option that does the same here."""
+
+UNBUILT: Mapping[str, str] = {
+    "response_format": "structured output",
+    "grammar": "structured output",
+    "tools": "tool calls",
+    "adapter": "LoRA adapters",
+    "speculate": "speculative decoding",
+}
+"""Options that a later version has, each with the feature that it belongs to."""
+
+FOREIGN: Mapping[str, str] = {
     "do_sample": "temperature=0 is greedy, any other temperature samples",
     "stream": "use .stream(), which yields the text as it is made; .generate() returns it whole",
-    "n_gpu_layers": "use device, an option of Phi()",
     "verbose": 'the library prints nothing; logging.getLogger("candle_phi") has its messages',
-    "num_ctx": "use n_ctx, an option of Phi()",
-    "context_length": "use n_ctx, an option of Phi()",
     "system": 'use a system message: {"role": "system", "content": ...} first in the messages',
 }
 """Names that other libraries have, and the answer to each."""
@@ -230,8 +310,11 @@ _FOREIGN = {
 
 def unknown_option(name: str, known: Collection[str]) -> str:
     """What to say of a name that is not in `known`."""
-    if name in _FOREIGN:
-        return f"unknown option {name!r}: {_FOREIGN[name]}"
+    if name in FOREIGN:
+        return f"unknown option {name!r}: {FOREIGN[name]}"
+    if name in RENAMED:
+        owner = ", an option of Phi()" if RENAMED[name] in MODEL else ""
+        return f"unknown option {name!r}: use {RENAMED[name]}{owner}"
     close = _closest(name, [*known, *MODEL, *GENERATION])
     if close is None:
         return f"unknown option {name!r}"
@@ -264,14 +347,25 @@ def checked(known: Mapping[str, Check], given: Mapping[str, object]) -> dict[str
     for name in given:
         if name not in known:
             raise TypeError(unknown_option(name, known))
-    return {name: known[name](name, value) for name, value in given.items()}
+    values = {name: known[name](name, value) for name, value in given.items()}
+    if known is GENERATION:
+        if values.get("top_logprobs") and not values.get("logprobs"):
+            raise OptionValueError(
+                Option("top_logprobs", str(values["top_logprobs"])), "needs ", Option("logprobs", "True")
+            )
+        for name, default in (("parse_special", None), ("add_bos", False)):
+            if values.get(name, default) is not default and not values.get("raw"):
+                raise OptionValueError(name, "needs ", Option("raw", "True"))
+    return values
 
 
 def sampling(given: Mapping[str, object]) -> dict[str, Any]:
     """`checked`, for `SAMPLING` with all its names given; then what follows from several options together."""
     options = checked(SAMPLING, given)
     if options["top_logprobs"] and not options["logprobs"]:
-        raise ValueError(f"top_logprobs={options['top_logprobs']} needs logprobs=True")
+        raise OptionValueError(
+            Option("top_logprobs", str(options["top_logprobs"])), "needs ", Option("logprobs", "True")
+        )
     if options["repeat_penalty"] is None:
-        options["repeat_penalty"] = 1.0 if options["temperature"] == 0 else 1.2
+        options["repeat_penalty"] = 1.0
     return options
