@@ -1,4 +1,4 @@
-"""Shared by the engines' processes: each answers questions about one figure at a time.
+"""The protocol of an engine's process: it measures one figure at a time.
 
 A process prints a line of JSON when it is ready, and one for each question: the measured figures by name. The other
 processes wait meanwhile.
@@ -19,21 +19,21 @@ private_bytes: Callable[[], int | None] = runpy.run_path(str(_PACKAGE / "_privat
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Reads the arguments: the file, and the figures that will be asked for."""
+    """Arguments: the file, and the prompts and contexts of the questions to come."""
 
     def counts(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]
 
-    found = argparse.ArgumentParser(description=description)
-    found.add_argument("model")
-    found.add_argument("--prompts", type=counts, required=True)
-    found.add_argument("--contexts", type=counts, required=True)
-    found.add_argument("--n-threads", type=int)
-    return found
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("model")
+    arguments.add_argument("--prompts", type=counts, required=True)
+    arguments.add_argument("--contexts", type=counts, required=True)
+    arguments.add_argument("--n-threads", type=int)
+    return arguments
 
 
 def serve(ready: Mapping[str, Any], answers: Mapping[str, Callable[[int], Mapping[str, float | None]]]) -> None:
-    """Answers questions like "prefill 512" or "load" until there are no more."""
+    """Answers questions like "prefill 512" or "load" until the end of stdin."""
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         question, _, n = line.strip().partition(" ")

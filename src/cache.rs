@@ -1,5 +1,7 @@
 //! The KV cache of one sequence: pages that are allocated as the sequence grows, and given back as a sliding window
 //! moves on. The full context is never allocated.
+//!
+//! Decisions: docs/design/kv.md
 
 use std::collections::VecDeque;
 

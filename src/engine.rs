@@ -1,4 +1,6 @@
 //! A loaded model with all that it takes to talk to it: file, tokenizer, chat template, weights, and its compute thread.
+//!
+//! Decisions: docs/design/engine.md
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

@@ -1,5 +1,7 @@
 //! The one error type. Every message names the thing that was wrong and the number; `python.rs` maps each variant to
 //! the exception class of the same name.
+//!
+//! Decisions: docs/design/engine.md
 
 /// What can go wrong, by what the caller can do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,4 +1,6 @@
 //! One generation: a prompt is prefilled once, then ids are sampled one at a time and turned into text.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,4 +1,6 @@
 //! What generation needs of a model, whichever engine computes it.
+//!
+//! Decisions: docs/design/model.md
 
 use std::sync::Arc;
 

@@ -1,4 +1,6 @@
 //! Where the compute thread leaves what it makes, and a reader finds it: the one state that both look at.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};

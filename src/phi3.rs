@@ -2,6 +2,8 @@
 //!
 //! Where implementations differ, this one does what Hugging Face's `modeling_phi3.py` does: the sliding window is
 //! exactly `w` keys, and a LongRoPE sequence that outgrows the original context is computed anew with the long factors.
+//!
+//! Decisions: docs/design/model.md
 
 mod config;
 

@@ -1,4 +1,6 @@
 //! The Python module `candle_phi._engine`: classes, exceptions, and the interpreter's lock. Nothing is decided here.
+//!
+//! Decisions: docs/design/python.md
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

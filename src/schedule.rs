@@ -5,6 +5,8 @@
 //! a token, or a layer of a prompt, and these differ in length: the turn is that of the job that had the least time so
 //! far. Only so many have a seat, and with it a KV cache; the others wait for one in the order they came. The thread is
 //! started by the first job and leaves when the model is closed or nobody holds it any more.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};

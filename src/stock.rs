@@ -2,6 +2,8 @@
 //!
 //! It refuses at load what it would compute wrongly, and, in a model with a sliding window, a sequence longer than the
 //! window. It copies the weights, keeps one cache inside, and computes on Candle's global thread pool.
+//!
+//! Decisions: docs/design/engine.md
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::PathBuf;

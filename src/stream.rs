@@ -1,4 +1,6 @@
 //! A generation as its reader sees it: text that arrives, an end, and a way to stop it from any thread.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::sync::{Arc, Mutex};
 use std::task::Poll;

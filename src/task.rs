@@ -1,5 +1,7 @@
 //! Work that takes long, in a thread of its own, while the caller waits as a reader of a stream does: looking up now and
 //! then, told how far the work is, and free to leave at any time.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};

@@ -1,4 +1,6 @@
 //! How many threads, the pool that a model computes on, and the guard against use after `fork()`.
+//!
+//! Decisions: docs/design/compute.md
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{

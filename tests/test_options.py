@@ -45,7 +45,8 @@ DEFAULTS = {name: GENERATION[name] for name in SAMPLING}
     ],
 )
 def test_accepted(phi: Phi, name: str, value: object) -> None:
-    assert phi.stream(HAIKU, **{name: value}).usage.prompt_tokens > 0
+    options: dict[str, Any] = {name: value}
+    assert phi.stream(HAIKU, **options).usage.prompt_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -142,11 +143,12 @@ def test_rejected_at_the_call(
     ],
 )
 def test_foreign_names_have_answers(phi: Phi, name: str, answer: str) -> None:
+    options: dict[str, Any] = {name: 1}
     with pytest.raises(TypeError, match=answer) as raised:
-        phi.stream(HAIKU, **{name: 1})
+        phi.stream(HAIKU, **options)
     assert repr(name) in str(raised.value)
     with pytest.raises(TypeError, match=answer):
-        phi.generate(HAIKU, **{name: 1})
+        phi.generate(HAIKU, **options)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from conftest import HAIKU, run_python
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 20, "top_p": 0.9}, {"logprobs": True}])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_streamed_is_whole(phi: Phi, seed: int, options: dict[str, float]) -> None:
+def test_streamed_is_whole(phi: Phi, seed: int, options: dict[str, Any]) -> None:
     stream = phi.stream(HAIKU, seed=seed, **options)
     chunks = list(stream)
     whole = phi.generate(HAIKU, seed=seed, **options)

@@ -3,6 +3,8 @@
 //! The context is walked in blocks of 1024 positions that start at multiples of it. Each block gives a part of the
 //! result for each query, and the parts are merged in order: the same bits whether blocks are computed one after the
 //! other or side by side.
+//!
+//! Decisions: docs/design/kv.md
 
 use std::ops::Range;
 use std::sync::Mutex;

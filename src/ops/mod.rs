@@ -5,6 +5,8 @@
 //! into tasks for our own thread pool and calls a kernel for each; no Candle op that computes runs there, since those
 //! use a global pool that neither `n_threads` nor a fork governs. On other devices, and where the tests ask for it on
 //! the CPU, each operation is composed of Candle's own (`candle.rs`).
+//!
+//! Decisions: docs/design/compute.md
 
 mod attention;
 mod candle;

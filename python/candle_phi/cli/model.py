@@ -258,7 +258,7 @@ def _prepare_download(given: _Given, place: Mapping[str, Any]) -> bool:
         return False
     with usage_errors():
         _engine.doctor()  # a variable that is wrong would show after the download only
-    if filename is None and known in DOWNLOAD_GB:
+    if filename is None and known is not None and known in DOWNLOAD_GB:
         output.say(f"downloading {what} ({DOWNLOAD_GB[known]} GB), once{hint}")
     return True
 
