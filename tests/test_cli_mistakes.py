@@ -190,7 +190,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     (
         "Hi -m https://huggingface.co/a/b/resolve/main/x.gguf?download=true",
         2,
-        "https://huggingface.co/a/b/resolve/main/x.gguf?download=true is a URL; did you mean --model a/b --filename ...",
+        "https://huggingface.co/a/b/resolve/main/x.gguf?download=true is a URL; did you mean --model a/b --filename...",
     ),
     ("Hi -m hf.co/a/b:Q4_K_M", 2, "hf.co/a/b:Q4_K_M is a URL; did you mean --model a/b --filename '*Q4_K_M*'?"),
     ("Hi -m https://example.com/x.gguf", 2, "https://example.com/x.gguf is a URL, and a model is a short name, ..."),

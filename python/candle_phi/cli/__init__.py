@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (failure), 2 (usage) or 130 (Ctrl-C).
     """
-    output.use_utf8()
+    output.start()
     log_lines = _LogLines()
     logger = logging.getLogger("candle_phi")
     logger.addHandler(log_lines)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe is expected
     except KeyboardInterrupt:
-        output.end_interrupted_line()
+        output.status.end_interrupted()
         return 130
     except BrokenPipeError:
         # The reader, such as head, has read enough. The interpreter flushes once more at exit: into the null device.

@@ -10,8 +10,13 @@ from collections.abc import Iterable
 from ..progress import Progress, has_viewer, terminal_columns
 
 
-def use_utf8() -> None:
-    """Redirected output is UTF-8 whatever the locale. A terminal shows a replacement for a character it lacks."""
+def start() -> None:
+    """Begins the output of a command line.
+
+    Redirected output is UTF-8 whatever the locale. A terminal shows a replacement for a character it lacks.
+    """
+    global status
+    status = Status()
     if sys.stdout is None:  # Windows without a console
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # open until the process ends
     reconfigure = getattr(sys.stdout, "reconfigure", None)
@@ -56,11 +61,11 @@ def _escape(text: str) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """A file's size: `"2.4 GB"`, `"3.1 MB"`, `"7 bytes"`."""
+    """A size in a few characters: `"2.4 GB"`, `"16 MB"`, `"7 B"`."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= 0.9995 * factor:
-            return f"{n_bytes / factor:.1f} {unit}"
-    return f"{n_bytes:.0f} bytes"
+            return f"{n_bytes / factor:.{0 if n_bytes >= 9.95 * factor else 1}f} {unit}"
+    return f"{n_bytes:.0f} B"
 
 
 def table(rows: Iterable[Iterable[str]]) -> str:
@@ -72,7 +77,7 @@ def table(rows: Iterable[Iterable[str]]) -> str:
     )
 
 
-class _Status:
+class Status:
     """A line on the terminal about work in progress. The next text replaces it."""
 
     def __init__(self) -> None:
@@ -114,5 +119,4 @@ class _Status:
         self._drawn = 0
 
 
-status = _Status()
-end_interrupted_line = status.end_interrupted
+status = Status()
