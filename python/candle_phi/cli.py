@@ -43,7 +43,7 @@ _SAMPLING_OPTIONS: Mapping[str, tuple[type, str]] = {
     "top_k": (int, "keep this many of the most likely tokens (default: all)"),
     "top_p": (float, "keep the smallest set with this probability (default: all)"),
     "min_p": (float, "keep what is this probable relative to the likeliest (default: all)"),
-    "repeat_penalty": (float, "default: 1.2, and off with --temperature 0"),
+    "repeat_penalty": (float, "above 1: less repetition (default: 1, off)"),
     "repeat_last_n": (int, "how far --repeat-penalty looks back, -1: all (default: 64)"),
     "presence_penalty": (float, "-2 to 2 (default: 0)"),
     "frequency_penalty": (float, "-2 to 2 (default: 0)"),
