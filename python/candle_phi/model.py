@@ -158,7 +158,7 @@ class Phi:
         """
         from importlib.resources import files
 
-        path = str(files(__package__).joinpath("demo", _DEMO))
+        path = str(files(__package__ or "candle_phi").joinpath("demo", _DEMO))
         if not os.path.exists(path):
             raise ModelNotFoundError(f"this installation lacks the bundled model, {path}: install candle-phi again")
         phi = cls(path, **options)

@@ -163,7 +163,7 @@ class _Model:
         self.delay = delay
         self.closed = False
         self.changed = threading.Condition()  # guards this and its streams
-        self._words = list(_SPECIAL)
+        self._words: list[str] = list(_SPECIAL)
         self._timers: dict[tuple[_engine.ReadyQueue, int], threading.Timer] = {}
         self._ids: dict[str, int] = {}  # without the special tokens: no text becomes one
 
