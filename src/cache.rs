@@ -29,7 +29,7 @@ impl KvType {
             "f16" => Ok(KvType::F16),
             "f32" => Ok(KvType::F32),
             "q8_0" => Ok(KvType::Q8_0),
-            other => Err(Error::Value(format!("kv_cache must be 'f16', 'f32' or 'q8_0', not {other:?}"))),
+            other => Err(Error::option("kv_cache", format!("must be 'f16', 'f32' or 'q8_0', not '{other}'"))),
         }
     }
 

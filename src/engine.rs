@@ -116,9 +116,8 @@ impl Engine {
         let most = model.context_length();
         let n_ctx = options.n_ctx.unwrap_or(most);
         if !(1..=most).contains(&n_ctx) {
-            return Err(Error::Value(format!(
-                "n_ctx must be from 1 to {most}, the context length of the file, not {n_ctx}"
-            )));
+            let problem = format!("must be from 1 to {most}, the context length of the file, not {n_ctx}");
+            return Err(Error::option("n_ctx", problem));
         }
         let info = Info {
             path: path.to_owned(),
@@ -184,7 +183,7 @@ impl Engine {
                 parts
                     .tokenizer
                     .bos_id()
-                    .ok_or_else(|| Error::Value("add_bos: this tokenizer has no BOS token".into()))?,
+                    .ok_or_else(|| Error::option("add_bos", "needs a BOS token, and this tokenizer has none"))?,
             );
         }
         ids.extend(parts.tokenizer.encode(text, if parse_special { Special::All } else { Special::None })?);
@@ -276,23 +275,23 @@ fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn
         "native" => {
             let backend = backend(options)?;
             if kv_type == KvType::Q8_0 && matches!(backend, Backend::Candle(_)) {
-                return Err(Error::Value(format!("kv_cache 'q8_0' is for device 'cpu', not '{}'", options.device)));
+                return Err(Error::option("kv_cache", format!("'q8_0' needs device 'cpu', not '{}'", options.device)));
             }
             Ok(Arc::new(Phi3::load(gguf, backend, kv_type)?))
         }
         "candle" => {
-            let taken = [
-                (options.kernel.is_some(), "kernel: it has its own kernels"),
-                (options.n_threads.is_some(), "n_threads: it computes on Candle's global pool (CANDLE_NUM_THREADS)"),
-                (options.kv_cache != LoadOptions::default().kv_cache, "kv_cache: its cache is f32"),
-                (!matches!(options.device.as_str(), "auto" | "cpu"), "device: it runs on the CPU here"),
+            let refused = [
+                (options.kernel.is_some(), "kernel", "which has its own kernels"),
+                (options.n_threads.is_some(), "n_threads", "which computes on Candle's pool (CANDLE_NUM_THREADS)"),
+                (options.kv_cache != LoadOptions::default().kv_cache, "kv_cache", "whose cache is f32"),
+                (!matches!(options.device.as_str(), "auto" | "cpu"), "device", "which runs on the CPU"),
             ];
-            if let Some((_, what)) = taken.into_iter().find(|(given, _)| *given) {
-                return Err(Error::Value(format!("engine 'candle' takes no {what}")));
+            if let Some((_, name, reason)) = refused.into_iter().find(|(given, ..)| *given) {
+                return Err(Error::option(name, format!("does not go with engine 'candle', {reason}")));
             }
             Ok(Arc::new(Stock::load(gguf, task)?))
         }
-        other => Err(Error::Value(format!("engine must be 'native' or 'candle', not {other:?}"))),
+        other => Err(Error::option("engine", format!("must be 'native' or 'candle', not '{other}'"))),
     }
 }
 
@@ -310,7 +309,10 @@ fn backend(options: &LoadOptions) -> Result<Backend> {
         "metal" if cfg!(feature = "metal") => Device::new_metal(0),
         "cuda" => return Err(missing("cuda")),
         "metal" => return Err(missing("metal")),
-        other => return Err(Error::Value(format!("device must be 'auto', 'cpu', 'cuda' or 'metal', not {other:?}"))),
+        other => {
+            let problem = format!("must be 'auto', 'cpu', 'cuda' or 'metal', not '{other}'");
+            return Err(Error::option("device", problem));
+        }
     };
     let device = found
         .map_err(|error| Error::UnsupportedModel(format!("device '{}' does not answer: {error}", options.device)))?;
@@ -328,16 +330,13 @@ pub fn choose_kernel(name: Option<&str>) -> Result<Box<dyn Kernel>> {
     let variable = std::env::var_os(VARIABLE).filter(|name| !name.is_empty());
     let variable = variable.map(|name| name.to_string_lossy().into_owned());
     let available = kernels::available();
-    let (from, name) = match (name, &variable) {
-        (Some(name), _) => ("kernel", name),
-        (None, Some(name)) => (VARIABLE, name.as_str()),
-        (None, None) => ("kernel", available[available.len() - 1]),
-    };
-    kernels::by_name(name).ok_or_else(|| {
-        Error::Value(format!(
-            "{from} is {name:?}; the kernels of this build that this CPU can run are: {}",
-            available.join(", ")
-        ))
+    let chosen = name.or(variable.as_deref()).unwrap_or(available[available.len() - 1]);
+    kernels::by_name(chosen).ok_or_else(|| {
+        let runs = format!("this CPU can run {}", available.join(", "));
+        match name {
+            Some(name) => Error::option("kernel", format!("'{name}' is not available: {runs}")),
+            None => Error::Value(format!("{VARIABLE} names the kernel '{chosen}', which is not available: {runs}")),
+        }
     })
 }
 

@@ -40,6 +40,7 @@ mod raised {
     import_exception!(candle_phi.errors, NotInThisVersionError);
     import_exception!(candle_phi.errors, OfflineError);
     import_exception!(candle_phi.errors, UnsupportedModelError);
+    import_exception!(candle_phi.options, OptionValueError);
 }
 
 impl From<Error> for PyErr {
@@ -59,6 +60,7 @@ impl From<Error> for PyErr {
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
+            Error::Option { name, problem } => raised::OptionValueError::new_err((name, problem)),
             Error::Internal(_) | Error::Cancelled => raised::InternalError::new_err(message),
         }
     }
@@ -446,6 +448,10 @@ impl Stream {
             self.stream.cancel();
             Ok(())
         })
+    }
+
+    fn check_process(&self) -> PyResult<()> {
+        Ok(self.stream.finish_reason().map(drop)?)
     }
 
     #[getter]

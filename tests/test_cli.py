@@ -199,7 +199,7 @@ def test_model_options(phi: Phi) -> None:
         (["Hi", "--mmap"], "did you mean --no-mmap?"),
         (["Hi", "--add-bos"], "--add-bos needs --raw"),
         (["Hi", "--n-gpu-layers", "1"], "did you mean --device?"),
-        (["Hi", "--timeout", "-5"], "--timeout must be a finite number"),
+        (["Hi", "--timeout", "-5"], "--timeout must be a finite number of at least 0"),
         (["Hi", "--max-concurrent", "5"], "--max-concurrent"),
         (["Hi", "there"], "put the prompt in quotes"),
         (["Hi", "--top-logprobs", "3", "--json"], "needs --logprobs"),

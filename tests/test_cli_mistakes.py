@@ -171,7 +171,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Hi -m phi-4-mni", 2, f"unknown model 'phi-4-mni'; did you mean phi-4-mini? {NAMES}"),
     ("Hi -m phi-3-mini", 2, f"unknown model 'phi-3-mini'; did you mean phi-3-mini-4k? {NAMES}"),
     ("Hi -m Phi-4", 2, f"unknown model 'Phi-4'; did you mean phi-4? {NAMES}"),
-    ("Hi -m phi3:medium", 2, f"unknown model 'phi3:medium'; did you mean phi3? {NAMES}"),
+    ("Hi -m phi3:huge", 2, f"unknown model 'phi3:huge'; did you mean phi3? {NAMES}"),
     ("Hi -m llama3", 2, f"unknown model 'llama3'; {OTHERWISE}"),
     ("Hi -m temperature", 2, f"unknown model 'temperature'; {OTHERWISE}"),
     ("Hi -m max_tokens", 2, f"unknown model 'max_tokens'; {OTHERWISE}"),

@@ -31,7 +31,7 @@ _Progress: TypeAlias = tuple[str, int, int | None]
 """Phase, how much is done, of how much; bytes, or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
-_Read: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
+_Piece: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
 """Text, with the ids and log probabilities that ride on it."""
 
 @final
@@ -149,7 +149,7 @@ class Model:
 class Stream:
     """One generation."""
 
-    def poll(self) -> tuple[bool, _Read | None]:
+    def poll(self) -> tuple[bool, _Piece | None]:
         """Whether there is something, and if so, the next text, None at the end. Never waits."""
 
     def wait(self) -> None:
@@ -168,6 +168,9 @@ class Stream:
 
     def cancel(self) -> None:
         """Ends the generation; returns at once, from any thread."""
+
+    def check_process(self) -> None:
+        """Raises ForkError in a process that was forked after the model was opened."""
 
     @property
     def seed(self) -> int: ...

@@ -176,9 +176,7 @@ def is_repository(name: str) -> bool:
 
 def about_unknown_name(name: str) -> str:
     """The message for a word that is no short name."""
-    plain = name.partition(":")[0].lower()  # "phi3:mini", as Ollama writes it
-    longer = (short for short in hub.SHORT_NAMES if len(plain) > 3 and short.startswith(plain))
-    close = next(longer, None) or hub.closest(plain)
+    close = hub.closest(name) or hub.closest(name.partition(":")[0])  # "phi3:fp16", with a tag as Ollama's
     known = f"short names: demo, {', '.join(hub.SHORT_NAMES)}"
     if close is not None:
         return f"unknown model {name!r}; did you mean {close}? {known[0].upper()}{known[1:]}"
