@@ -59,7 +59,7 @@ def test_functions_document_their_options(function: Any) -> None:
 
 def test_the_command_line_has_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", "--help"])
-    shown = set(re.findall(r"--(?:no-)?([a-z-]+)", capsys.readouterr().out))
+    shown = set(re.findall(r"--(?:no-|\[no-\])?([a-z-]+)", capsys.readouterr().out))
     for name in {*MODEL, *HUB, *GENERATION, "filename"} - {"on_progress", "progress", "max_concurrent"}:
         assert name.replace("_", "-") in shown, name
 

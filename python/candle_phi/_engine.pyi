@@ -1,4 +1,4 @@
-"""The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values."""
+"""The compiled engine. `candle_phi.Phi` checks options and messages, so the engine gets valid values."""
 
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, final
@@ -20,35 +20,35 @@ __all__ = [
 
 __version__: str
 DEFAULT_REPO: str
-"""The Hub's repository of the model that the command line runs."""
+"""The repository of the command line's default model."""
 DEFAULT_FILE: str
-"""Its file in that repository."""
+"""The file of that model in its repository."""
 KNOWN_MODELS: list[tuple[str, str, str]]
-"""Short names, each with the repository and the file that it stands for."""
+"""Short names, each with its repository and its default file."""
 
 _Result = TypeVar("_Result")
 _Progress: TypeAlias = tuple[str, int, int | None]
-"""Phase, how much is done, of how much; bytes, or tokens."""
+"""Phase, done, total. In bytes, or in tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
 _Piece: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
-"""Text, with the ids and log probabilities that ride on it."""
+"""Text, and the ids and log probabilities behind it."""
 
 @final
 class Task(Generic[_Result]):
-    """Work in a thread of its own. Dropping it ends the work soon."""
+    """Work in a thread of its own. Dropping it cancels the work."""
 
     def poll(self) -> tuple[bool, _Result | None]:
-        """Whether it is done, and if so, what it returned, or raises what failed; once. Never waits."""
+        """Whether the work is done, and its result, once. Raises its error. Never waits."""
 
     def wait(self) -> None:
         """Waits without the GIL until `poll` has something, 60 ms at most."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """How far it is."""
+        """The progress so far."""
 
     def cancel(self) -> None:
-        """Ends the work soon; returns at once, from any thread."""
+        """Cancels the work. Returns at once, from any thread."""
 
 @final
 class Model:
@@ -96,31 +96,31 @@ class Model:
     @property
     def system_fingerprint(self) -> str: ...
     def close(self) -> None:
-        """Ends every stream. Any thread, any number of times."""
+        """Ends every stream. Safe from any thread, repeatedly."""
 
     def render(self, messages: list[tuple[str, str]]) -> str:
-        """The prompt text of `(role, content)` pairs; roles: system, user, assistant."""
+        """The prompt text of `(role, content)` pairs. The roles are system, user and assistant."""
 
     def tokenize_text(self, text: str, parse_special: bool, add_bos: bool) -> list[int]:
         """The ids of a text as it stands."""
 
     def tokenize_messages(self, messages: list[tuple[str, str]]) -> list[int]:
-        """The ids of the rendered messages; special tokens inside user text are plain text."""
+        """The ids of the rendered messages. Special tokens inside user text are plain text."""
 
     def detokenize(self, ids: list[int], skip_special: bool) -> str:
-        """The text of ids; ValueError for an id outside the vocabulary."""
+        """The text of ids. ValueError for an id outside the vocabulary."""
 
     def logits(self, ids: list[int], every_position: bool) -> Logits:
         """The logits after the last id, or after each, computed from the first `poll` on."""
 
     def bandwidth(self) -> float:
-        """Bytes per second at which `n_threads` threads read the weights and do nothing else. About a second's work."""
+        """Bytes per second at which `n_threads` threads read the weights. Takes about a second."""
 
     def decode_pass(self, tokens: int) -> float:
-        """Seconds of a decode pass over so many tokens at once, with the logits of each."""
+        """Seconds of a decode pass over this many tokens at once, with the logits of each."""
 
     def bytes_per_token(self, positions: int) -> tuple[int, int]:
-        """Bytes that decoding the last of so many positions reads: of weights, and of keys and values."""
+        """Bytes read to decode a token at this many positions: of weights, and of keys and values."""
 
     def stream(
         self,
@@ -150,24 +150,23 @@ class Stream:
     """One generation."""
 
     def poll(self) -> tuple[bool, _Piece | None]:
-        """Whether there is something, and if so, the next text, None at the end. Never waits."""
+        """Whether the next text is ready, and the text, which is None at the end. Never waits."""
 
     def wait(self) -> None:
         """Waits without the GIL until `poll` has something, 75 ms at most."""
 
     def notify(self, queue: ReadyQueue, ticket: int) -> None:
-        """Puts the ticket into the queue, once, when `poll` has something: perhaps at once."""
+        """Puts the ticket into the queue, once, as soon as `poll` has something, which may be at once."""
 
     @property
     def time_left(self) -> float | None:
-        """Seconds until the timeout, when `poll` has something, too."""
+        """Seconds until the timeout. None without one. At the timeout, `poll` has something."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """What a watch is to be told now: nothing, when it was told less than 75 ms ago, no phase has begun since, and
-        this is not the end."""
+        """The reports due now. None are due within 75 ms of the last, except for a new phase and at the end."""
 
     def cancel(self) -> None:
-        """Ends the generation; returns at once, from any thread."""
+        """Cancels the generation. Returns at once, from any thread."""
 
     def check_process(self) -> None:
         """Raises ForkError in a process that was forked after the model was opened."""
@@ -184,14 +183,14 @@ class Stream:
 
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
-        """Seconds: `(queue, prefill, decode, time to first token)`, and the passes that decode took."""
+        """Seconds: `(queue, prefill, decode, time to first token)`, and the number of decode passes."""
 
 @final
 class Logits:
-    """The logits of given ids, which are computed once: otherwise as a `Stream`."""
+    """The logits of given ids. Computed once, otherwise like a `Stream`."""
 
     def poll(self) -> tuple[bool, bytes | None]:
-        """Whether they are there, and if so, float32 in the machine's order."""
+        """Whether they are ready, and the logits, as float32 in native byte order."""
 
     def wait(self) -> None: ...
     def progress(self, end: bool) -> list[_Progress]: ...
@@ -199,21 +198,21 @@ class Logits:
 
 @final
 class ReadyQueue:
-    """Where one thread waits for many streams."""
+    """A queue in which one thread waits for many streams."""
 
     def __new__(cls) -> ReadyQueue: ...
     def put(self, ticket: int) -> None: ...
     def take(self) -> list[int] | None:
-        """Waits for tickets, without the GIL, and takes all that there are; None once it is closed."""
+        """Waits for tickets without the GIL, and returns all of them. None once the queue is closed."""
 
     def close(self) -> None:
-        """Lets the waiting thread go. Any thread, any number of times."""
+        """Ends the wait of `take`. Safe from any thread, repeatedly."""
 
 def doctor() -> dict[str, object]:
-    """What this build finds on this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
+    """A report on this build and this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
 
 def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int]:
-    """Bytes of a file's weights, and of the keys and values of `n_ctx` tokens (None: of 4096)."""
+    """Bytes of a file's weights, and of the KV cache of `n_ctx` tokens (None: 4096)."""
 
 _CachedFile: TypeAlias = tuple[str, str, str, list[str], Path, int]
 """repository, file, commit, branches and tags, path, size"""
@@ -235,7 +234,7 @@ class Hub:
         """The file, or the first part of a split one, if all of it is in the cache. Opens no socket."""
 
     def download(self, repo: str, filename: str | None) -> Task[Path]:
-        """The same, fetched where it is not in the cache."""
+        """The same, downloaded if it is not in the cache."""
 
     def info(self, repo: str) -> Task[tuple[str, str, list[tuple[str, int, str | None]]]]:
         """Repository, commit, and its files: name, size, SHA-256 of large ones."""
@@ -244,7 +243,7 @@ class Hub:
         """The GGUF files in the cache."""
 
     def verify(self, repo: str | None, filename: str | None) -> Task[list[_CachedFile]]:
-        """Hashes files in the cache anew; InvalidModelError names those that are damaged."""
+        """Checks files in the cache against their checksums. InvalidModelError names the damaged ones."""
 
     def remove(self, repo: str, filename: str | None) -> int:
-        """Removes files from the cache; the bytes that are free again."""
+        """Removes files from the cache. Returns the bytes that are free again."""
