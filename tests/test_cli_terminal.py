@@ -163,7 +163,7 @@ def test_ctrl_c_while_a_file_comes_in(terminal: Terminal, monkeypatch: pytest.Mo
     """The library's bar ends its own line."""
 
     def download(*_: object, on_progress: Callable[[Progress], object]) -> None:
-        with progress.watching("model.gguf", None, on_progress) as watch:
+        with progress.progress_callback("model.gguf", None, on_progress) as watch:
             assert watch is not None
             watch("download", 5_000_000, 10_000_000)
             raise KeyboardInterrupt

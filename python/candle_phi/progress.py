@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TextIO, TypeVar, cast
 
-Watch = Callable[[str, int, int | None], object]
+Callback = Callable[[str, int, int | None], object]
 _Result = TypeVar("_Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
@@ -23,7 +23,7 @@ class Work(Protocol[_Result_co]):
     def cancel(self) -> None: ...
 
 
-def finished(work: Work[_Result], watch: Watch | None) -> _Result:
+def wait_for(work: Work[_Result], callback: Callback | None) -> _Result:
     """Waits for the result.
 
     The engine waits for a moment at a time, and signals and callbacks are handled here, in Python. A thread inside a
@@ -33,20 +33,20 @@ def finished(work: Work[_Result], watch: Watch | None) -> _Result:
         while True:
             ready, result = work.poll()
             if ready:
-                report(work, watch, end=True)
+                notify(work, callback, end=True)
                 return cast(_Result, result)
             work.wait()
-            report(work, watch, end=False)
+            notify(work, callback, end=False)
     except BaseException:
         work.cancel()
         raise
 
 
-def report(work: Work[object], watch: Watch | None, *, end: bool) -> None:
+def notify(work: Work[object], callback: Callback | None, *, end: bool) -> None:
     """Calls the callback for progress that is due."""
-    if watch is not None:
+    if callback is not None:
         for progress in work.progress(end):
-            watch(*progress)
+            callback(*progress)
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class Progress:
 OnProgress = Callable[[Progress], object]
 
 
-def watching_tokens(on_progress: OnProgress | None) -> Watch | None:
+def token_callback(on_progress: OnProgress | None) -> Callback | None:
     """The callback for the engine while it generates."""
     if on_progress is None:
         return None
 
-    def watch(phase: str, done: int, total: int | None) -> None:
+    def callback(phase: str, done: int, total: int | None) -> None:
         try:
             on_progress(Progress(phase, done, total, "tokens"))
         except (StopIteration, StopAsyncIteration) as error:  # a loop over chunks would take it for their end
             raise RuntimeError(f"on_progress raised {type(error).__name__}") from error
 
-    return watch
+    return callback
 
 
 @contextlib.contextmanager
-def watching(label: str, progress: bool | None, on_progress: OnProgress | None) -> Iterator[Watch | None]:
+def progress_callback(label: str, progress: bool | None, on_progress: OnProgress | None) -> Iterator[Callback | None]:
     """Yields the callback for the engine while it works. It draws the bar, if there is one, and calls `on_progress`.
 
     Args:
@@ -98,7 +98,7 @@ def watching(label: str, progress: bool | None, on_progress: OnProgress | None) 
         yield None
         return
 
-    def watch(phase: str, done: int, total: int | None) -> None:
+    def callback(phase: str, done: int, total: int | None) -> None:
         p = Progress(phase, done, total, "bytes")
         if bar is not None:
             bar.draw(p)
@@ -106,7 +106,7 @@ def watching(label: str, progress: bool | None, on_progress: OnProgress | None) 
             on_progress(p)
 
     try:
-        yield watch
+        yield callback
     finally:
         if bar is not None:
             bar.close()
