@@ -293,7 +293,7 @@ def test_stats(phi: Phi) -> None:
     whole = phi.generate(HAIKU, seed=1)
     assert done.stdout.decode() == whole + "\n"
     counts = f"prompt: {whole.usage.prompt_tokens} tokens, .* tok/s; answer: {whole.usage.completion_tokens} tokens, "
-    assert re.fullmatch(rf"\({counts}.* tok/s; first token after .* s; seed 1\)\n", done.stderr.decode())
+    assert re.fullmatch(rf"\({counts}.* tok/s; first token: .* s\)\n", done.stderr.decode())
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Hi --no-parse-special", 2, "--parse-special needs --raw"),
     ("Hi -m demo --revision v1", 2, "--revision is for models of the Hub, and demo is bundled"),
     ("Hi -m demo --filename x.gguf", 2, "--filename is for models of the Hub, and demo is bundled"),
+    ("Hi -m notes.txt --revision v1", 2, "--revision is for models of the Hub, and notes.txt is a file"),
     # models
     ("Hi -m ''", 2, "--model is empty"),
     ("Hi -m phi-4-mni", 2, f"unknown model 'phi-4-mni'; did you mean phi-4-mini? {NAMES}"),
@@ -203,6 +204,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Hi -m org/name --local-files-only", 1, "org/name is not in the cache ..., and --local-files-only is set"),
     # the other commands
     ("pull", 2, "which model? candle-phi pull REPO, where REPO is a repository or a short name"),
+    ("pull -m phi-4", 2, "unknown option -m: the model needs no option: candle-phi pull REPO"),
+    ("rm --model phi-4", 2, "unknown option --model: the model needs no option: candle-phi rm REPO"),
     ("pull demo", 2, "demo is bundled with the package, and the cache has no such model"),
     ("pull phi-4-mni", 2, f"unknown model 'phi-4-mni'; did you mean phi-4-mini? {NAMES}"),
     ("pull ./x.gguf", 2, "./x.gguf is a path, and pull takes a repository of the Hub or a short name"),
@@ -335,6 +338,22 @@ def test_unlucky_input_gets_one_line(
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(
+    "line", ["Hi -m phi-4-mni", "Hi --seed x", "- -m none.gguf", "tokenize -m none.gguf", "Hi there"]
+)
+def test_mistakes_are_found_before_stdin_is_read(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Unread(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            pytest.fail("stdin was read")
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Unread(), encoding="utf-8"))
+    assert cli.main(shlex.split(line)) in (1, 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
     ("value", "code", "says"),
     [
         ("phi9", 2, f"CANDLE_PHI_MODEL: unknown model 'phi9'; did you mean phi4? {NAMES}"),
@@ -379,7 +398,7 @@ def test_stats_beside_json_are_one_line_on_stderr(
     code, out, err = outcome(["Hi", "-m", "demo", "--json", "--stats"], monkeypatch, capsys)
     assert (code, out[0]) == (0, "{")
     assert len(err.splitlines()) == 1
-    assert matches("(prompt: ... tokens, ... tok/s; answer: ...; first token after ... s; seed ...)", err.strip())
+    assert matches("(prompt: ... tokens, ... tok/s; answer: ...; first token: ... s)", err.strip())
 
 
 @pytest.mark.usefixtures("no_network")

@@ -68,7 +68,7 @@ def test_python_modules_import_only_downwards() -> None:
         "cli",
     ]
     # inside the package cli
-    commands = ["mistakes", "output", "commands", "parser", "model", "prompt"]
+    commands = ["mistakes", "output", "commands", "names", "parser", "model", "prompt"]
     commands += ["run", "tokenize", "doctor", "bench", "cache", "help"]
     for path in PYTHON:
         package, *rest = path.relative_to(ROOT / "python" / "candle_phi").parts

@@ -7,7 +7,7 @@ import re
 from .. import _bench
 from . import output
 from .mistakes import UsageError
-from .model import add_model_options, open_model
+from .model import add_model_options, choose_model, open_model
 from .parser import Parser
 
 
@@ -22,8 +22,9 @@ def run(arguments: list[str]) -> None:
         raise UsageError(f"unexpected argument {names[-1]!r}: bench measures one model")
     if names:
         typed.model = names[0]
+    choice = choose_model(typed)
     report = _bench.measure(
-        lambda: open_model(typed),
+        lambda: open_model(choice),
         repeat=typed.repeat,
         prompts=typed.prompts,
         contexts=typed.contexts,

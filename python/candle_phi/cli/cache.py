@@ -7,7 +7,8 @@ from importlib.resources import files
 from .. import _engine, hub
 from . import output
 from .mistakes import UsageError, usage_errors
-from .model import DOWNLOAD_GB, HUB, check_repository
+from .model import DOWNLOAD_GB, HUB
+from .names import check_repository
 from .parser import Parser, Section
 
 _CACHE_DIR = {"cache_dir": HUB["cache_dir"]}

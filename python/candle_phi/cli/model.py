@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from .._engine import DEFAULT_REPO
 from ..errors import DownloadError, ModelNotFoundError, OfflineError
 from ..model import Phi
 from . import output
-from .commands import closest
 from .mistakes import UsageError, spelled, usage_errors
+from .names import check_model, is_repository
 from .parser import Parser, whole_number
 
 _VARIABLE = "CANDLE_PHI_MODEL"
@@ -44,8 +43,6 @@ DOWNLOAD_GB: Mapping[str, float] = {
 }
 """Sizes of the short names' files, for a choice without the network."""
 
-_HOSTS = ("huggingface.co/", "www.huggingface.co/", "hf.co/")
-
 
 def add_model_option(section: Any) -> None:
     """Adds --model."""
@@ -69,46 +66,64 @@ def add_model_options(parser: Parser) -> None:
     section.add("--local-files-only", help="never download")
 
 
-class _Given(NamedTuple):
-    """The model that is meant, and where its name is from."""
+class Choice(NamedTuple):
+    """A model that the options name, and how to open it."""
 
     name: str
     source: str
-    """"--model", "CANDLE_PHI_MODEL", or "" for the default."""
+    """Where the name is from: "--model", "CANDLE_PHI_MODEL", or "" for the default."""
+    model: dict[str, Any]
+    """Options of `Phi`."""
+    place: dict[str, Any]
+    """Options of `Phi.from_pretrained`."""
 
 
-def open_model(typed: argparse.Namespace) -> Phi:
-    """Opens the model that the options name. Mistakes are found before any download."""
+def choose_model(typed: argparse.Namespace) -> Choice:
+    """The model that the options name. Finds the mistakes that need neither the file nor the network."""
     model: dict[str, Any] = {name: getattr(typed, name) for name in options.MODEL if name in typed}
     place: dict[str, Any] = {name: getattr(typed, name) for name in options.HUB if name in typed}
     with usage_errors():
         options.checked(options.MODEL, model)
         options.checked(options.HUB, place)
         _check_values(model)
-    given = _given(typed)
-    if given.name == "demo":
-        for name in ("filename", "revision", "cache_dir", "token"):
-            if name in place:
-                raise UsageError(f"{spelled(name)} is for models of the Hub, and demo is bundled")
+    name, source = _named(typed)
+    if name != "demo":
+        check_model(name, source)
+    if name == "demo" or os.path.exists(name):
+        for option in ("filename", "revision", "cache_dir", "token"):
+            if option in place:
+                raise UsageError(f"{spelled(option)} is for models of the Hub, and {name} is {_described(name)}")
+    return Choice(name, source, model, place)
+
+
+def open_model(choice: Choice) -> Phi:
+    """Opens a model, which is downloaded if need be."""
+    if choice.name == "demo":
         with usage_errors():
-            return Phi.demo(**model, on_progress=output.status.on_progress)
-    check_model(given.name, given.source)
-    announced = not os.path.exists(given.name) and _prepare_download(given, place)
+            return Phi.demo(**choice.model, on_progress=output.status.on_progress)
+    announced = not os.path.exists(choice.name) and _announce_download(choice)
     try:
         with usage_errors():
-            return Phi.from_pretrained(given.name, **place, **model, on_progress=output.status.on_progress)
+            return Phi.from_pretrained(
+                choice.name, **choice.place, **choice.model, on_progress=output.status.on_progress
+            )
     except DownloadError as error:
-        if not given.source and not announced:
+        if not choice.source and not announced:
             error.args = (f"{error}; {_WITHOUT_DOWNLOAD}",)
         raise
 
 
-def _given(typed: argparse.Namespace) -> _Given:
+def _named(typed: argparse.Namespace) -> tuple[str, str]:
+    """The model's name, and where it is from."""
     if "model" in typed:
-        return _Given(typed.model, "--model")
+        return typed.model, "--model"
     if os.environ.get(_VARIABLE):
-        return _Given(os.environ[_VARIABLE], _VARIABLE)
-    return _Given(DEFAULT_REPO, "")
+        return os.environ[_VARIABLE], _VARIABLE
+    return DEFAULT_REPO, ""
+
+
+def _described(name: str) -> str:
+    return "bundled" if name == "demo" else "a file"
 
 
 def _check_values(model: Mapping[str, Any]) -> None:
@@ -133,122 +148,22 @@ def _list(value: object) -> list[object]:
     return list(value) if isinstance(value, (list, tuple)) else []
 
 
-def check_model(name: str, source: str) -> None:
-    """Answers a name that is no model, before anything is opened.
-
-    Raises:
-        ModelNotFoundError: there is no such file.
-        UsageError: it is the name of nothing.
-    """
-    if not name:
-        raise UsageError(f"{source} is empty")
-    if "\0" in name or "\n" in name:
-        raise UsageError(f"{source} has a control character: {name!r}")
-    label = "" if source == "--model" else f"{source}: "
-    if _is_url(name):
-        raise UsageError(label + _about_url(name, "--model {}", " --filename {}"))
-    if os.path.isdir(name):
-        raise ModelNotFoundError(label + _about_folder(name))
-    if os.path.exists(name) or hub.resolve(name) != name:
-        return
-    if _is_path(name):
-        raise ModelNotFoundError(label + _about_missing_file(name))
-    if not is_repository(name):
-        raise UsageError(label + about_unknown_name(name))
-
-
-def check_repository(name: str, command: str) -> None:
-    """Answers a name that is no repository, for a command that takes one. Raises UsageError."""
-    if hub.resolve(name) != name or is_repository(name):
-        return
-    if _is_url(name):
-        raise UsageError(_about_url(name, f"candle-phi {command} {{}}", " {}"))
-    if os.path.exists(name) or _is_path(name):
-        raise UsageError(f"{name} is a path, and {command} takes a repository of the Hub or a short name")
-    raise UsageError(about_unknown_name(name))
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name is written as the Hub's are: `organisation/name`."""
-    part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
-    return re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and "--" not in name and ".." not in name
-
-
-def about_unknown_name(name: str) -> str:
-    """The message for a word that is no short name."""
-    close = hub.closest(name) or hub.closest(name.partition(":")[0])  # "phi3:fp16", with a tag as Ollama's
-    known = f"short names: demo, {', '.join(hub.SHORT_NAMES)}"
-    if close is not None:
-        return f"unknown model {name!r}; did you mean {close}? {known[0].upper()}{known[1:]}"
-    return f"unknown model {name!r}; {known}; or give a .gguf file or a repository of the Hub, ORGANISATION/NAME"
-
-
-def _is_path(name: str) -> bool:
-    return (
-        name.startswith(("/", "./", "../", "~", ".\\", "..\\"))
-        or "\\" in name
-        or re.match(r"[A-Za-z]:", name) is not None
-        or re.search(r"\.(gguf|ggml|bin|safetensors|onnx|pth?|txt|json)$", name, re.IGNORECASE) is not None
-    )
-
-
-def _is_url(name: str) -> bool:
-    return "://" in name or name.lower().startswith(_HOSTS)
-
-
-def _about_url(url: str, repository: str, file: str) -> str:
-    """The message for a URL. `repository` and `file` say what to type instead."""
-    rest = url.partition("://")[2] or url
-    host, _, path = rest.partition("/")
-    if (host + "/").lower() not in _HOSTS:
-        return f"{url} is a URL, and a model is a short name, a .gguf file or a repository of the Hub"
-    parts = path.rstrip("/").split("/")
-    repo, _, tag = "/".join(parts[:2]).partition(":")
-    if not is_repository(repo):
-        return f"{url} is a URL, and not of a repository"
-    more = file.format(f"'*{tag}*'") if tag else ""
-    if len(parts) > 4 and parts[2] in ("blob", "resolve"):
-        more = file.format("/".join(parts[4:]).partition("?")[0])
-    return f"{url} is a URL; did you mean {repository.format(repo)}{more}?"
-
-
-def _about_folder(folder: str) -> str:
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".gguf"))
-    if not files:
-        return f"{folder} is a folder without .gguf files"
-    count = "a .gguf file" if len(files) == 1 else f"{len(files)} .gguf files"
-    return f"{folder} is a folder with {count}; did you mean --model {os.path.join(folder, files[0])}?"
-
-
-def _about_missing_file(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    if expanded != path and os.path.exists(expanded):
-        return f"{path}: no such file; did you mean {expanded}? The shell expands ~ at the start of a word only"
-    folder, name = os.path.split(path)
-    try:
-        files = [file for file in os.listdir(folder or ".") if file.endswith(".gguf")]
-    except OSError:
-        files = []
-    close = closest(name, files)
-    return f"{path}: no such file" + (f"; did you mean {os.path.join(folder, close)}?" if close else "")
-
-
-def _prepare_download(given: _Given, place: Mapping[str, Any]) -> bool:
+def _announce_download(choice: Choice) -> bool:
     """Says what is about to be downloaded, for the models whose size is known.
 
     Returns:
         False if it is in the cache, or the network may not be used.
     """
-    filename = place.get("filename")
+    place, filename = choice.place, choice.place.get("filename")
     with usage_errors():
-        cached = hub.cached(given.name, filename, revision=place.get("revision"), cache_dir=place.get("cache_dir"))
+        cached = hub.cached(choice.name, filename, revision=place.get("revision"), cache_dir=place.get("cache_dir"))
     if cached is not None:
         return False
-    repo = hub.resolve(given.name)
+    repo = hub.resolve(choice.name)
     known = next((short for short, (known_repo, _) in hub.SHORT_NAMES.items() if known_repo == repo), None)
     file = filename or (known and hub.SHORT_NAMES[known][1])
     what = f"{file} of {repo}" if file else repo
-    hint = "" if given.source else f"; {_WITHOUT_DOWNLOAD}"
+    hint = "" if choice.source else f"; {_WITHOUT_DOWNLOAD}"
     if place.get("local_files_only"):
         folder = place.get("cache_dir") or _engine.doctor()["cache_dir"]
         raise OfflineError(f"{what} is not in the cache {folder}, and --local-files-only is set{hint}")

@@ -230,6 +230,8 @@ class Parser(argparse.ArgumentParser):
             return f"unknown option {flag}; did you mean {known[name.lower()]}?"
         if "no_" + name in known:
             return f"unknown option {flag}; did you mean --no-{flag.lstrip('-')}?"
+        if name in ("m", "model") and "repo_id" in {action.dest for action in self._actions}:
+            return f"unknown option {flag}: the model needs no option: {self.command} REPO"
         if name in _ANSWERS:
             return f"unknown option {flag}: {_ANSWERS[name]}"
         renamed = _RENAMED.get(name) or self._renamed(name)

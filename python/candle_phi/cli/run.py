@@ -12,7 +12,7 @@ from ..results import Result, Timings, Usage
 from . import output
 from .commands import mistaken_word
 from .mistakes import UsageError, usage_errors
-from .model import add_model_options, open_model
+from .model import add_model_options, choose_model, open_model
 from .parser import Parser, add_version, number, whole_number
 from .prompt import read_prompt
 
@@ -42,11 +42,12 @@ def run(arguments: list[str], *, command: str) -> None:
         raise UsageError(parser.unknown_option(unknown[0]))
     given = {name: getattr(typed, name) for name in options.GENERATION if name in typed}
     _check_options(typed, given)
+    choice = choose_model(typed)
     text = read_prompt(words, command=parser.command, exact="raw" in given)
     prompt: Any = text
     if "system" in typed:
         prompt = [{"role": "system", "content": typed.system}, {"role": "user", "content": text}]
-    with open_model(typed) as phi:
+    with open_model(choice) as phi:
         if typed.json:
             _answer_as_json(phi, prompt, given, stats=typed.stats)
         else:
@@ -81,7 +82,7 @@ def _answer(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: bool) -> 
                 output.write("\n")
         _remark(phi, given, stream.finish_reason, stream.usage)
         if stats:
-            output.note(_stats(stream.usage, stream.timings, stream.seed))
+            output.note(_stats(stream.usage, stream.timings))
 
 
 def _answer_as_json(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: bool) -> None:
@@ -102,7 +103,7 @@ def _answer_as_json(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: b
         }
     )
     if stats:
-        output.note(_stats(result.usage, result.timings, result.seed))
+        output.note(_stats(result.usage, result.timings))
 
 
 def _logprobs(result: Result) -> list[dict[str, Any]] | None:
@@ -119,14 +120,14 @@ def _remark(phi: Phi, given: Mapping[str, Any], reason: str | None, usage: Usage
         output.note(f"(stopped: the context of {phi.n_ctx} tokens is full)")
 
 
-def _stats(usage: Usage, timings: Timings, seed: int) -> str:
+def _stats(usage: Usage, timings: Timings) -> str:
     parts = [
         f"prompt: {_counted(usage.prompt_tokens)}{_speed(timings.prefill_tokens_per_second)}",
         f"answer: {_counted(usage.completion_tokens)}{_speed(timings.decode_tokens_per_second)}",
     ]
     if timings.time_to_first_token is not None:
-        parts.append(f"first token after {timings.time_to_first_token:.2f} s")
-    return f"({'; '.join([*parts, f'seed {seed}'])})"
+        parts.append(f"first token: {timings.time_to_first_token:.2f} s")
+    return f"({'; '.join(parts)})"
 
 
 def _counted(tokens: int) -> str:
@@ -134,7 +135,9 @@ def _counted(tokens: int) -> str:
 
 
 def _speed(tokens_per_second: float | None) -> str:
-    return "" if tokens_per_second is None else f", {tokens_per_second:,.1f} tok/s"
+    if tokens_per_second is None:
+        return ""
+    return f", {tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f} tok/s"
 
 
 def make_parser(command: str) -> Parser:

@@ -5,7 +5,7 @@ import json
 from ..model import Phi
 from . import output
 from .mistakes import UsageError, usage_errors
-from .model import add_model_options, open_model
+from .model import add_model_options, choose_model, open_model
 from .parser import Parser
 from .prompt import read_text
 
@@ -16,9 +16,10 @@ def run(arguments: list[str]) -> None:
     typed, extra, unknown = parser.split(arguments)
     if unknown:
         raise UsageError(parser.unknown_option(unknown[0]))
+    choice = choose_model(typed)
     text = read_text([*typed.text, *extra], command=parser.command)
     given = {name: True for name in ("parse_special", "add_bos") if name in typed}
-    with open_model(typed) as phi:
+    with open_model(choice) as phi:
         with usage_errors():
             ids = phi.tokenize(text, **given)
         output.status.clear()
