@@ -1,4 +1,4 @@
-"""`candle-phi bench`: what it reports. How fast a machine is, is no matter for a test."""
+"""`candle-phi bench` and the comparison: what they report. Speeds themselves are not tested."""
 
 import json
 import subprocess
@@ -128,3 +128,27 @@ def test_the_comparison_refuses_wrong_options(option: str) -> None:
     script = str(ROOT / "benches" / "tokens_per_second.py")
     done = subprocess.run([sys.executable, script, "--model=demo", option], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
+
+
+def test_the_comparison_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    script = str(ROOT / "benches" / "tokens_per_second.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("there is no model to measure: Phi-3-mini-4k-instruct-q4.gguf is not in the cache.")
+    for way in ("candle-phi pull phi-3-mini-4k", "MODEL=path/to/file.gguf", "MODEL=demo"):
+        assert way in done.stderr
+
+
+def test_the_model_as_an_argument(phi: Phi) -> None:
+    found = json.loads(run("bench", "demo", "--json", "--repeat=1", "--prompts=32", "--contexts=0").stdout)
+    assert found["model"] == phi.path
+
+
+def test_other_engines_memory_is_counted_the_same_way() -> None:
+    code = "import worker; print(worker.private_bytes.__code__.co_filename)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benches", capture_output=True, text=True, timeout=60
+    )
+    assert Path(done.stdout.strip()) == ROOT / "python" / "candle_phi" / "_private_memory.py", done.stderr
