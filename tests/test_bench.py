@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 from xml.etree import ElementTree
 
 import pytest
 
-from candle_phi import Phi, _bench
+from candle_phi import Phi, PhiError, _bench, cli
 from conftest import ROOT
 from test_cli import DEMO, failed, run
 
@@ -141,9 +143,17 @@ def test_the_comparison_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.M
         assert way in done.stderr
 
 
-def test_the_model_as_an_argument(phi: Phi) -> None:
-    found = json.loads(run("bench", "demo", "--json", "--repeat=1", "--prompts=32", "--contexts=0").stdout)
-    assert found["model"] == phi.path
+def test_the_model_as_an_argument(phi: Phi, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def measure(open_model: Callable[[], Phi], **_: object) -> NoReturn:
+        with open_model() as model:
+            opened.append(model.path)
+        raise PhiError("enough")
+
+    monkeypatch.setattr(_bench, "measure", measure)
+    assert [cli.main(["bench", "demo"]), cli.main(["bench", "-m", "demo"])] == [1, 1]
+    assert opened == [phi.path, phi.path]
 
 
 def test_other_engines_memory_is_counted_the_same_way() -> None:

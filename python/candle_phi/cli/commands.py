@@ -1,4 +1,4 @@
-"""The names of the commands, and answers to words that are commands elsewhere."""
+"""The names of the commands, and the messages for words that are commands of other programs."""
 
 import difflib
 import os
@@ -27,7 +27,7 @@ UNBUILT: Mapping[str, str] = {
     "convert": "conversion of models",
     "perplexity": "scores of texts",
 }
-"""Commands that a later version has, each with what it is about."""
+"""Commands of a later version, each with its subject."""
 
 _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("ls", "models", "tags", "show", "info", "ps"), "list"),
@@ -41,7 +41,7 @@ _ELSEWHERE: Mapping[str, str] = {
     "usage": "--help",
     "man": "--help",
 }
-"""Words that are commands elsewhere, each with what does the same here."""
+"""Commands of other programs, each with what does the same here."""
 
 _ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("update", "upgrade"), "pip updates the package"),
@@ -52,12 +52,13 @@ _ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("config", "configure", "settings", "init"), "options and environment variables set everything"),
     **dict.fromkeys(("quantize", "train", "finetune"), "candle-phi runs models as they are"),
 }
-"""Words that are commands elsewhere and have no counterpart here, each with what to know instead."""
+"""Commands of other programs that have no counterpart here, each with a hint."""
 
 _LATER: Mapping[str, str] = {
     **dict.fromkeys(("server", "api", "web"), "serve"),
     **dict.fromkeys(("repl", "interactive", "shell", "talk"), "chat"),
 }
+"""Other names of commands of a later version."""
 
 
 def not_in_this_version(command: str) -> str:
@@ -66,11 +67,11 @@ def not_in_this_version(command: str) -> str:
 
 
 def mistaken_word(words: Sequence[str], *, commands: bool = True) -> str | None:
-    """The message for a prompt that looks like a command or like a model's name; None if it looks like a prompt.
+    """The message for a prompt that looks like a command or a model's name. None if it looks like a prompt.
 
     Args:
-        words: what stands where the prompt belongs. More than two are a prompt without quotes.
-        commands: False where a command's name is a prompt: behind `candle-phi run`.
+        words: the words in place of the prompt. More than two are a prompt without quotes.
+        commands: False if a command's name is a prompt, as in `candle-phi run list`.
     """
     if not 1 <= len(words) <= 2:
         return None
@@ -102,14 +103,14 @@ def _mistaken_command(word: str, alone: bool) -> str | None:
 
 
 def similar_command(word: str) -> str | None:
-    """The command that a word is close to, or that does what the word does elsewhere."""
+    """The command that a word is similar to, or that does the same as this command of another program."""
     if (other := _ELSEWHERE.get(word, "")) in COMMANDS:
         return other
     return closest(word, list(COMMANDS))
 
 
 def _names_model(word: str) -> bool:
-    """Whether a prompt of one word is the name of a model: a short name, a .gguf file, a repository of such files."""
+    """Whether a word is the name of a model: a short name, a .gguf file, a repository of such files."""
     if any(character.isspace() for character in word):
         return False
     if word.lower() == "demo" or word.lower().endswith(".gguf") or re.fullmatch(r"[\w.-]+/[\w.-]+-gguf", word.lower()):
@@ -119,5 +120,5 @@ def _names_model(word: str) -> bool:
 
 
 def closest(word: str, known: Sequence[str], *, cutoff: float = 0.6) -> str | None:
-    """The known word that is most like a misspelt one."""
+    """The known word that is most similar to a misspelt one."""
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=cutoff)), None)

@@ -1,4 +1,4 @@
-"""The options that name a model, and the opening of it."""
+"""The options that choose a model, and how it is opened."""
 
 import argparse
 import os
@@ -41,11 +41,12 @@ DOWNLOAD_GB: Mapping[str, float] = {
     "phi-4": 9.1,
     "phi-4-mini": 2.5,
 }
-"""Sizes of the short names' files, for a choice without the network."""
+"""Download sizes of the short names, which are shown without asking the network."""
 
 
-def add_model_option(section: Any) -> None:
-    """Adds --model."""
+def add_model_options(parser: Parser) -> None:
+    """Adds the options of every command that opens a model."""
+    section = parser.section("model")
     section.add(
         "-m",
         "--model",
@@ -53,12 +54,6 @@ def add_model_option(section: Any) -> None:
         help="a short name that list prints, a .gguf file, a repository of the Hub, or demo: the bundled model "
         f"(default: {_VARIABLE}, else phi-3-mini-4k)",
     )
-
-
-def add_model_options(parser: Parser) -> None:
-    """Adds the options of every command that opens a model."""
-    section = parser.section("model")
-    add_model_option(section)
     section.add_table(_MODEL)
     section.add("--no-mmap", action="store_false", dest="mmap", help="read the file into private memory")
     section.add("--filename", metavar="NAME", help="a file of the repository, or a pattern: '*q4*'")
@@ -79,7 +74,10 @@ class Choice(NamedTuple):
 
 
 def choose_model(typed: argparse.Namespace) -> Choice:
-    """The model that the options name. Finds the mistakes that need neither the file nor the network."""
+    """The model that the options name.
+
+    All mistakes that show without the file and the network are found here, before stdin is read.
+    """
     model: dict[str, Any] = {name: getattr(typed, name) for name in options.MODEL if name in typed}
     place: dict[str, Any] = {name: getattr(typed, name) for name in options.HUB if name in typed}
     with usage_errors():
@@ -97,7 +95,7 @@ def choose_model(typed: argparse.Namespace) -> Choice:
 
 
 def open_model(choice: Choice) -> Phi:
-    """Opens a model, which is downloaded if need be."""
+    """Opens a model, and downloads it first if it is not in the cache."""
     if choice.name == "demo":
         with usage_errors():
             return Phi.demo(**choice.model, on_progress=output.status.on_progress)
@@ -127,7 +125,7 @@ def _described(name: str) -> str:
 
 
 def _check_values(model: Mapping[str, Any]) -> None:
-    """Finds the mistakes that would show after the download only."""
+    """Finds mistakes that the engine finds only after a download."""
     if "kernel" in model:
         kernels = [str(kernel) for kernel in _list(_engine.doctor()["kernels"])]
         if model["kernel"] not in kernels:
@@ -149,10 +147,10 @@ def _list(value: object) -> list[object]:
 
 
 def _announce_download(choice: Choice) -> bool:
-    """Says what is about to be downloaded, for the models whose size is known.
+    """Prints what will be downloaded, for models whose size is known.
 
     Returns:
-        False if it is in the cache, or the network may not be used.
+        False if the file is in the cache, or the network may not be used.
     """
     place, filename = choice.place, choice.place.get("filename")
     with usage_errors():
@@ -170,7 +168,7 @@ def _announce_download(choice: Choice) -> bool:
     if _is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"):
         return False
     with usage_errors():
-        _engine.doctor()  # a variable that is wrong would show after the download only
+        _engine.doctor()  # finds a wrong variable, which the engine reads only after the download
     if filename is None and known is not None and known in DOWNLOAD_GB:
         output.say(f"downloading {what} ({DOWNLOAD_GB[known]} GB), once{hint}")
     return True

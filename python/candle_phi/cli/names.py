@@ -1,4 +1,4 @@
-"""Names of models: what a name may be, and the answer to one that is none."""
+"""Names of models: which are valid, and the messages for those that are not."""
 
 import os
 import re
@@ -12,11 +12,11 @@ _HOSTS = ("huggingface.co/", "www.huggingface.co/", "hf.co/")
 
 
 def check_model(name: str, source: str) -> None:
-    """Answers a name that is no model, before anything is opened.
+    """Checks the name of a model. `source` is the option or variable that it is from.
 
     Raises:
-        ModelNotFoundError: there is no such file.
-        UsageError: it is the name of nothing.
+        ModelNotFoundError: the name is a path, and there is no such file.
+        UsageError: no model has this name.
     """
     if not name:
         raise UsageError(f"{source} is empty")
@@ -32,27 +32,27 @@ def check_model(name: str, source: str) -> None:
     if _is_path(name):
         raise ModelNotFoundError(label + _about_missing_file(name))
     if not is_repository(name):
-        raise UsageError(label + about_unknown_name(name))
+        raise UsageError(label + _about_unknown_name(name))
 
 
 def check_repository(name: str, command: str) -> None:
-    """Answers a name that is no repository, for a command that takes one. Raises UsageError."""
+    """Checks the name of a repository, for a command that takes one. Raises UsageError."""
     if hub.resolve(name) != name or is_repository(name):
         return
     if _is_url(name):
         raise UsageError(_about_url(name, f"candle-phi {command} {{}}", " {}"))
     if os.path.exists(name) or _is_path(name):
         raise UsageError(f"{name} is a path, and {command} takes a repository of the Hub or a short name")
-    raise UsageError(about_unknown_name(name))
+    raise UsageError(_about_unknown_name(name))
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name is written as the Hub's are: `organisation/name`."""
+    """Whether a name has the form of the Hub's: `organisation/name`."""
     part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
     return re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and "--" not in name and ".." not in name
 
 
-def about_unknown_name(name: str) -> str:
+def _about_unknown_name(name: str) -> str:
     """The message for a word that is no short name."""
     close = hub.closest(name) or hub.closest(name.partition(":")[0])  # "phi3:fp16", with a tag as Ollama's
     known = f"short names: demo, {', '.join(hub.SHORT_NAMES)}"

@@ -52,11 +52,11 @@ def note(message: str) -> None:
     """Prints a remark on stderr, on one line."""
     status.clear()
     if sys.stderr is not None:
-        sys.stderr.write(_escape(" ".join(message.split())) + "\n")
+        sys.stderr.write(_escape(re.sub(r"\s*\n\s*", " ", message.strip())) + "\n")
 
 
 def _escape(text: str) -> str:
-    """Escapes control characters except line ends and tabs: a model's text must not control a terminal."""
+    """Escapes control characters except line ends and tabs, so that a model's text cannot control a terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -94,14 +94,14 @@ class Status:
         self._drawn = len(text)
 
     def clear(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         if self._drawn:
             sys.stderr.write("\r" + " " * self._drawn + "\r")
             sys.stderr.flush()
             self._drawn = 0
 
     def on_progress(self, p: Progress) -> None:
-        """Shows how much of the prompt is read, or of the model. A download has a bar of the library's."""
+        """Shows how much of the model is loaded, or of the prompt is read. The library draws a bar for downloads."""
         self._bar = p.phase in ("download", "verify") or (p.phase == "wait" and p.unit == "bytes")
         if p.phase == "prefill" and p.done < (p.total or 0):
             self.draw(f"reading the prompt: {p.done} of {p.total} tokens")
@@ -111,7 +111,7 @@ class Status:
             self.clear()
 
     def end_interrupted(self) -> None:
-        """Ends the line that shows ^C, unless the library's bar has ended it."""
+        """Ends the line that shows ^C. The library's bar ends its line itself."""
         terminal = next((file for file in (sys.stderr, sys.stdout) if file is not None and file.isatty()), None)
         if terminal is not None and not (self._bar and terminal is sys.stderr and has_viewer()):
             terminal.write("\n")
