@@ -336,6 +336,18 @@ def test_the_librarys_warnings_are_lines_on_stderr() -> None:
     assert "--raw" in done.stderr.decode()
 
 
+def test_names_of_options_in_other_texts_stay_as_they_are(tmp_path: Path, phi: Phi) -> None:
+    """Only options are spelled for the shell: not files, not folders, not what a template says."""
+    for name in ("cache_dir/phi.gguf", "chat_template.gguf", "use stop.gguf", "max_tokens must be.gguf", "a  b.gguf"):
+        path = str(tmp_path / name)
+        assert failed(run("Hi", "--model", path), 1) == f"candle-phi: {path}: no such file"
+    bad = tmp_path / "n_ctx=True.gguf"
+    bad.write_bytes(b"<html>")
+    assert str(bad) in failed(run("Hi", "--model", str(bad)), 1)
+    template = "{{ raise_exception('use stop, not max_tokens=True') }}"
+    assert "use stop, not max_tokens=True" in failed(run("Hi", "--chat-template", template, *DEMO), 2)
+
+
 def test_tokenize(phi: Phi) -> None:
     ids = phi.tokenize(" ice hockey")
     assert run("tokenize", " ice hockey", *DEMO).stdout.decode().split() == [str(token) for token in ids]

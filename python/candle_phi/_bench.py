@@ -23,7 +23,7 @@ CONTEXTS = (0, 1500)
 _AHEAD = 8
 """Tokens read before the clock starts: more than the engine computes ahead of its reader."""
 _DECODED = 16
-"""Tokens of which decoding is timed."""
+"""Tokens over which decoding is timed."""
 _TURN = 2 * _AHEAD + _DECODED
 """Positions that a turn of decoding may take, with those computed while the bandwidth is measured."""
 _TOGETHER = 4
@@ -41,7 +41,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """The speed of what follows a prompt."""
+    """The speed of decoding after a prompt."""
 
     context: int
     """Tokens before, on average; at 0 there is one, since a prompt has at least one."""
@@ -95,7 +95,7 @@ class Report:
     private_bytes_decoding: int | None
     """The largest while decoding: with the KV cache."""
     four_tokens_over_one: float | None
-    """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None for the other engine."""
+    """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None for the engine "candle"."""
     left_out: list[str]
     """Measurements that do not fit the model's context."""
 
@@ -161,7 +161,7 @@ class Bench:
         return self.phi._model.bandwidth()
 
     def four_tokens_over_one(self) -> float | None:
-        """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None: not for this engine."""
+        """Time of a decode pass over 4 tokens at once, over that of a pass over 1. None for the engine "candle"."""
         if self.phi.engine != "native":
             return None
         passes = [(self.phi._model.decode_pass(_TOGETHER), self.phi._model.decode_pass(1)) for _ in range(2)]

@@ -76,7 +76,7 @@ def remove(arguments: list[str]) -> None:
 
 
 def _repository(typed: argparse.Namespace, command: str) -> str:
-    """The repository that a command names, after the mistakes that can be found here."""
+    """The repository that a command names. Raises UsageError."""
     repo: str | None = typed.repo_id
     if repo is None:
         raise UsageError(f"which model? candle-phi {command} REPO, where REPO is a repository or a short name")

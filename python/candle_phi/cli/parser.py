@@ -13,7 +13,7 @@ from .mistakes import UsageError
 
 _WIDTH = 80
 _COLUMN = 25
-"""Where the explanations begin."""
+"""The column at which explanations begin."""
 
 _RENAMED: Mapping[str, str] = {
     "n": "--max-tokens",
@@ -61,7 +61,7 @@ _RENAMED: Mapping[str, str] = {
     "output": "> FILE",
     "out": "> FILE",
 }
-"""Options of other programs, with one dash or two, each with what does the same here."""
+"""Options of other programs, each with the option that does the same here."""
 
 _ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("p", "prompt", "message", "query"), 'the prompt needs no option: candle-phi "PROMPT"'),
@@ -81,7 +81,7 @@ _ANSWERS: Mapping[str, str] = {
     "keepalive": "no model stays loaded after an answer",
     "max_concurrent": "the command line answers one prompt",
 }
-"""Options of other programs that have no counterpart, each with what to do instead."""
+"""Options of other programs that have no counterpart here, each with a hint."""
 
 
 def whole_number(text: str) -> int:
@@ -92,7 +92,7 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """Reads a number of an option. The API refuses "nan" and "inf" where it has to."""
+    """Reads a number of an option. The API refuses "nan" and "inf"."""
     if re.fullmatch("[+-]?[0-9]*,[0-9]+", text):
         raise argparse.ArgumentTypeError(f"must be a number, not {text!r}; did you mean {text.replace(',', '.')}?")
     try:
@@ -161,16 +161,16 @@ class Parser(argparse.ArgumentParser):
         return self._sections[-1]
 
     def end_section(self) -> None:
-        """Adds what every command has."""
+        """Adds --help, after the other options of the command."""
         section = self._sections[-1] if self._sections else self.section("options")
         section.add("-h", "--help", action="help", help="print this help")
 
     def words(self, name: str, metavar: str) -> None:
-        """Takes any number of words: what to do with them is the command's to say."""
+        """Adds an argument of any number of words, which the command checks itself."""
         self.add_argument(name, metavar=metavar, nargs="*", default=[])
 
     def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-        """The options, the words that are none, and the options that are unknown."""
+        """Returns the options, the words that are left, and the unknown options."""
         before = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
         short = [word for word in before if re.fullmatch(r"-[^\W\d]\S+", word) and not word.startswith("-m=")]
         if short and (answer := self._short(short[0])):
@@ -183,7 +183,7 @@ class Parser(argparse.ArgumentParser):
         return typed, [word for word in extra if word not in unknown], unknown
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The options of a command. Raises UsageError for anything else."""
+        """Returns the options of a command without words. Raises UsageError if anything is left."""
         typed, words, unknown = self.split(arguments)
         if unknown:
             raise UsageError(self.unknown_option(unknown[0]))
@@ -192,7 +192,7 @@ class Parser(argparse.ArgumentParser):
         return typed
 
     def _known(self) -> dict[str, str]:
-        """The flags of this command by the API's names of their options."""
+        """The flags of this command, by the API's names of the options."""
         return {
             flag.lstrip("-").replace("-", "_"): flag
             for action in self._actions
@@ -201,7 +201,7 @@ class Parser(argparse.ArgumentParser):
         }
 
     def _short(self, word: str) -> str | None:
-        """The message for several letters behind one dash."""
+        """The message for several letters after one dash."""
         flag, _, value = word.partition("=")
         if "-" + flag in self._option_string_actions:
             return f"unknown option {flag}; did you mean -{flag}?"
@@ -223,7 +223,7 @@ class Parser(argparse.ArgumentParser):
         return f"{name} {error.message}"
 
     def unknown_option(self, word: str) -> str:
-        """The message for a word that begins with a dash and is no option."""
+        """The message for a word that begins with a dash and is not an option of this command."""
         flag = word.partition("=")[0]
         name, known = flag.lstrip("-").replace("-", "_"), self._known()
         if name.lower() in known and len(name) > 1:  # with underscores or capitals, or without its no-
@@ -256,7 +256,7 @@ class Parser(argparse.ArgumentParser):
         return None if right is None else "--" + right.replace("_", "-")
 
     def error(self, message: str) -> NoReturn:
-        """Raises UsageError with argparse's own words, for what `split` does not foresee."""
+        """Raises UsageError with argparse's message, for mistakes that `split` does not handle."""
         raise UsageError(f"{message} (see {self.command} --help)")
 
     def format_help(self) -> str:
@@ -295,5 +295,5 @@ def format_rows(title: str, rows: Collection[tuple[str, str]]) -> str:
 
 
 def add_version(section: Section) -> None:
-    """Adds --version, which prints the version and ends."""
+    """Adds --version."""
     section.add("--version", action="version", version=f"candle-phi {__version__}", help="print the version")

@@ -1,4 +1,4 @@
-"""The prompt: what is typed, what is piped in, or both."""
+"""The prompt: an argument, piped stdin, or both."""
 
 import errno
 import sys
@@ -13,7 +13,7 @@ _CURVED_QUOTES = tuple("\u201c\u201d\u201e\u2018\u2019\u00ab")
 """Quotes that a text processor puts in place of the shell's."""
 
 _PATIENCE = 3.0
-"""Seconds without an end of stdin after which a line says that it is read."""
+"""Seconds to wait for the end of stdin before a line says that stdin is being read."""
 
 
 def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
@@ -23,9 +23,9 @@ def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
     Stdin that is no terminal is read to its end, as `ollama run` and `llm` do.
 
     Args:
-        words: what was typed, in the shell's words.
-        command: for the messages.
-        exact: True keeps the line end of a piped text that is the whole prompt.
+        words: the arguments in place of the prompt.
+        command: the command's name, for messages.
+        exact: True keeps the last line end of a piped text that is the whole prompt.
     """
     if len(words) > 1:
         raise UsageError(about_words(words))
@@ -37,7 +37,7 @@ def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
 
 
 def read_text(words: Sequence[str], *, command: str) -> str:
-    """The text of a command that takes one exactly as it stands: what is typed, else stdin."""
+    """The text of a command that takes it exactly as it stands: the argument, else stdin."""
     if len(words) > 1:
         raise UsageError(about_words(words, "text"))
     if words and words[0] != "-":
@@ -47,7 +47,7 @@ def read_text(words: Sequence[str], *, command: str) -> str:
 
 
 def check_typed(word: str, *, exact: bool, noun: str = "prompt") -> None:
-    """Refuses what is empty, or meant as an option."""
+    """Refuses an empty text, and one that is meant as an option."""
     if not (word if exact else word.strip()):
         raise UsageError(f"the {noun} is empty")
     if word.startswith(_LONG_DASHES) and " " not in word:
@@ -55,7 +55,7 @@ def check_typed(word: str, *, exact: bool, noun: str = "prompt") -> None:
 
 
 def _read_alone(noun: str, dash: bool, *, command: str, exact: bool) -> str:
-    """A text from stdin: for "-", or when nothing is typed and stdin is no terminal."""
+    """A text from stdin: for "-", or without an argument if stdin is not a terminal."""
     if not dash and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(f'there is no {noun}: {command} "Why is the sky blue?" (see {command} --help)')
     text = _read_stdin(beside=False)
@@ -90,7 +90,7 @@ def _is_terminal() -> bool:
 
 
 def _read_stdin(*, beside: bool) -> str:
-    """All of stdin as text. `beside`: stdin that cannot be read counts as empty, since there is a prompt."""
+    """All of stdin as text. `beside`: there is a prompt too, so stdin that cannot be read counts as empty."""
     if sys.stdin is None:
         if beside:
             return ""

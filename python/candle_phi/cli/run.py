@@ -55,7 +55,7 @@ def run(arguments: list[str], *, command: str) -> None:
 
 
 def _check_options(typed: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Finds the mistakes that need no model."""
+    """Finds mistakes in the options of a generation, without a model."""
     if "system" in typed and "raw" in given:
         raise UsageError("--system needs the chat template, and --raw leaves it out")
     if "logprobs" in given and not typed.json:
@@ -111,7 +111,7 @@ def _logprobs(result: Result) -> list[dict[str, Any]] | None:
 
 
 def _remark(phi: Phi, given: Mapping[str, Any], reason: str | None, usage: Usage) -> None:
-    """Says what ended an answer early."""
+    """Prints why an answer ended early."""
     if reason == "timeout":
         output.note(f"(stopped: the timeout of {given['timeout']:g} s is over)")
     elif reason == "length" and usage.completion_tokens == given.get("max_tokens"):
