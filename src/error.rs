@@ -39,6 +39,9 @@ pub enum Error {
     /// The caller passed a value out of range (`ValueError`).
     #[error("{0}")]
     Value(String),
+    /// The machine has less memory than the request needs (`MemoryError`).
+    #[error("{0}")]
+    Memory(String),
     /// A bug of ours, caught (`InternalError`).
     #[error("internal error: {0}")]
     Internal(String),

@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
@@ -58,6 +58,7 @@ impl From<Error> for PyErr {
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
+            Error::Memory(_) => PyMemoryError::new_err(message),
             Error::Internal(_) | Error::Cancelled => raised::InternalError::new_err(message),
         }
     }
@@ -533,8 +534,16 @@ fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 }
 
 #[pyfunction]
-fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64)> {
-    detached(py, || memory::needed(&path, n_ctx, kv_cache))
+fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64, u64)> {
+    detached(py, || {
+        let needed = memory::needed(&path, n_ctx, kv_cache)?;
+        Ok((needed.weights, needed.context, needed.activations))
+    })
+}
+
+#[pyfunction]
+fn memory_available() -> Option<u64> {
+    memory::available()
 }
 
 #[pyclass(frozen, module = "candle_phi._engine")]
@@ -602,7 +611,7 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_needed};
+    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_available, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
