@@ -9,6 +9,8 @@
 //!    [`Rendered::literal`] says where they stand.
 //! 2. *A system message is never dropped.* Each ends in a character of its own, which must come out again.
 //! 3. *A last message of the assistant is continued.* It ends in a character after which everything is cut off.
+//!
+//! Decisions: docs/design/text.md
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 

@@ -1,4 +1,6 @@
 //! Ids one at a time to text, as soon as its bytes are whole characters.
+//!
+//! Decisions: docs/design/text.md
 use std::sync::Arc;
 
 use crate::tokenizer::Tokenizer;

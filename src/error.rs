@@ -1,5 +1,7 @@
 //! The one error type. Every message names the thing that was wrong and the number; `python.rs` maps each variant to
 //! the exception class of the same name.
+//!
+//! Decisions: docs/design/engine.md
 
 /// What can go wrong, by what the caller can do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -41,6 +43,9 @@ pub enum Error {
     /// own way.
     #[error("{name} {problem}")]
     Option { name: &'static str, problem: String },
+    /// The machine has less memory than the request needs (`MemoryError`).
+    #[error("{0}")]
+    Memory(String),
     /// A bug of ours, caught (`InternalError`).
     #[error("internal error: {0}")]
     Internal(String),

@@ -11,6 +11,8 @@
 //! ```
 //!
 //! Without the cargo feature `hub` there is no network in the build, and all the rest.
+//!
+//! Decisions: docs/design/hub.md
 
 pub mod cache;
 pub mod checksum;

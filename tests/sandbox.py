@@ -1,4 +1,4 @@
-"""System calls that a process of ours is made to do without, as a strange file system or no network would have it."""
+"""Makes system calls of a process fail, as an unusual file system or a missing network does."""
 
 import ctypes
 import errno
@@ -21,7 +21,7 @@ needed = pytest.mark.skipif(
 
 
 def without(*calls: str, error: int | None = errno.EPERM) -> None:
-    """From now on these calls fail with this error, 0: seem to succeed, None: end the process."""
+    """From now on these calls fail with `error`. With 0 they seem to succeed, with None they end the process."""
     machine = platform.machine()
     action = _KILL if error is None else _ERRNO | error
     numbers = [_NUMBERS[machine][call] for call in calls if call in _NUMBERS[machine]]

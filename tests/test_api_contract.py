@@ -1,4 +1,4 @@
-"""The names and defaults that users rely on: the public contract's tables. Where its page is at hand, that is read."""
+"""The names and defaults that users rely on, as docs/api.md has them."""
 
 import ast
 import inspect
@@ -10,6 +10,7 @@ import pytest
 
 import candle_phi
 from candle_phi import Phi
+from conftest import ROOT
 
 MODEL = {
     "n_ctx": None,
@@ -128,8 +129,17 @@ def default(text: str) -> object:
     return ast.literal_eval(text.replace("none", "None"))
 
 
-def test_the_page_agrees(shared: Path) -> None:
-    page = (shared / "API.md").read_text(encoding="utf-8")
+def test_the_page_agrees() -> None:
+    compare(ROOT / "docs" / "api.md")
+
+
+def test_the_contract_agrees(shared: Path) -> None:
+    """The contract beside this checkout, which also has what is to be built."""
+    compare(shared / "API.md")
+
+
+def compare(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
     constructor = re.search(r"^Phi\(model_path.*?\*, (.*?)\)$", page, re.DOTALL | re.MULTILINE)
     assert constructor is not None
     assert {name: default(value) for name, value in re.findall(r"(\w+)=([^,\s]+)", constructor[1])} == MODEL

@@ -14,6 +14,7 @@ import pytest
 import candle_phi
 from candle_phi import Phi
 from conftest import HAIKU
+from terminal import on_terminal
 
 COMMAND = [sys.executable, "-m", "candle_phi"]
 DEMO = ["--model", "demo"]
@@ -24,7 +25,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     options = {"capture_output": True, "timeout": 60, "stdin": subprocess.DEVNULL} | options
     if "input" in options:
         del options["stdin"]
-    return subprocess.run([*COMMAND, *arguments], **options)
+    return subprocess.run([*COMMAND, *arguments], **options)  # type: ignore[return-value]  # bytes: no option asks for text
 
 
 def failed(done: subprocess.CompletedProcess[bytes], code: int) -> str:
@@ -282,30 +283,6 @@ def test_it_streams() -> None:
         process.send_signal(signal.SIGINT)
 
 
-def on_terminal(*arguments: str, **env: str) -> tuple[int, bytes]:
-    """Runs with a terminal as stdout; its exit code, and what the terminal was sent."""
-    import pty
-
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdout=slave,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **env},
-    )
-    os.close(slave)
-    sent = b""
-    try:
-        while data := os.read(master, 4096):
-            sent += data
-    except OSError:  # Linux ends a terminal so
-        pass
-    os.close(master)
-    process.communicate(timeout=30)
-    return process.returncode, sent
-
-
 @posix
 def test_control_characters_are_escaped_on_a_terminal() -> None:
     # a model that is made to say ESC: its byte token gets all the bias there is
@@ -313,13 +290,14 @@ def test_control_characters_are_escaped_on_a_terminal() -> None:
         escape = phi.tokenize("\x1b")[-1]
     arguments = [HAIKU, "--temperature=0", "--max-tokens=2", f"--logit-bias={escape}=100", *DEMO]
     assert run(*arguments).stdout == b"\x1b\x1b\n"
-    code, sent = on_terminal(*arguments)
+    code, sent, _ = on_terminal([*COMMAND, *arguments], "stdout")
     assert (code, sent) == (0, b"\\x1b\\x1b\r\n")
 
 
 @posix
 def test_a_terminal_that_cannot_show_a_character() -> None:
-    code, sent = on_terminal("tokenize", "氷é", "--pieces", *DEMO, PYTHONIOENCODING="ascii")
+    arguments = ["tokenize", "氷é", "--pieces", *DEMO]
+    code, sent, _ = on_terminal([*COMMAND, *arguments], "stdout", PYTHONIOENCODING="ascii")
     assert code == 0
     assert b'\t"?"\r\n' in sent
 

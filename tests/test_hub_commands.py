@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from candle_phi import Phi, hub, memory
+import terminal
+from candle_phi import Phi, _engine, hub, memory
 from conftest import HAIKU, run_python
 from fake_hub import FakeHub
 
@@ -41,28 +42,10 @@ def run(*arguments: str, code: int = 0) -> str:
     return said.decode()
 
 
-def on_terminal(*arguments: str, **env: str) -> tuple[int, str, str]:
-    """Runs with a terminal as stderr: exit code, stdout, and what the terminal was sent."""
-    import pty
-
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=slave,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "100", **env},
-    )
-    os.close(slave)
-    sent = b""
-    try:
-        while data := os.read(master, 4096):
-            sent += data
-    except OSError:  # Linux ends a terminal so
-        pass
-    os.close(master)
-    out, _ = process.communicate(timeout=30)
-    return process.returncode, out.decode(), sent.decode()
+def on_terminal(*arguments: str, columns: int = 100, **env: str) -> tuple[int, str, str]:
+    """Runs with a terminal as stderr: exit code, stdout, and what the terminal received."""
+    code, received, out = terminal.on_terminal([*COMMAND, *arguments], "stderr", columns=columns, **env)
+    return code, out.decode(), received.decode()
 
 
 def test_pull_list_verify_rm(home: Path, server: FakeHub) -> None:
@@ -173,16 +156,13 @@ def test_a_model_that_is_larger_than_memory(
         with caplog.at_level(logging.WARNING, "candle_phi"):
             Phi(phi.path).close()
         assert bool(caplog.records) == warns
-    assert (
-        memory._engine.memory_needed(phi.path, 100, "f32")[1]
-        == 2 * memory._engine.memory_needed(phi.path, 100, "f16")[1]
-    )
+    assert _engine.memory_needed(phi.path, 100, "f32")[1] == 2 * _engine.memory_needed(phi.path, 100, "f16")[1]
 
 
 def test_the_warning_counts_the_context(
     phi: Phi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, context = memory._engine.memory_needed(phi.path, phi.n_ctx, "f16")
+    weights, context = _engine.memory_needed(phi.path, phi.n_ctx, "f16")
     assert weights == os.path.getsize(phi.path)
     layers, heads = phi.metadata["phi3.block_count"], phi.metadata["phi3.attention.head_count"]
     assert context % (2 * 2 * phi.n_ctx) == 0

@@ -123,7 +123,8 @@ def test_add_bos_puts_one_token_before_a_raw_prompt(phi: Phi) -> None:
 
 
 def test_raw_is_for_text(phi: Phi) -> None:
-    for prompt in ([USER], [1, 2], b"Hi"):
+    prompts: list[Any] = [[USER], [1, 2], b"Hi"]
+    for prompt in prompts:
         with pytest.raises(TypeError, match="raw=True"):
             phi.stream(prompt, raw=True)
     with pytest.raises(ValueError, match="no tokens"):

@@ -6,6 +6,7 @@ with Phi.demo() as phi:
     for chunk in phi.stream("Write a haiku about ice hockey"):
         print(chunk, end="", flush=True)
 """
+# Decisions: docs/design/python.md
 
 from typing import TYPE_CHECKING
 
