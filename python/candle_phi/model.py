@@ -107,7 +107,7 @@ class Phi:
         _check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
-        memory.warn(path, checked["n_ctx"], checked["kv_cache"])
+        memory.warn_if_too_large(path, checked["n_ctx"], checked["kv_cache"])
         with watching("", False, on_progress) as watch:
             self._model = finished(_engine.Model.load(path, **checked), watch)
         # how to open it again: what to call, with which path, with which options
@@ -362,7 +362,8 @@ class Phi:
         """The logits after the last id, float32 of shape (n_vocab,); or after each, (len(ids), n_vocab).
 
         `numpy.asarray` takes the buffer without a copy. The call takes a slot of `max_concurrent`, and waits for one;
-        meanwhile, and while it computes, it calls `on_progress`, whose exception ends it.
+        meanwhile, and while it computes, it calls `on_progress`, whose exception ends it. Logits that do not fit the
+        available memory raise `MemoryError`.
         """
         options.checked({"every_position": options.PROMPT["raw"]}, {"every_position": every_position})
         options.checked(options.WATCH, {"on_progress": on_progress})
