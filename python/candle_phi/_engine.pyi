@@ -15,6 +15,7 @@ __all__ = [
     "Task",
     "__version__",
     "doctor",
+    "memory_available",
     "memory_needed",
 ]
 
@@ -211,8 +212,11 @@ class ReadyQueue:
 def doctor() -> dict[str, object]:
     """A report on this build and this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
 
-def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int]:
-    """Bytes of a file's weights, and of the KV cache of `n_ctx` tokens (None: 4096)."""
+def memory_available() -> int | None:
+    """The bytes that this process may still use, within the limit of its container. None if the system is not Linux."""
+
+def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int, int]:
+    """Bytes of a file's weights, of the keys and values of `n_ctx` tokens (None: of 4096), and of activations."""
 
 _CachedFile: TypeAlias = tuple[str, str, str, list[str], Path, int]
 """repository, file, commit, branches and tags, path, size"""
