@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from . import _engine
 from .errors import PhiError
-from .progress import report
+from .progress import notify
 from .results import Chunk, Result
 from .stream import Stream, StreamBase, raise_thrown
 
@@ -76,7 +76,7 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
     def _poll(self) -> tuple[bool, Chunk | None]:
         """Whether the next chunk is ready, and the chunk, which is None at the end. Never waits."""
         self._stream.check_process()  # in a forked child, a thread that does not exist there may hold the lock below
-        report(self._stream, self._watch, end=False)
+        notify(self._stream, self._watch, end=False)
         with self._reading:
             try:
                 ready, chunk = self._take()
@@ -84,7 +84,7 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
                 self._failure = error
                 raise
         if ready and chunk is None:
-            report(self._stream, self._watch, end=True)
+            notify(self._stream, self._watch, end=True)
         return ready, chunk
 
     async def _wait(self, loop: "AbstractEventLoop", event: "Event") -> Chunk | None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from . import _engine, options
-from .progress import OnProgress, finished, watching
+from .progress import OnProgress, progress_callback, wait_for
 
 __all__ = [
     "ALIASES",
@@ -180,8 +180,8 @@ def download(
         return path
     hub = _hub(**location, local_files_only=local_files_only, proxies=_system_proxies())
     default_file = next((file for known, file in SHORT_NAMES.values() if known == repo), repo)
-    with watching(filename or default_file, progress, on_progress) as watch:
-        return finished(hub.download(repo, filename), watch)
+    with progress_callback(filename or default_file, progress, on_progress) as watch:
+        return wait_for(hub.download(repo, filename), watch)
 
 
 def cached(
@@ -212,7 +212,7 @@ def info(repo_id: str, *, revision: str | None = None, token: str | bool | None 
     """
     _check(repo_id=repo_id, revision=revision, token=token)
     hub = _hub(revision=revision, token=token, proxies=_system_proxies())
-    repo, commit, files = finished(hub.info(resolve(repo_id)), None)
+    repo, commit, files = wait_for(hub.info(resolve(repo_id)), None)
     return Info(repo, commit, tuple(File(*file) for file in files))
 
 
@@ -253,8 +253,8 @@ def verify(
         _check(repo_id=repo_id)
         repo_id = resolve(repo_id)
     hub = _hub(cache_dir=args["cache_dir"], proxies=_system_proxies())
-    with watching(repo_id or "cache", progress, on_progress) as watch:
-        return [_cached_file(*file) for file in finished(hub.verify(repo_id, filename), watch)]
+    with progress_callback(repo_id or "cache", progress, on_progress) as watch:
+        return [_cached_file(*file) for file in wait_for(hub.verify(repo_id, filename), watch)]
 
 
 def remove(repo_id: str, filename: str | None = None, *, cache_dir: str | os.PathLike[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from .errors import ModelNotFoundError, missing_attribute
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
 from .metadata import Metadata
 from .options import Device, Engine, KvCache, OptionValueError
-from .progress import OnProgress, finished, watching, watching_tokens
+from .progress import OnProgress, progress_callback, token_callback, wait_for
 from .results import Result
 from .signatures import adds_options, same_options, takes_path, takes_prompt
 from .stream import Stream
@@ -144,8 +144,8 @@ class Phi:
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
         memory.warn_if_too_large(path, checked["n_ctx"], checked["kv_cache"])
-        with watching("", False, on_progress) as watch:
-            self._model = finished(_engine.Model.load(path, **checked), watch)
+        with progress_callback("", False, on_progress) as watch:
+            self._model = wait_for(_engine.Model.load(path, **checked), watch)
         self._recipe = _Recipe(type(self), (os.path.abspath(path),), checked)
 
     @classmethod
@@ -383,7 +383,7 @@ class Phi:
                 problem = f"has the token id {token_id}, which is outside the vocabulary of {self.n_vocab}"
                 raise OptionValueError("logit_bias", problem)
         ids = self._prompt_ids(prompt, **call.prompt)
-        watch = watching_tokens(call.on_progress)
+        watch = token_callback(call.on_progress)
         return Stream(self._model, self._model.stream(ids, **call.sampling), watch, logprobs=call.sampling["logprobs"])
 
     @same_options(stream)
@@ -479,7 +479,7 @@ class Phi:
         if not checked:
             raise ValueError("ids is empty; logits() needs at least 1")
         shape = [len(checked), self.n_vocab] if every_position else [self.n_vocab]
-        logits = finished(self._model.logits(checked, every_position), watching_tokens(on_progress))
+        logits = wait_for(self._model.logits(checked, every_position), token_callback(on_progress))
         return memoryview(logits).cast("f", shape)
 
     def close(self) -> None:

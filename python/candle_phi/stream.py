@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 from . import _engine
 from .errors import ForkError, PhiError, missing_attribute
-from .progress import Watch, report
+from .progress import Callback, notify
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
 
 class StreamBase:
     """The state of one generation: what a `Stream` and an `AsyncStream` have in common."""
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Watch | None, *, logprobs: bool) -> None:
+    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Callback | None, *, logprobs: bool) -> None:
         self._model = model
         self._stream = stream
         self._watch = watch  # called by the reader while it waits
@@ -122,7 +122,7 @@ class Stream(StreamBase, Generator[Chunk, None, None]):
 
     # An object and not a Python generator, because one thread must be able to end it while another waits in `next`.
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Watch | None, *, logprobs: bool) -> None:
+    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Callback | None, *, logprobs: bool) -> None:
         super().__init__(model, stream, watch, logprobs=logprobs)
         self._reader: int | None = None  # the thread that is inside `next`
 
@@ -152,11 +152,11 @@ class Stream(StreamBase, Generator[Chunk, None, None]):
     def _next_chunk(self) -> Chunk | None:
         """Waits for the next chunk, which is None at the end. Callbacks and signal handlers run in this loop."""
         while True:
-            report(self._stream, self._watch, end=False)
+            notify(self._stream, self._watch, end=False)
             ready, chunk = self._take()
             if ready:
                 if chunk is None:
-                    report(self._stream, self._watch, end=True)
+                    notify(self._stream, self._watch, end=True)
                 return chunk
             self._stream.wait()
 
