@@ -54,6 +54,8 @@ def test_python_modules_import_only_downwards() -> None:
         "errors",
         "_private_memory",
         "_engine",
+        "metadata",
+        "signatures",
         "options",
         "progress",
         "hub",
