@@ -43,6 +43,9 @@ pub enum Error {
     /// own way.
     #[error("{name} {problem}")]
     Option { name: &'static str, problem: String },
+    /// The machine has less memory than the request needs (`MemoryError`).
+    #[error("{0}")]
+    Memory(String),
     /// A bug of ours, caught (`InternalError`).
     #[error("internal error: {0}")]
     Internal(String),

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import candle_phi
 from candle_phi import ClosedError, Phi, Progress, Stream
 from conftest import HAIKU, HANG, Stopwatch, run_python, wait_until
 
@@ -439,6 +441,80 @@ sys.exit(7)
     _, err = process.communicate(timeout=HANG)
     stopwatch.check(time.monotonic() - begin, 1 + SOON)
     assert (process.returncode, err) == (7, b"")
+
+
+def pythons() -> list[str]:
+    """Every other CPython from 3.11 on that is installed here: one build of the module serves them all."""
+    names = [shutil.which(f"python3.{minor}") for minor in range(11, 20)]
+    of_pyenv = sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
+    ask = "import sys; assert sys.version_info >= (3, 11); print(sys.version)"
+    versions = {sys.version: sys.executable}
+    for python in [*filter(None, names), *of_pyenv]:
+        done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+        if done.returncode == 0:
+            versions.setdefault(done.stdout.rstrip("\n"), python)
+    return list(versions.values())
+
+
+@pytest.fixture(scope="module", params=pythons())
+def any_python(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def ends_by_itself(python: str, script: str) -> str:
+    """What a script prints that exits with 7, without a word on stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(candle_phi.__file__).parents[1])}
+    done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
+    return done.stdout
+
+
+def test_dozens_of_daemon_threads_at_exit(any_python: str) -> None:
+    script = """
+import sys, threading
+from candle_phi import Phi
+phi = Phi.demo(n_threads=1)
+begun = threading.Semaphore(0)
+def generate(): phi.generate("Hi", max_tokens=3, ignore_eos=True)
+def read():
+    for _ in phi.stream("Hi", max_tokens=50, ignore_eos=True): pass
+def tokenize(): phi.tokenize("Hi")
+def load(): Phi.demo()
+def close():
+    with phi.stream("Hi", ignore_eos=True) as stream: next(stream)
+def repeat(work):
+    begun.release()
+    while True: work()
+for work in (generate, read, tokenize, load, close) * 8:
+    threading.Thread(target=repeat, args=[work], daemon=True).start()
+for _ in range(40): begun.acquire()
+sys.exit(7)
+"""
+    for _ in range(3):
+        assert ends_by_itself(any_python, script) == ""
+
+
+def test_an_older_exit_handler_may_join_a_thread_that_generates(any_python: str) -> None:
+    """Handlers run in reverse order: one from before the import runs after all of the package's own."""
+    script = """
+import atexit, queue, sys, threading
+def stop():
+    jobs.put(None)
+    worker.join()
+    print(len(texts))
+atexit.register(stop)
+from candle_phi import Phi
+phi = Phi.demo(n_threads=1)
+jobs, texts = queue.Queue(), []
+def work():
+    while (prompt := jobs.get()) is not None:
+        texts.append(phi.generate(prompt, max_tokens=3, ignore_eos=True))
+worker = threading.Thread(target=work, daemon=True)
+worker.start()
+for _ in range(20): jobs.put("Hi")
+sys.exit(7)
+"""
+    assert ends_by_itself(any_python, script) == "20\n"
 
 
 @posix

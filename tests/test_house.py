@@ -54,6 +54,8 @@ def test_python_modules_import_only_downwards() -> None:
         "errors",
         "_private_memory",
         "_engine",
+        "metadata",
+        "signatures",
         "options",
         "progress",
         "hub",
@@ -124,3 +126,26 @@ def test_no_file_is_large() -> None:
         pytest.skip("not a git checkout")
     large = [name for name in listed.split("\0") if name and (ROOT / name).stat().st_size > 6 * 2**20]
     assert large == []
+
+
+def test_a_release_is_not_published_by_a_tag_alone() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    triggers, _, jobs = workflow.partition("\njobs:\n")
+    assert not re.search(r"^  (push|release|create|schedule):", triggers, re.MULTILINE)
+    assert "workflow_dispatch:" in triggers
+    (paths,) = re.findall(r"^    paths: \[(.*)\]$", triggers, re.MULTILINE)
+    assert not {"Cargo.toml", "pyproject.toml"} & set(paths.split(", "))  # a new version alone builds no 16 wheels
+    publish = jobs.partition("\n  publish:\n")[2]
+    needs = re.search(r"^    needs: \[(.*)\]$", publish, re.MULTILINE)
+    assert needs is not None
+    assert {*needs[1].split(", "), "publish"} == set(re.findall(r"^  ([a-z]+):", "\n" + jobs, re.MULTILINE))
+    assert "environment: pypi" in publish
+
+
+def test_ci_runs_the_oldest_and_the_newest_python() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    promised = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]
+    tested = set(re.findall(r'"(3\.\d+t?)"', workflow))
+    assert {promised[0], promised[-1], f"{promised[-1]}t"} <= tested
+    assert "make test-timing" in workflow

@@ -190,13 +190,13 @@ def test_a_model_that_is_larger_than_memory(
 def test_the_warning_counts_the_context(
     phi: Phi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, context = _engine.memory_needed(phi.path, phi.n_ctx, "f16")
+    weights, context, activations = _engine.memory_needed(phi.path, phi.n_ctx, "f16")
     assert weights == os.path.getsize(phi.path)
     layers, heads = phi.metadata["phi3.block_count"], phi.metadata["phi3.attention.head_count"]
     assert context % (2 * 2 * phi.n_ctx) == 0
     assert isinstance(layers, int)
     assert isinstance(heads, int)
-    monkeypatch.setattr(memory, "available", lambda: weights + context - 1)
+    monkeypatch.setattr(memory, "available", lambda: weights + context + activations - 1)
     Phi(phi.path, n_ctx=phi.n_ctx).close()
     (record,) = caplog.records
     assert phi.path in record.getMessage()

@@ -120,8 +120,8 @@ def test_unread_streams_do_not_block_for_ever(stopwatch: Stopwatch) -> None:
     assert all(seconds > 9 for seconds in took.values()), took
     stopwatch.check(max(took.values()), 20)
     for name in ("zip", "interrupt"):
-        assert str(raised[name]).startswith("1 slot is held by ")
-    assert str(raised["two"]).startswith("2 slots are held by ")
+        assert str(raised[name]).startswith("1 slot is held by a stream unread for ")
+    assert str(raised["two"]).startswith("2 slots are held by streams unread for ")
     # the next call does not wait another ten seconds
     again = models[2].stream(HAIKU)
     begin = time.monotonic()

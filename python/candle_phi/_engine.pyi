@@ -1,4 +1,4 @@
-"""The compiled engine. `candle_phi.Phi` checks options and messages, so the engine gets valid values."""
+"""The compiled engine. `candle_phi.Phi` checks options and messages before they come here."""
 
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, final
@@ -15,40 +15,41 @@ __all__ = [
     "Task",
     "__version__",
     "doctor",
+    "memory_available",
     "memory_needed",
 ]
 
 __version__: str
 DEFAULT_REPO: str
-"""The repository of the command line's default model."""
+"""The Hub repository of the command line's default model."""
 DEFAULT_FILE: str
-"""The file of that model in its repository."""
+"""Its file in that repository."""
 KNOWN_MODELS: list[tuple[str, str, str]]
-"""Short names, each with its repository and its default file."""
+"""Short names, each with its repository and file."""
 
 _Result = TypeVar("_Result")
 _Progress: TypeAlias = tuple[str, int, int | None]
-"""Phase, done, total. In bytes, or in tokens."""
+"""Phase, done, total; in bytes or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
 _Piece: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
-"""Text, and the ids and log probabilities behind it."""
+"""Text with its ids and log probabilities."""
 
 @final
 class Task(Generic[_Result]):
-    """Work in a thread of its own. Dropping it cancels the work."""
+    """Work on a thread of its own. Dropping the task cancels it."""
 
     def poll(self) -> tuple[bool, _Result | None]:
-        """Whether the work is done, and its result, once. Raises its error. Never waits."""
+        """`(True, result)` once when the work is done, else `(False, None)`. Raises the work's error. Never waits."""
 
     def wait(self) -> None:
-        """Waits without the GIL until `poll` has something, 60 ms at most."""
+        """Waits without the GIL until `poll` has a result, for at most 60 ms."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """The progress so far."""
+        """The last progress report."""
 
     def cancel(self) -> None:
-        """Cancels the work. Returns at once, from any thread."""
+        """Cancels the work, from any thread. Returns at once."""
 
 @final
 class Model:
@@ -96,31 +97,31 @@ class Model:
     @property
     def system_fingerprint(self) -> str: ...
     def close(self) -> None:
-        """Ends every stream. Safe from any thread, repeatedly."""
+        """Ends every stream and unmaps the file. Safe from any thread, repeatedly."""
 
     def render(self, messages: list[tuple[str, str]]) -> str:
-        """The prompt text of `(role, content)` pairs. The roles are system, user and assistant."""
+        """The prompt text of `(role, content)` pairs; roles: system, user, assistant."""
 
     def tokenize_text(self, text: str, parse_special: bool, add_bos: bool) -> list[int]:
         """The ids of a text as it stands."""
 
     def tokenize_messages(self, messages: list[tuple[str, str]]) -> list[int]:
-        """The ids of the rendered messages. Special tokens inside user text are plain text."""
+        """The ids of the rendered messages; special tokens inside user text are plain text."""
 
     def detokenize(self, ids: list[int], skip_special: bool) -> str:
-        """The text of ids. ValueError for an id outside the vocabulary."""
+        """The text of ids; ValueError for an id outside the vocabulary."""
 
     def logits(self, ids: list[int], every_position: bool) -> Logits:
-        """The logits after the last id, or after each, computed from the first `poll` on."""
+        """The logits after the last id or after each. Computed from the first `poll` on."""
 
     def bandwidth(self) -> float:
-        """Bytes per second at which `n_threads` threads read the weights. Takes about a second."""
+        """Bytes per second at which `n_threads` threads can read the weights. Takes about a second."""
 
     def decode_pass(self, tokens: int) -> float:
-        """Seconds of a decode pass over this many tokens at once, with the logits of each."""
+        """Seconds of one decode pass over `tokens` tokens, with the logits of each."""
 
     def bytes_per_token(self, positions: int) -> tuple[int, int]:
-        """Bytes read to decode a token at this many positions: of weights, and of keys and values."""
+        """Bytes of weights, and of keys and values, that decoding a token at `positions` reads."""
 
     def stream(
         self,
@@ -150,23 +151,24 @@ class Stream:
     """One generation."""
 
     def poll(self) -> tuple[bool, _Piece | None]:
-        """Whether the next text is ready, and the text, which is None at the end. Never waits."""
+        """`(True, piece)`, `(True, None)` at the end, or `(False, None)` if there is nothing yet. Never waits."""
 
     def wait(self) -> None:
-        """Waits without the GIL until `poll` has something, 75 ms at most."""
+        """Waits without the GIL until `poll` has something, for at most 75 ms."""
 
     def notify(self, queue: ReadyQueue, ticket: int) -> None:
-        """Puts the ticket into the queue, once, as soon as `poll` has something, which may be at once."""
+        """Puts the ticket into the queue once when `poll` has something, perhaps at once."""
 
     @property
     def time_left(self) -> float | None:
-        """Seconds until the timeout. None without one. At the timeout, `poll` has something."""
+        """Seconds until the timeout. `poll` has the end then."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """The reports due now. None are due within 75 ms of the last, except for a new phase and at the end."""
+        """The progress reports due now: none within 75 ms of the last one, unless a phase has begun since or `end` is
+        set."""
 
     def cancel(self) -> None:
-        """Cancels the generation. Returns at once, from any thread."""
+        """Cancels the generation, from any thread. Returns at once."""
 
     def check_process(self) -> None:
         """Raises ForkError in a process that was forked after the model was opened."""
@@ -183,14 +185,14 @@ class Stream:
 
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
-        """Seconds: `(queue, prefill, decode, time to first token)`, and the number of decode passes."""
+        """Seconds of queue, prefill, decode and until the first token, and the number of decode passes."""
 
 @final
 class Logits:
-    """The logits of given ids. Computed once, otherwise like a `Stream`."""
+    """The logits of given ids: a `Stream` of one item."""
 
     def poll(self) -> tuple[bool, bytes | None]:
-        """Whether they are ready, and the logits, as float32 in native byte order."""
+        """`(True, float32 in native byte order)`, or `(False, None)` if they are not there yet."""
 
     def wait(self) -> None: ...
     def progress(self, end: bool) -> list[_Progress]: ...
@@ -198,21 +200,24 @@ class Logits:
 
 @final
 class ReadyQueue:
-    """A queue in which one thread waits for many streams."""
+    """A queue on which one thread waits for many streams."""
 
     def __new__(cls) -> ReadyQueue: ...
     def put(self, ticket: int) -> None: ...
     def take(self) -> list[int] | None:
-        """Waits for tickets without the GIL, and returns all of them. None once the queue is closed."""
+        """Waits for tickets without the GIL and takes all of them; None once the queue is closed."""
 
     def close(self) -> None:
-        """Ends the wait of `take`. Safe from any thread, repeatedly."""
+        """Ends every `take`. Safe from any thread, repeatedly."""
 
 def doctor() -> dict[str, object]:
-    """A report on this build and this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
+    """Facts on this build and machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
 
-def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int]:
-    """Bytes of a file's weights, and of the KV cache of `n_ctx` tokens (None: 4096)."""
+def memory_available() -> int | None:
+    """The bytes that this process may still use, within the limit of its container. None if the system is not Linux."""
+
+def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int, int]:
+    """Bytes of a file's weights, of the keys and values of `n_ctx` tokens (None: of 4096), and of activations."""
 
 _CachedFile: TypeAlias = tuple[str, str, str, list[str], Path, int]
 """repository, file, commit, branches and tags, path, size"""

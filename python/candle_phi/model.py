@@ -143,7 +143,7 @@ class Phi:
         _check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
-        memory.warn(path, checked["n_ctx"], checked["kv_cache"])
+        memory.warn_if_too_large(path, checked["n_ctx"], checked["kv_cache"])
         with progress_callback("", False, on_progress) as watch:
             self._model = wait_for(_engine.Model.load(path, **checked), watch)
         self._recipe = _Recipe(type(self), (os.path.abspath(path),), checked)
@@ -472,6 +472,7 @@ class Phi:
             ContextLengthError: there are more ids than the context holds.
             BusyError, ClosedError, ForkError: as in `stream`.
             TypeError, ValueError: `ids` is empty, or has an id that is not an int or is outside the vocabulary.
+            MemoryError: the logits do not fit the available memory.
         """
         options.checked(options.LOGITS, {"every_position": every_position, "on_progress": on_progress})
         checked = token_ids(ids, self.n_vocab)
