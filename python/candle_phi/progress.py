@@ -198,7 +198,8 @@ class _Bar:
         if total >= 1e9:
             sizes = f"{p.done / 1e9:.2f} of {total / 1e9:.2f} GB"
         else:
-            sizes = f"{p.done / 1e6:.0f} of {total / 1e6:.0f} MB"
+            digits = 0 if total >= 1e7 else 1
+            sizes = f"{p.done / 1e6:.{digits}f} of {total / 1e6:.{digits}f} MB"
         if p.phase == "wait":
             return [_VERBS["wait"], sizes]
         verb = [_VERBS["verify"]] if p.phase == "verify" else []

@@ -170,7 +170,7 @@ def _announce_download(choice: Choice) -> bool:
     with usage_errors():
         _engine.doctor()  # finds a wrong variable, which the engine reads only after the download
     if filename is None and known is not None and known in DOWNLOAD_GB:
-        output.say(f"downloading {what} ({DOWNLOAD_GB[known]} GB), once{hint}")
+        output.say(f"downloading {file} ({DOWNLOAD_GB[known]} GB), once{hint}")
     return True
 
 
