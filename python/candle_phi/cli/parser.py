@@ -71,9 +71,6 @@ _ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("i", "interactive", "cnv", "conversation"), "chat (a conversation) is not in this version"),
     **dict.fromkeys(("host", "port", "api_key"), "serve (a server) is not in this version"),
     **dict.fromkeys(
-        ("schema", "format", "json_schema", "grammar", "response_format"), "structured output is not in this version"
-    ),
-    **dict.fromkeys(
         ("fa", "flash_attn", "mlock", "b", "ub", "batch_size", "n_batch", "numa"), "the engine chooses this itself"
     ),
     **dict.fromkeys(("torch_dtype", "dtype", "load_in_4bit"), "weights keep the type that the file has"),
@@ -82,6 +79,9 @@ _ANSWERS: Mapping[str, str] = {
     "max_concurrent": "the command line answers one prompt",
 }
 """Options of other programs that have no counterpart here, each with a hint."""
+
+_UNBUILT: Mapping[str, str] = {**options.UNBUILT, "schema": "structured output"}
+"""Options of a later version, each with the feature that it belongs to."""
 
 
 def whole_number(text: str) -> int:
@@ -172,9 +172,11 @@ class Parser(argparse.ArgumentParser):
     def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
         """Returns the options, the words that are left, and the unknown options."""
         before = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
-        short = [word for word in before if re.fullmatch(r"-[^\W\d]\S+", word) and not word.startswith("-m=")]
-        if short and (answer := self._short(short[0])):
-            raise UsageError(answer)
+        for previous, word in itertools.pairwise(["", *before]):
+            action = self._option_string_actions.get(previous)
+            is_value = action is not None and action.nargs is None
+            if re.fullmatch(r"-[^\W\d]\S+", word) and not word.startswith("-m=") and not is_value:
+                raise UsageError(self._short(word))
         try:
             typed, extra = self.parse_known_args(list(arguments))
         except argparse.ArgumentError as error:
@@ -200,7 +202,7 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--")
         }
 
-    def _short(self, word: str) -> str | None:
+    def _short(self, word: str) -> str:
         """The message for several letters after one dash."""
         flag, _, value = word.partition("=")
         if "-" + flag in self._option_string_actions:
@@ -234,13 +236,13 @@ class Parser(argparse.ArgumentParser):
             return f"unknown option {flag}: the model needs no option: {self.command} REPO"
         if name in _ANSWERS:
             return f"unknown option {flag}: {_ANSWERS[name]}"
-        renamed = _RENAMED.get(name) or self._renamed(name)
-        if renamed is not None:
-            here = renamed.split()[0].rstrip(",")
-            if here in self._option_string_actions or not here.startswith("--"):
-                return f"unknown option {flag}; did you mean {renamed}?"
-        if name in options.UNBUILT:
-            return f"{flag} ({options.UNBUILT[name]}) is not in this version"
+        right = options.RENAMED.get(name, name)
+        if right in _UNBUILT:
+            return f"{flag} ({_UNBUILT[right]}) is not in this version"
+        renamed = _RENAMED.get(name) or "--" + right.replace("_", "-")
+        meant = renamed.split()[0].rstrip(",")
+        if meant in self._option_string_actions or not meant.startswith("--"):
+            return f"unknown option {flag}; did you mean {renamed}?"
         if name in options.GENERATION or name in options.MODEL or name in options.HUB:
             return f"{self.command} has no option {flag} (see {self.command} --help)"
         close = closest(name, list(known)) if len(name) > 1 else None
@@ -249,11 +251,6 @@ class Parser(argparse.ArgumentParser):
         if re.fullmatch(r"-\w\S*", flag) and "prompt" in {action.dest for action in self._actions}:
             return f"unknown option {flag}; a prompt that begins with a dash: {self.command} -- {word}"
         return f"unknown option {flag} (see {self.command} --help)"
-
-    @staticmethod
-    def _renamed(name: str) -> str | None:
-        right = options.RENAMED.get(name)
-        return None if right is None else "--" + right.replace("_", "-")
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError with argparse's message, for mistakes that `split` does not handle."""
