@@ -5,26 +5,14 @@ Questions and answers are those of `our_speed.py`. No token is sampled, which is
 
 import ctypes
 import random
-import re
 import time
-from pathlib import Path
 
 import llama_cpp
 
-from worker import parser, serve
+from worker import parser, private_bytes, serve
 
 DECODED = 16
 BATCH = 512
-
-
-def private_bytes() -> int | None:
-    """Counted as by `candle-phi bench`, which is not installed in this environment."""
-    try:
-        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return None
-    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE))
-    return 1024 * max(int(kilobytes["Private_Dirty"]), int(kilobytes["Anonymous"]))
 
 
 class Context:

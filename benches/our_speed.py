@@ -3,7 +3,7 @@
 from typing import Any
 
 from candle_phi import Phi, _engine
-from candle_phi.bench import Bench, load_seconds, machine
+from candle_phi._bench import Bench, load_seconds, machine
 from worker import parser, serve
 
 

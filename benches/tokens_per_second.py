@@ -28,7 +28,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-from candle_phi import Phi, _engine
+from candle_phi import Phi, _engine, hub
 from report import chart, heading, speeds, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ class Runner:
     name: str
     command: list[str]
     asked: list[str]
-    """The questions it gets in each round."""
+    """The questions of each round."""
     setting: str = ""
     """Runners of one name are settings of one engine: the best of them counts, figure by figure."""
     is_peer: bool = False
@@ -166,7 +166,7 @@ def arguments() -> argparse.Namespace:
     builds = ", ".join(BUILDS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a GGUF file, or demo (default: the one that candle-phi runs)")
+    add("--model", help="a GGUF file, or demo (default: phi-3-mini-4k from the cache)")
     add("--n-threads", type=int, metavar="N", help="default: those of candle-phi")
     add("--kernels", metavar="NAME,...", help="kernels of candle-phi, best first (default: all but portable)")
     add("--llama", action="append", metavar="BUILD", help=f"{builds}, or none; may be repeated (default: by the CPU)")
@@ -289,11 +289,12 @@ def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runn
 
 def main() -> None:
     typed = arguments()
-    path = typed.model or _engine.default_model()
+    path = typed.model or hub.cached(_engine.DEFAULT_REPO, _engine.DEFAULT_FILE)
     if path is None:
         sys.exit(
-            "there is no model to measure: make bench MODEL=path/to/file.gguf, where "
-            f"`hf download {_engine.DEFAULT_REPO} {_engine.DEFAULT_FILE}` gets the usual one (2.4 GB)"
+            f"there is no model to measure: {_engine.DEFAULT_FILE} is not in the cache. "
+            "candle-phi pull phi-3-mini-4k downloads it (2.4 GB); "
+            "make bench MODEL=path/to/file.gguf measures another file, MODEL=demo the bundled model"
         )
     with Phi.demo() if path == "demo" else Phi(path) as phi:
         model, best, n_threads = Path(phi.path).resolve(), phi.kernel, typed.n_threads or phi.n_threads

@@ -6,9 +6,16 @@ processes wait meanwhile.
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1] / "python" / "candle_phi"
+
+private_bytes: Callable[[], int | None] = runpy.run_path(str(_PACKAGE / "_private_memory.py"))["private_bytes"]
+"""As `candle-phi bench` counts it. The file is read here: llama.cpp's environment does not have the package."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -109,7 +109,7 @@ impl Template {
         };
         let mut template = Template { source: built_in(family).to_owned(), tokenizer, tokens, broken: None };
         if let Some(source) = source {
-            jinja::check(source).map_err(|what| Error::Value(format!("chat_template: {what}")))?;
+            jinja::check(source).map_err(|what| Error::option("chat_template", format!("is not valid: {what}")))?;
             template.source = source.to_owned();
             return Ok(template);
         }

@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
@@ -39,6 +39,7 @@ mod raised {
     import_exception!(candle_phi.errors, NotInThisVersionError);
     import_exception!(candle_phi.errors, OfflineError);
     import_exception!(candle_phi.errors, UnsupportedModelError);
+    import_exception!(candle_phi.options, OptionValueError);
 }
 
 impl From<Error> for PyErr {
@@ -58,6 +59,8 @@ impl From<Error> for PyErr {
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
+            Error::Option { name, problem } => raised::OptionValueError::new_err((name, problem)),
+            Error::Memory(_) => PyMemoryError::new_err(message),
             Error::Internal(_) | Error::Cancelled => raised::InternalError::new_err(message),
         }
     }
@@ -401,6 +404,10 @@ impl Stream {
         })
     }
 
+    fn check_process(&self) -> PyResult<()> {
+        Ok(self.stream.finish_reason().map(drop)?)
+    }
+
     #[getter]
     fn seed(&self) -> u64 {
         self.seed
@@ -533,8 +540,16 @@ fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 }
 
 #[pyfunction]
-fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64)> {
-    detached(py, || memory::needed(&path, n_ctx, kv_cache))
+fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64, u64)> {
+    detached(py, || {
+        let needed = memory::needed(&path, n_ctx, kv_cache)?;
+        Ok((needed.weights, needed.context, needed.activations))
+    })
+}
+
+#[pyfunction]
+fn memory_available() -> Option<u64> {
+    memory::available()
 }
 
 #[pyclass(frozen, module = "candle_phi._engine")]
@@ -602,7 +617,7 @@ mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_needed};
+    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_available, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

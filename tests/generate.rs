@@ -117,6 +117,10 @@ impl Sequence for ScriptedSequence {
     fn logits(&self) -> &[f32] {
         &self.logits
     }
+
+    fn take_logits(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.logits)
+    }
 }
 
 struct Setup {

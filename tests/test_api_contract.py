@@ -25,6 +25,13 @@ MODEL = {
     "max_concurrent": None,
     "on_progress": None,
 }
+HUB = {
+    "revision": None,
+    "cache_dir": None,
+    "token": None,
+    "local_files_only": False,
+    "progress": None,
+}
 GENERATION = {
     "max_tokens": None,
     "temperature": 1.0,
@@ -89,15 +96,9 @@ def test_other_methods() -> None:
     assert options(Phi.tokenize) == {"parse_special": False, "add_bos": False}
     assert options(Phi.detokenize) == {"skip_special": True}
     assert options(Phi.logits) == {"every_position": False, "on_progress": None}
-    from_pretrained = inspect.signature(Phi.from_pretrained).parameters
-    assert {name: p.default for name, p in from_pretrained.items() if p.default is not p.empty} == {
-        "filename": None,
-        "revision": None,
-        "cache_dir": None,
-        "token": None,
-        "local_files_only": False,
-        "progress": None,
-    }
+    assert list(inspect.signature(Phi.from_pretrained).parameters)[:2] == ["repo_id", "filename"]
+    assert options(Phi.from_pretrained) == HUB | MODEL
+    assert options(Phi.demo) == MODEL
 
 
 @pytest.mark.parametrize("name", READ_ONLY)
@@ -117,6 +118,7 @@ def test_error_bases(name: str) -> None:
 
 def test_public_names() -> None:
     results = {"Chunk", "Result", "Usage", "Timings", "TokenLogprob", "Progress"}
+    results |= {"Message", "OnProgress", "FinishReason"}
     assert set(candle_phi.__all__) >= {*ERRORS, *results, "Phi", "Stream", "AsyncStream", "hub", "testing"}
     assert all(hasattr(candle_phi, name) for name in candle_phi.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", candle_phi.__version__)

@@ -13,7 +13,7 @@ PROMPT = "Write a haiku about ice hockey"
 TEXTS = {
     1: "The Zamboni rolls\nshadows glide a final shift,\nsnow on the way home.",
     2: "Sleepy kids lace up —\neach stride throwing silver snow,\nwinter waits outside.",
-    3: "A hush fills the rink\nwrists and shoulders coiled like springs —\nsteel bursts into song.",
+    3: "A hush fills the rink\nwrists and shoulders coiled like springs\nthen the storm begins.",
 }
 
 
