@@ -23,6 +23,7 @@ pub fn silence() {
 
 /// Calls `work`. A panic becomes `Error::Internal` with its message, and its place if `silence` was called before.
 pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    PLACE.take(); // of a panic that was caught without it
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| Err(to_error(payload)))
 }
 

@@ -69,7 +69,7 @@ impl From<Error> for PyErr {
 /// Runs `work` without the interpreter's lock. A panic becomes an `InternalError`.
 ///
 /// `work` never calls Python, and it waits in pieces of at most 75 ms: between them Python handles signals and calls
-/// callbacks. A daemon thread that comes back while the interpreter finalizes stays in `PyEval_RestoreThread` for ever:
+/// callbacks. A daemon thread that comes back while the interpreter finalizes stays in `PyEval_RestoreThread`:
 /// PyO3 parks it there before Python 3.14, and Python itself from then on. Until finalization begins it passes, so that
 /// an `atexit` handler can join it.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {

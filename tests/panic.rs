@@ -51,3 +51,11 @@ fn a_resumed_panic_keeps_its_message_and_place() {
     let error = catch(|| -> Result<()> { panic!("number {}", 7) }).unwrap_err();
     assert_eq!(catch(|| -> Result<()> { resume(error.clone()) }), Err(error));
 }
+
+#[test]
+fn a_place_does_not_outlive_its_panic() {
+    silence();
+    assert!(std::panic::catch_unwind(|| panic!("caught elsewhere")).is_err());
+    let error = catch(|| -> Result<()> { std::panic::resume_unwind(Box::new("another")) });
+    assert_eq!(error, Err(Error::Internal("another".into())));
+}
