@@ -21,8 +21,8 @@
 //! Engine::bandwidth       bandwidth   how fast the weights can be read at all: for benchmarks
 //! ```
 //!
-//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs, `ready`
-//! says which of many streams have something to read.
+//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `requirements` estimates the memory of a
+//! model, `memory` checks allocations, `ready` says which of many streams have something to read.
 //!
 //! Imports go down this list, never up.
 
@@ -49,6 +49,7 @@ pub mod phi3;
 #[cfg(feature = "python")]
 mod python;
 pub mod ready;
+pub mod requirements;
 pub mod rope;
 pub mod sampling;
 pub mod schedule;
