@@ -21,8 +21,9 @@
 //! Engine::bandwidth       bandwidth   measures how fast the weights can be read: for benchmarks
 //! ```
 //!
-//! Beside these: `hub` finds or downloads the file, `memory` estimates the memory of a model, `ready` is the queue of
-//! streams that have something to read, `panic` turns panics into errors.
+//! Beside these: `hub` finds or downloads the file, `requirements` estimates the memory of a
+//! model, `memory` checks allocations, `ready` is the queue of streams that have something to read, `panic` turns panics
+//! into errors.
 //!
 //! Work has a word for each of its owners:
 //!
@@ -57,6 +58,7 @@ pub mod phi3;
 #[cfg(feature = "python")]
 mod python;
 pub mod ready;
+pub mod requirements;
 pub mod rope;
 pub mod sampling;
 pub mod schedule;

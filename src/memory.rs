@@ -1,4 +1,4 @@
-//! Memory: what a model needs, what the system has, and allocations that end in an error instead of an abort.
+//! The available memory, and allocations that fail with an error instead of an abort.
 //!
 //! Linux grants more memory than it has, and kills the process that uses it. So a large request is compared with the
 //! available memory before it is allocated.
@@ -8,40 +8,10 @@ use std::fs::read_to_string;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 
-use crate::cache::KvType;
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
-use crate::phi3::{Chunks, Config};
 
-/// Context that the estimate assumes if the caller gives none: a file may state 131072, and the cache grows with use.
-const USUAL_CONTEXT: usize = 4096;
 /// Requests below this many bytes are allocated without a look at the available memory, which takes some 50 us.
 const LARGE: u64 = 16 << 20;
-
-/// An estimate in bytes.
-pub struct Needed {
-    pub weights: u64,
-    /// Keys and values of one sequence.
-    pub context: u64,
-    /// Activations of the longest chunk of a prompt.
-    pub activations: u64,
-}
-
-/// What the model in a file needs for a sequence of `n_ctx` tokens (None: a usual conversation).
-pub fn needed(path: &Path, n_ctx: Option<usize>, kv_cache: &str) -> Result<Needed> {
-    let gguf = Gguf::open(path, true)?;
-    let config = Config::read(&gguf)?;
-    let kv_type = KvType::named(kv_cache)?;
-    let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
-    let tokens = n_ctx.unwrap_or(USUAL_CONTEXT).min(config.context_length);
-    let chunks = Chunks::new(&config, weights);
-    let longest = chunks.length(0, false).min(tokens);
-    Ok(Needed {
-        weights,
-        context: (tokens * config.kv_bytes(kv_type)) as u64,
-        activations: chunks.bytes(longest, false),
-    })
-}
 
 /// An error if `bytes` are many and the system has less. `what` names the request.
 pub fn check(bytes: u64, what: impl Display) -> Result<()> {
@@ -63,6 +33,9 @@ pub fn probe(bytes: u64, what: impl Display) -> Result<()> {
 
 /// Room for `more` elements.
 pub fn reserve<T>(vector: &mut Vec<T>, more: usize, what: impl Display) -> Result<()> {
+    if vector.capacity() - vector.len() >= more {
+        return Ok(());
+    }
     let bytes = (more as u64).saturating_mul(size_of::<T>() as u64);
     check(bytes, &what)?;
     vector.try_reserve_exact(more).map_err(|_| refused(bytes, what))
@@ -93,7 +66,7 @@ fn refused(bytes: u64, what: impl Display) -> Error {
     Error::Memory(format!("{what} needs {bytes} bytes of memory, which the system refused"))
 }
 
-/// Bytes that this process may still use. None: the system does not say, as all but Linux.
+/// Bytes that this process may still use. None if the system is not Linux.
 pub fn available() -> Option<u64> {
     Available::read(Path::new("/")).map(|available| available.memory.min(available.container))
 }
@@ -208,7 +181,7 @@ mod tests {
         for refused in [
             filled(0u64, usize::MAX / 4, "the table").map(drop),
             reserve(&mut vec![1u64], usize::MAX / 4, "the table"),
-            probe(u64::MAX / 4 * 8, "the table"),
+            probe(u64::MAX / 4, "the table"),
         ] {
             let message = refused.unwrap_err().to_string();
             assert!(message.starts_with("the table needs ") && message.contains(" bytes of memory"), "{message}");

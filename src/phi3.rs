@@ -321,17 +321,19 @@ impl Phi3Sequence {
         Ok(Pass { positions: start..end, phase, want: wanted.then_some(want), layers: 0 })
     }
 
-    /// Keys, values and logits for all of the prompt are compared with the available memory before it is computed.
+    /// Compares the keys, values and logits of `ids` more tokens with the available memory.
     fn check_memory(&self, ids: usize, want: Want) -> Result<()> {
+        let Config { n_vocab, sliding_window, .. } = self.model.config;
         let positions = self.ids.len() + ids;
-        let cache = self.cache.growth(positions.saturating_sub(self.cache.len()));
-        memory::check(cache, format_args!("the KV cache of {positions} tokens"))?;
-        if want == Want::Every {
-            let logits = (ids as u64).saturating_mul(4 * self.model.config.n_vocab as u64);
-            let what = format_args!("{ids} x {} logits with the KV cache", self.model.config.n_vocab);
-            memory::check(logits.saturating_add(cache), what)?;
+        let more = positions.saturating_sub(self.cache.len());
+        let held = sliding_window.map_or(more, |window| more.min(window + chunks::LONGEST));
+        let cache = self.cache.growth(held);
+        if want == Want::Last {
+            return memory::check(cache, format_args!("the KV cache of {positions} tokens"));
         }
-        Ok(())
+        let logits = (ids as u64).saturating_mul(4 * n_vocab as u64);
+        let what = format_args!("the KV cache of {positions} tokens with logits of shape ({ids}, {n_vocab})");
+        memory::check(logits.saturating_add(cache), what)
     }
 
     fn turn(&mut self, cancel: &Cancel) -> Result<bool> {

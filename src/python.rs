@@ -24,7 +24,7 @@ use crate::stream::TextStream;
 use crate::task::{self, BackgroundTask, Progress};
 use crate::tokenizer::Tokenizer;
 use crate::work::FinishReason;
-use crate::{hub, kernels, logits, memory, panic, ready, stream, threads};
+use crate::{hub, kernels, logits, memory, panic, ready, requirements, stream, threads};
 
 mod raised {
     use pyo3::import_exception;
@@ -542,7 +542,7 @@ fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64, u64)> {
     detached(py, || {
-        let needed = memory::needed(&path, n_ctx, kv_cache)?;
+        let needed = requirements::estimate(&path, n_ctx, kv_cache)?;
         Ok((needed.weights, needed.context, needed.activations))
     })
 }

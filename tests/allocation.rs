@@ -124,6 +124,18 @@ fn attention_takes_no_memory_that_grows_with_the_context() {
     }
 }
 
+#[cfg(target_os = "linux")] // whose available memory is known
+#[test]
+fn a_prompt_that_cannot_fit_is_refused_before_it_is_computed() {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let model = load(Shape { n_vocab: 1 << 20, ..wide(16) }, "portable", 1);
+    let mut sequence = model.clone().sequence().unwrap();
+    let error = sequence.append(&vec![1; 1 << 22], Phase::Prefill, Want::Every).unwrap_err();
+    let Error::Memory(message) = &error else { panic!("{error:?}") };
+    assert!(message.contains("(4194304, 1048576)") && message.contains("bytes are available"), "{message}");
+    assert_eq!(run(&model, 3, Want::Last), Ok(1 << 20), "the model is usable");
+}
+
 /// Every large allocation of a prompt is refused once, in the order in which they come.
 #[test]
 fn a_refused_allocation_is_an_error_and_the_model_goes_on() {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use candle_phi::error::{Error, Result};
 use candle_phi::gguf::Gguf;
-use candle_phi::memory;
 use candle_phi::phi3::Config;
+use candle_phi::requirements::estimate;
 use gguf_writer::{F32, F64, STRING, U32, U64, Writer, string, strings};
 
 /// A small model file whose keys and tensors a test can replace.
@@ -239,7 +239,7 @@ fn a_rope_context_of_one_token_is_refused_with_the_key_that_the_file_has() {
 fn the_memory_that_a_model_needs_follows_from_its_header() {
     let folder = tempfile::tempdir().unwrap();
     let path = File::new().save(folder.path());
-    let needed = |n_ctx, kv_cache| memory::needed(&path, n_ctx, kv_cache).unwrap();
+    let needed = |n_ctx, kv_cache| estimate(&path, n_ctx, kv_cache).unwrap();
     let size = std::fs::metadata(&path).unwrap().len();
     let of_100 = needed(Some(100), "f16");
     assert_eq!((of_100.weights, of_100.context), (size, 100 * 2 * 2 * 4), "2 KV heads of 2 features");
@@ -249,7 +249,7 @@ fn the_memory_that_a_model_needs_follows_from_its_header() {
     // 512 tokens at most are computed together.
     assert!(of_100.activations < needed(Some(512), "f16").activations);
     assert_eq!(needed(Some(512), "f16").activations, needed(Some(4096), "f16").activations);
-    assert!(memory::needed(&path, None, "q4").is_err());
+    assert!(estimate(&path, None, "q4").is_err());
 }
 
 #[test]

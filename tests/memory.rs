@@ -1,4 +1,4 @@
-//! The weights stay where the file is mapped. A binary of its own: it measures the whole process.
+//! The weights stay in the mapped file. A binary of its own: it measures the whole process.
 #![cfg(target_os = "linux")]
 
 mod gguf_writer;
@@ -18,7 +18,7 @@ const HIDDEN: u64 = 1024;
 const VOCABULARY: u64 = 1 << 15;
 const F16: u32 = 1;
 
-/// Memory that belongs to this process alone and was written to, in MB.
+/// Private memory that this process has written, in MB.
 fn private_dirty() -> u64 {
     let report = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let line = report.lines().find(|line| line.starts_with("Private_Dirty:")).unwrap();

@@ -1,5 +1,5 @@
-"""Files that are no models, that change while they are open, or whose sizes are absurd: always an exception, soon, and
-never the end of the process.
+"""Files that are not models, that change while they are open, or that state absurd sizes. Each is an exception within
+seconds, and the process lives on.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 from candle_phi import InvalidModelError, ModelNotFoundError, Phi
 from conftest import HAIKU, run_python
 
-posix = pytest.mark.skipif(os.name != "posix", reason="takes POSIX files")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def pipe(folder: Path) -> Path:
 @posix
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("mmap", [True, False])
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, mmap: bool) -> None:
+def test_a_path_that_is_not_a_file_fails_at_once(tmp_path: Path, mmap: bool) -> None:
     loop = tmp_path / "loop.gguf"
     loop.symlink_to(loop)
     for path in [pipe(tmp_path), Path("/dev/zero"), Path("/dev/null"), loop]:
@@ -94,7 +94,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, mmap: bool) -> None:
 
 @posix
 @pytest.mark.usefixtures("soon")
-def test_what_is_no_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_a_file_fails_at_once(tmp_path: Path) -> None:
     large = tmp_path / "large.json"
     large.touch()
     os.truncate(large, 1 << 40)  # a hole
@@ -106,9 +106,9 @@ def test_what_is_no_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @posix
-def test_a_file_that_may_not_be_read() -> None:
+def test_a_file_without_read_permission() -> None:
     script = """
-import encodings.ascii, os, tempfile  # what is imported later may be root's
+import encodings.ascii, os, tempfile  # a later import may need files of root
 from pathlib import Path
 from candle_phi import InvalidModelError, Phi
 Phi.demo().close()
@@ -117,7 +117,7 @@ with tempfile.TemporaryDirectory() as folder:
     path.write_bytes(b"GGUF")
     path.chmod(0)
     os.chmod(folder, 0o755)
-    root = os.geteuid() == 0  # who may read everything
+    root = os.geteuid() == 0  # root reads everything
     if root: os.seteuid(65534)
     try: Phi(path)
     except InvalidModelError as error: assert "secret.gguf: cannot be read: Permission denied" in str(error), error
@@ -143,7 +143,7 @@ def test_a_mapped_file_that_shrank_is_refused_and_a_copy_is_whole(tmp_path: Path
 
 
 @posix
-def test_a_file_that_is_replaced_by_renaming_stays_what_it_was(tmp_path: Path, phi: Phi) -> None:
+def test_an_open_file_that_is_replaced_by_renaming_stays_open(tmp_path: Path, phi: Phi) -> None:
     path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
     shutil.copy(phi.path, path)
     other.write_bytes(b"something else")
@@ -154,7 +154,7 @@ def test_a_file_that_is_replaced_by_renaming_stays_what_it_was(tmp_path: Path, p
 
 
 def test_any_changed_bytes_are_an_error_or_text(tmp_path: Path, phi: Phi) -> None:
-    # In a process of its own: what must not happen is its end.
+    # In a subprocess, which must not crash.
     script = f"""
 import random
 from pathlib import Path

@@ -6,6 +6,7 @@ use std::path::Path;
 use memmap2::{Mmap, MmapMut};
 
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::task::{Phase, Task};
 
 /// What is read at once, and how often somebody who waits for it is asked: in some 10 ms, from a fast disk.
@@ -39,6 +40,7 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option
         unsafe { Mmap::map(&file) }.map_err(failed)?
     } else {
         let too_large = || invalid(&format!("its {length} bytes do not fit this machine's address space"));
+        memory::check(length, format_args!("{}: the copy of mmap=False", path.display()))?;
         let mut memory = MmapMut::map_anon(usize::try_from(length).map_err(|_| too_large())?).map_err(failed)?;
         for (i, part) in memory[..].chunks_mut(READ).enumerate() {
             task.check()?;

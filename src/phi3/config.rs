@@ -14,8 +14,8 @@ use crate::rope::{LongRope, default_attn_factor};
 const WINDOW_OF_4K: usize = 2047;
 const VOCABULARY_OF_4K: usize = 32064;
 
-/// The format bounds no size. These bounds are far above any published model, and keep the memory that a token and a
-/// thread take within some hundred MB, whatever a file says.
+/// The format has no bounds for sizes. These are far above every published model. They keep the activations of a token and
+/// the scratch of a thread below 100 MB, whatever a file states.
 const MOST_LAYERS: usize = 4096;
 const MOST_HIDDEN: usize = 1 << 16;
 const MOST_FEED_FORWARD: usize = 1 << 18;

@@ -1,0 +1,36 @@
+//! An estimate of the memory that a model needs, from its header alone.
+
+use std::path::Path;
+
+use crate::cache::KvType;
+use crate::error::Result;
+use crate::gguf::Gguf;
+use crate::phi3::{Chunks, Config};
+
+/// Context that the estimate assumes if the caller gives none: a file may state 131072, and the cache grows with use.
+const USUAL_CONTEXT: usize = 4096;
+
+/// Bytes.
+pub struct Requirements {
+    pub weights: u64,
+    /// Keys and values of one sequence.
+    pub context: u64,
+    /// Activations of the longest chunk of a prompt.
+    pub activations: u64,
+}
+
+/// The requirements of the model in a file for a sequence of `n_ctx` tokens (None: a usual conversation).
+pub fn estimate(path: &Path, n_ctx: Option<usize>, kv_cache: &str) -> Result<Requirements> {
+    let gguf = Gguf::open(path, true)?;
+    let config = Config::read(&gguf)?;
+    let kv_type = KvType::named(kv_cache)?;
+    let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
+    let tokens = n_ctx.unwrap_or(USUAL_CONTEXT).min(config.context_length);
+    let chunks = Chunks::new(&config, weights);
+    let longest = chunks.length(0, false).min(tokens);
+    Ok(Requirements {
+        weights,
+        context: (tokens * config.kv_bytes(kv_type)) as u64,
+        activations: chunks.bytes(longest, false),
+    })
+}
