@@ -96,7 +96,7 @@ impl Kernel for Amx {
 const PANEL: usize = 256;
 const BLOCK: usize = 8;
 /// Weight rows that are multiplied together: two tiles, 16 KB with the features of a block, as the tokens have them.
-const STRIP: usize = 32;
+const MR: usize = 32;
 /// Features of a tile, of a line of weights, and of 16 lines of tokens.
 const STEP: usize = 32;
 
@@ -148,9 +148,9 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
     assert!(lines >= steps * Line::count(size_of::<Pairs>()));
     let mut scratch = Scratch::take(PANEL * BLOCK + PANEL * tiles);
     let (panel, sums) = scratch.split_at_mut(PANEL * BLOCK);
-    // A strip of the panel is (step, row), a line each; sums are (tile, row), a line for 16 tokens.
+    // A row of the panel is (step, row), a line each; sums are (tile, row), a line for 16 tokens.
     let (panel, sums) = (panel.as_mut_ptr(), sums.as_mut_ptr());
-    let mut turned = [[0f32; PANEL]; TILE];
+    let mut transposed = [[0f32; PANEL]; TILE];
     // SAFETY: a block has at most BLOCK steps, a panel PANEL rows, of which some behind the last are multiplied too,
     // whatever they hold, but not handed out; activations are as long as was asserted. The rest is the caller's promise.
     unsafe {
@@ -168,13 +168,13 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
                     prefetch(weights.bytes.as_ptr().wrapping_add(next), bytes.len());
                     let part = &weights.bytes[start + bytes.start..start + bytes.end];
                     let part = Weights { format: weights.format, cols: cols.len(), bytes: part };
-                    unpack(part, panel.add(row / STRIP * STRIP * BLOCK + row % STRIP));
+                    unpack(part, panel.add(row / MR * MR * BLOCK + row % MR));
                 }
                 for tile in (0..tiles).step_by(2) {
                     let x = x.as_ptr().add(tile * lines + from * Line::count(size_of::<Pairs>()));
                     let sums = sums.add(tile * PANEL);
-                    for strip in (0..count).step_by(STRIP) {
-                        let (w, sums) = (panel.add(strip * BLOCK), sums.add(strip));
+                    for row in (0..count).step_by(MR) {
+                        let (w, sums) = (panel.add(row * BLOCK), sums.add(row));
                         if tile + 1 < tiles {
                             multiply::<T, true>(w, x, lines, to - from, sums, from == 0);
                         } else {
@@ -183,8 +183,8 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
                     }
                     if to == steps {
                         for tile in tile..tiles.min(tile + 2) {
-                            turn(sums.add(tile % 2 * PANEL).cast(), count, &mut turned);
-                            for (token, results) in turned.iter().take(tokens - tile * TILE).enumerate() {
+                            transpose(sums.add(tile % 2 * PANEL).cast(), count, &mut transposed);
+                            for (token, results) in transposed.iter().take(tokens - tile * TILE).enumerate() {
                                 out(tile * TILE + token, first, &results[..count]);
                             }
                         }
@@ -197,7 +197,7 @@ unsafe fn prefill<T: Tiles>(weights: Weights<'_>, x: &[Line], tokens: usize, out
 
 /// Sums (row, token) of `rows` rows to (token, row).
 #[inline(always)]
-unsafe fn turn(sums: *const f32, rows: usize, to: &mut [[f32; PANEL]; TILE]) {
+unsafe fn transpose(sums: *const f32, rows: usize, to: &mut [[f32; PANEL]; TILE]) {
     for row in (0..rows).step_by(4) {
         for token in (0..TILE).step_by(4) {
             // SAFETY: at most PANEL rows of TILE sums; the rest is as for `Simd`.
@@ -218,10 +218,10 @@ unsafe fn prefetch(from: *const u8, bytes: usize) {
     }
 }
 
-/// A strip of weight rows with one tile of tokens or, `BOTH`, two that are `lines` apart: 32 rows of sums for each, from
+/// A row of weight rows with one tile of tokens or, `TWO_TILES`, two that are `lines` apart: 32 rows of sums for each, from
 /// `sums` on and from `sums + PANEL`, are added to or, `fresh`, written.
 #[inline(always)]
-unsafe fn multiply<T: Tiles, const BOTH: bool>(
+unsafe fn multiply<T: Tiles, const TWO_TILES: bool>(
     w: *const Line,
     x: *const Line,
     lines: usize,
@@ -239,19 +239,19 @@ unsafe fn multiply<T: Tiles, const BOTH: bool>(
         } else {
             T::load::<0>(sums);
             T::load::<1>(sums.add(16));
-            if BOTH {
+            if TWO_TILES {
                 T::load::<2>(sums.add(PANEL));
                 T::load::<3>(sums.add(PANEL + 16));
             }
         }
         for step in 0..steps {
-            let (w, x) = (w.add(step * STRIP), x.add(step * 16));
+            let (w, x) = (w.add(step * MR), x.add(step * 16));
             T::load::<4>(w);
             T::load::<5>(w.add(16));
             T::load::<6>(x);
             T::dot::<0, 4, 6>();
             T::dot::<1, 5, 6>();
-            if BOTH {
+            if TWO_TILES {
                 T::load::<7>(x.add(lines));
                 T::dot::<2, 4, 7>();
                 T::dot::<3, 5, 7>();
@@ -259,7 +259,7 @@ unsafe fn multiply<T: Tiles, const BOTH: bool>(
         }
         T::store::<0>(sums);
         T::store::<1>(sums.add(16));
-        if BOTH {
+        if TWO_TILES {
             T::store::<2>(sums.add(PANEL));
             T::store::<3>(sums.add(PANEL + 16));
         }
@@ -272,7 +272,7 @@ unsafe fn multiply<T: Tiles, const BOTH: bool>(
 /// # Safety
 /// As for `prefill`.
 unsafe fn works<T: Tiles>() -> bool {
-    const ROWS: usize = STRIP + 9;
+    const ROWS: usize = MR + 9;
     const COLS: usize = (BLOCK + 1) * STEP + 7;
     const TOKENS: usize = 2 * TILE + 3;
     let w = |row: usize, col: usize| ((3 * row + 5 * col) % 7) as f32 - 3.0;

@@ -18,7 +18,7 @@ use super::{KvPage, KvSlice, Line, PAGE, Query, view_mut};
 const QUERIES: usize = 8;
 /// Features of a value that a query on its own takes at once: as many as AVX2 has registers for, and all that a head of
 /// Phi-3-mini has. It waits for memory, which is to be read in the order in which it lies.
-const AT_ONCE: usize = 96;
+const VALUE_BLOCK: usize = 96;
 
 /// An element of a cache page.
 ///
@@ -113,7 +113,7 @@ impl Group<'_, '_> {
             while i < n {
                 let q = &q[i * head_dim..];
                 i += match n - i {
-                    QUERIES if V::MANY_REGISTERS => self.scores::<V, E, QUERIES, 2>(i, seen.clone(), q, k, head_dim),
+                    QUERIES if V::REGISTERS >= 32 => self.scores::<V, E, QUERIES, 2>(i, seen.clone(), q, k, head_dim),
                     4.. => self.scores::<V, E, 4, 2>(i, seen.clone(), q, k, head_dim),
                     _ => self.scores::<V, E, 1, 8>(i, seen.clone(), q, k, head_dim),
                 };
@@ -137,7 +137,7 @@ impl Group<'_, '_> {
             let mut i = 0;
             while i < n {
                 i += match n - i {
-                    QUERIES if V::MANY_REGISTERS => self.values::<V, E, QUERIES>(i, shared.clone(), v, head_dim),
+                    QUERIES if V::REGISTERS >= 32 => self.values::<V, E, QUERIES>(i, shared.clone(), v, head_dim),
                     4.. => self.values::<V, E, 4>(i, shared.clone(), v, head_dim),
                     _ => self.values::<V, E, 1>(i, shared.clone(), v, head_dim),
                 };
@@ -201,13 +201,13 @@ impl Group<'_, '_> {
         unsafe {
             let mut d = 0;
             while d + 2 * V::LANES <= head_dim {
-                if Q == 1 && d + AT_ONCE <= head_dim {
+                if Q == 1 && d + VALUE_BLOCK <= head_dim {
                     match V::LANES {
                         16 => self.value_columns::<V, E, Q, 6>(first, keys.clone(), v, head_dim, d),
                         8 => self.value_columns::<V, E, Q, 12>(first, keys.clone(), v, head_dim, d),
                         _ => self.value_columns::<V, E, Q, 24>(first, keys.clone(), v, head_dim, d),
                     }
-                    d += AT_ONCE;
+                    d += VALUE_BLOCK;
                 } else {
                     self.value_columns::<V, E, Q, 2>(first, keys.clone(), v, head_dim, d);
                     d += 2 * V::LANES;
@@ -282,7 +282,7 @@ unsafe fn softmax<V: Simd>(query: &mut Query<'_>, scores: &mut [f32]) {
         for i in (0..scores.len()).step_by(V::LANES) {
             greatest = greatest.max(V::load(scores.as_ptr().add(i)));
         }
-        let max = greatest.greatest();
+        let max = greatest.reduce_max();
         if max == f32::NEG_INFINITY {
             return scores.fill(0.0); // none of these is seen
         }

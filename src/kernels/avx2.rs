@@ -17,12 +17,12 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
-use super::dealt::{self, DealtRow};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, SUPER, SmallRow, SmallTile, TILE, TileBlock};
+use super::interleave::{self, InterleavedRow};
+use super::pack::{self, Q8Row, Q8Tile, SUPER, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::x86::{d_and_dmin, f32_of, packed, prefetch};
+use super::x86::{d_and_dmin, f32_of, packed_scales, prefetch};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX2, FMA and F16C.
@@ -37,10 +37,10 @@ impl Avx2 {
     }
 }
 
-kernel!(Avx2, "avx2", "avx2,fma,f16c", __m256, SuperProducts, SmallProducts, dealt::pack_row, pack::pack_tile::<4>);
+kernel!(Avx2, "avx2", "avx2,fma,f16c", __m256, KQuantProducts, Q8Products, interleave::pack_row, pack::pack_tile::<4>);
 
 /// The integer parts of a super-block, `w = d * scale * q - dmin * min`.
-pub struct Super {
+pub struct Scales {
     /// i16, of each group.
     scales: __m256i,
     mins: __m256i,
@@ -51,9 +51,9 @@ pub struct Super {
 pub trait SuperBlock: Block {
     const GROUPS: usize;
     /// Products that fit into 16 bits.
-    const FIT: usize;
+    const I16_PRODUCTS: usize;
 
-    unsafe fn scales(&self) -> Super;
+    unsafe fn scales(&self) -> Scales;
 
     /// As bytes, 16 weights from `16 * a` on and 16 from `16 * b` on. They are neighbours, or 64 apart: low nibbles both,
     /// or both high ones.
@@ -67,12 +67,12 @@ unsafe fn bytes_to_i16(bytes: u64) -> __m256i {
 
 /// Of a block that starts as Q4_K does.
 #[inline(always)]
-unsafe fn unpack_scales<B: Block>(block: &B) -> Super {
+unsafe fn unpack_scales<B: Block>(block: &B) -> Scales {
     unsafe {
-        let (scales, mins) = scales_and_mins(packed(block));
+        let (scales, mins) = scales_and_mins(packed_scales(block));
         let both = d_and_dmin(block);
         let (d, dmin) = (_mm_cvtss_f32(both), _mm_cvtss_f32(_mm_movehdup_ps(both)));
-        Super { scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d, dmin }
+        Scales { scales: bytes_to_i16(scales), mins: bytes_to_i16(mins), d, dmin }
     }
 }
 
@@ -105,10 +105,10 @@ unsafe fn halves(a: usize, b: usize) -> __m256i {
 
 impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
-    const FIT: usize = 8;
+    const I16_PRODUCTS: usize = 8;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
         unsafe { unpack_scales(self) }
     }
 
@@ -120,10 +120,10 @@ impl SuperBlock for blocks::Q4_K {
 
 impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
-    const FIT: usize = 4;
+    const I16_PRODUCTS: usize = 4;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
         unsafe { unpack_scales(self) }
     }
 
@@ -143,15 +143,15 @@ impl SuperBlock for blocks::Q5_K {
 
 impl SuperBlock for blocks::Q6_K {
     const GROUPS: usize = 16;
-    const FIT: usize = 2;
+    const I16_PRODUCTS: usize = 2;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
         unsafe {
             let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(self.scales.as_ptr().cast()));
             let d = f32_of(self.d);
             // w = d * scale * (q - 32)
-            Super { scales, mins: _mm256_slli_epi16(scales, 5), d, dmin: d }
+            Scales { scales, mins: _mm256_slli_epi16(scales, 5), d, dmin: d }
         }
     }
 
@@ -175,9 +175,9 @@ impl SuperBlock for blocks::Q6_K {
     }
 }
 
-/// Half of each vector, as `dealt` has them.
+/// Half of each vector, as `interleave` has them.
 #[inline(always)]
-unsafe fn deal<B: SuperBlock>(block: &B, half: usize) -> [__m256i; 4] {
+unsafe fn interleave_quants<B: SuperBlock>(block: &B, half: usize) -> [__m256i; 4] {
     unsafe {
         let mut q = [_mm256_setzero_si256(); 4];
         if B::GROUPS == 8 {
@@ -204,7 +204,7 @@ unsafe fn deal<B: SuperBlock>(block: &B, half: usize) -> [__m256i; 4] {
 
 /// The scale of each lane's group, twice: a pair of 16-bit sums takes both.
 #[inline(always)]
-unsafe fn deal_scales<B: SuperBlock>(scales: __m256i) -> [__m256i; 2] {
+unsafe fn interleave_scales<B: SuperBlock>(scales: __m256i) -> [__m256i; 2] {
     unsafe {
         let (low, high) = (_mm256_castsi256_si128(scales), _mm256_extracti128_si256(scales, 1));
         if B::GROUPS == 8 {
@@ -236,40 +236,45 @@ pub struct PanelBlock {
 }
 
 /// Products with super-blocks of `B`.
-pub struct SuperProducts<B>(PhantomData<B>);
+pub struct KQuantProducts<B>(PhantomData<B>);
 
 // SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
-unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
+unsafe impl<B: SuperBlock> Products for KQuantProducts<B> {
     type V = __m256;
-    type Row = DealtRow;
+    type Row = InterleavedRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
     type Sum = __m256;
     const ROW: usize = SUPER;
     const STEP: usize = SUPER;
-    const TURN: usize = 1024;
+    const ROW_SWITCH: usize = 1024;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 2;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> __m256 {
+    unsafe fn zero() -> __m256 {
         unsafe { _mm256_setzero_ps() }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [__m256; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[InterleavedRow]; T],
+        sums: &mut [__m256; T],
+    ) {
         unsafe {
             let block = block::<B>(weights.bytes, step);
             prefetch(block);
             let w = block.scales();
-            let scales = deal_scales::<B>(w.scales);
+            let scales = interleave_scales::<B>(w.scales);
             let mins = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(w.mins)));
             let dmin_mins = _mm256_mul_ps(mins, _mm256_set1_ps(w.dmin));
-            let fit = if B::FIT < 4 { B::FIT } else { 4 };
+            let fit = if B::I16_PRODUCTS < 4 { B::I16_PRODUCTS } else { 4 };
             let mut sums32 = [_mm256_setzero_si256(); T];
             for half in 0..2 {
-                let q = deal(block, half);
+                let q = interleave_quants(block, half);
                 for t in 0..T {
                     let x = x[t].get_unchecked(step);
                     for part in 0..4 / fit {
@@ -298,7 +303,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: __m256) -> f32 {
+    unsafe fn reduce(sum: __m256) -> f32 {
         unsafe { sum.sum() }
     }
 
@@ -340,7 +345,7 @@ unsafe fn multiply_tile<B: SuperBlock>(rows: *const PanelBlock, x: &TileBlock, o
     unsafe {
         let mut sums32 = [[_mm256_setzero_si256(); 2]; R];
         let steps = 64 / B::GROUPS;
-        let fit = if B::FIT < steps { B::FIT } else { steps };
+        let fit = if B::I16_PRODUCTS < steps { B::I16_PRODUCTS } else { steps };
         for group in 0..B::GROUPS {
             for part in 0..steps / fit {
                 let mut sums16 = [[_mm256_setzero_si256(); 2]; R];
@@ -385,35 +390,40 @@ unsafe fn multiply_tile<B: SuperBlock>(rows: *const PanelBlock, x: &TileBlock, o
 /// 32 weights of one row.
 #[derive(Copy, Clone)]
 #[repr(C, align(32))]
-pub struct SmallBlock {
+pub struct Q8Block {
     q: [i8; 32],
     d: f32,
 }
 
 /// Products with blocks of `Q8_0`: magnitudes times signed activations, so that the bytes may be signed.
-pub struct SmallProducts;
+pub struct Q8Products;
 
-// SAFETY: as for `SuperProducts`.
-unsafe impl Products for SmallProducts {
+// SAFETY: as for `KQuantProducts`.
+unsafe impl Products for Q8Products {
     type V = __m256;
-    type Row = SmallRow;
-    type Tile = SmallTile;
-    type Block = SmallBlock;
+    type Row = Q8Row;
+    type Tile = Q8Tile;
+    type Block = Q8Block;
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
-    const TURN: usize = 1024;
+    const ROW_SWITCH: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 2;
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
         unsafe { _mm256_setzero_ps() }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[Q8Row]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
         unsafe {
             let block = block::<blocks::Q8_0>(weights.bytes, step);
             prefetch(block);
@@ -430,22 +440,22 @@ unsafe impl Products for SmallProducts {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: Self::Sum) -> f32 {
+    unsafe fn reduce(sum: Self::Sum) -> f32 {
         unsafe { sum.sum() }
     }
 
     #[inline(always)]
-    unsafe fn unpack(weights: Weights<'_>, to: *mut SmallBlock, stride: usize) {
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Q8Block, stride: usize) {
         unsafe {
             for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
                 prefetch(block);
-                *to.add(i * stride) = SmallBlock { q: block.qs, d: f32_of(block.d) };
+                *to.add(i * stride) = Q8Block { q: block.qs, d: f32_of(block.d) };
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn multiply<const T: usize>(rows: *const SmallBlock, x: [&SmallTile; T], out: *mut f32, stride: usize) {
+    unsafe fn multiply<const T: usize>(rows: *const Q8Block, x: [&Q8Tile; T], out: *mut f32, stride: usize) {
         unsafe {
             for t in 0..T {
                 for v in 0..2 {

@@ -20,12 +20,12 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
-use super::dealt::{self, DealtRow};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, SUPER, SmallRow, SmallTile, TILE, TileBlock};
-use super::products::{self, Products, TOGETHER};
+use super::interleave::{self, InterleavedRow};
+use super::pack::{self, Q8Row, Q8Tile, SUPER, TILE, TileBlock};
+use super::products::{self, NR, Products};
 use super::simd::Simd;
-use super::x86::{ahead, d_and_dmin, f32_of, packed, prefetch};
+use super::x86::{d_and_dmin, f32_of, packed_scales, prefetch, prefetch_ahead};
 use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -51,9 +51,9 @@ kernel!(
     "avx512",
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c",
     __m512,
-    SuperProducts,
-    SmallProducts,
-    dealt::pack_row,
+    KQuantProducts,
+    Q8Products,
+    interleave::pack_row,
     pack::pack_tile::<4>
 );
 
@@ -61,14 +61,14 @@ kernel!(
 pub trait SuperBlock: Block + Sized {
     const GROUPS: usize;
 
-    /// As `dealt` has them.
+    /// As `interleave` has them.
     unsafe fn quants(&self) -> [__m512i; 4];
 
     /// `d * scale` of each lane's group. As written here, of a block that starts as Q4_K does.
     #[inline(always)]
     unsafe fn scales(&self) -> __m512 {
         unsafe {
-            let scales = _mm_cvtsi64_si128(scales_and_mins(packed(self)).0 as i64);
+            let scales = _mm_cvtsi64_si128(scales_and_mins(packed_scales(self)).0 as i64);
             let twice_each = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scales, scales)));
             _mm512_mul_ps(twice_each, _mm512_broadcastss_ps(d_and_dmin(self)))
         }
@@ -78,7 +78,7 @@ pub trait SuperBlock: Block + Sized {
     #[inline(always)]
     unsafe fn mins(&self) -> Option<(__m128i, f32)> {
         unsafe {
-            let mins = _mm_cvtsi64_si128(scales_and_mins(packed(self)).1 as i64);
+            let mins = _mm_cvtsi64_si128(scales_and_mins(packed_scales(self)).1 as i64);
             Some((mins, _mm_cvtss_f32(_mm_movehdup_ps(d_and_dmin(self)))))
         }
     }
@@ -212,35 +212,40 @@ pub struct PanelBlock {
 }
 
 /// Products with super-blocks of `B`.
-pub struct SuperProducts<B>(PhantomData<B>);
+pub struct KQuantProducts<B>(PhantomData<B>);
 
 // SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
-unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
+unsafe impl<B: SuperBlock> Products for KQuantProducts<B> {
     type V = __m512;
-    type Row = DealtRow;
+    type Row = InterleavedRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
     /// Of the groups times their scales, and of the mins.
     type Sum = (__m512, __m256);
     const ROW: usize = SUPER;
     const STEP: usize = SUPER;
-    const TURN: usize = SUPER;
+    const ROW_SWITCH: usize = SUPER;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
         unsafe { (_mm512_setzero_ps(), _mm256_setzero_ps()) }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[InterleavedRow]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
         unsafe {
             let block = block::<B>(weights.bytes, step);
             // Activations of four tokens are more than half of the first cache: weights that come early push them out.
-            if T == TOGETHER {
-                ahead::<4096, _MM_HINT_T1, B>(block)
+            if T == NR {
+                prefetch_ahead::<4096, _MM_HINT_T1, B>(block)
             } else {
                 prefetch(block)
             }
@@ -268,7 +273,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     }
 
     #[inline(always)]
-    unsafe fn total((sum, mins): Self::Sum) -> f32 {
+    unsafe fn reduce((sum, mins): Self::Sum) -> f32 {
         unsafe { _mm512_sub_ps(sum, _mm512_zextps256_ps512(mins)).sum() }
     }
 
@@ -296,7 +301,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); T]; R];
             for group in 0..B::GROUPS {
-                let (lane, steps) = (dealt::lane(B::GROUPS, group), 64 / B::GROUPS);
+                let (lane, steps) = (interleave::lane(B::GROUPS, group), 64 / B::GROUPS);
                 let mut starts = [_mm512_setzero_si512(); T];
                 if B::GROUPS == 16 {
                     for t in 0..T {
@@ -312,7 +317,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                     for t in 0..T {
                         tokens[t] = _mm512_load_si512(x[t].q.as_ptr().add(group * steps + step).cast());
                     }
-                    let at = dealt::place(B::GROUPS, group, step);
+                    let at = interleave::lane_of_quad(B::GROUPS, group, step);
                     for r in 0..R {
                         let w = _mm512_set1_epi32((&raw const (*rows.add(r)).q).cast::<i32>().add(at).read());
                         for t in 0..T {
@@ -350,35 +355,40 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
 /// 32 unpacked weights of one row, 128 added to each.
 #[derive(Copy, Clone)]
 #[repr(C, align(32))]
-pub struct SmallBlock {
+pub struct Q8Block {
     q: [u8; 32],
     d: f32,
 }
 
 /// Products with blocks of `Q8_0`.
-pub struct SmallProducts;
+pub struct Q8Products;
 
-// SAFETY: as for `SuperProducts`.
-unsafe impl Products for SmallProducts {
+// SAFETY: as for `KQuantProducts`.
+unsafe impl Products for Q8Products {
     type V = __m512;
-    type Row = SmallRow;
-    type Tile = SmallTile;
-    type Block = SmallBlock;
+    type Row = Q8Row;
+    type Tile = Q8Tile;
+    type Block = Q8Block;
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
-    const TURN: usize = 1024;
+    const ROW_SWITCH: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
         unsafe { _mm256_setzero_ps() }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[Q8Row]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
         unsafe {
             let block = block::<blocks::Q8_0>(weights.bytes, step);
             prefetch(block);
@@ -394,12 +404,12 @@ unsafe impl Products for SmallProducts {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: Self::Sum) -> f32 {
+    unsafe fn reduce(sum: Self::Sum) -> f32 {
         unsafe { _mm512_zextps256_ps512(sum).sum() }
     }
 
     #[inline(always)]
-    unsafe fn unpack(weights: Weights<'_>, to: *mut SmallBlock, stride: usize) {
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Q8Block, stride: usize) {
         unsafe {
             for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
                 prefetch(block);
@@ -412,7 +422,7 @@ unsafe impl Products for SmallProducts {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const T: usize>(rows: *const SmallBlock, x: [&SmallTile; T], out: *mut f32, stride: usize) {
+    unsafe fn multiply<const T: usize>(rows: *const Q8Block, x: [&Q8Tile; T], out: *mut f32, stride: usize) {
         const R: usize = 4;
         unsafe {
             let mut sums32 = [[_mm512_setzero_si512(); T]; R];

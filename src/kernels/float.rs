@@ -7,7 +7,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::pack::{FLOATS, FloatTile, SUPER, TILE};
-use super::products::{Products, TOGETHER};
+use super::products::{NR, Products};
 use super::simd::{self, Simd};
 use super::{Weights, dequantize};
 
@@ -72,7 +72,7 @@ unsafe impl Stored for StoredBlocks {
 /// Weights that are dequantized at a time: whole blocks of every format.
 const STEP: usize = SUPER;
 /// Sums of a dot product that run side by side. With two rows and four tokens that makes 16 registers.
-const CHAINS: usize = 2;
+const ACCUMULATORS: usize = 2;
 
 // SAFETY: pointers stay inside the slices, see each.
 unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
@@ -80,7 +80,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type Row = f32;
     type Tile = FloatTile;
     type Block = [f32; FLOATS];
-    type Sum = [V; CHAINS];
+    type Sum = [V; ACCUMULATORS];
     const ROW: usize = 1;
     const STEP: usize = STEP;
     const BLOCK: usize = FLOATS;
@@ -88,14 +88,14 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
         // SAFETY: the caller's promise.
-        unsafe { [V::splat(0.0); CHAINS] }
+        unsafe { [V::splat(0.0); ACCUMULATORS] }
     }
 
     /// Dequantizes first: blocks, and a last step that is shorter than the others.
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
         let start = step * STEP;
         let count = STEP.min(weights.cols - start);
         let (mut w, mut x_end) = ([0f32; STEP], [0f32; STEP]);
@@ -107,7 +107,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
                 x = &x_end;
             }
             for i in (0..count).step_by(V::LANES) {
-                let sum = &mut sums[t][i / V::LANES % CHAINS];
+                let sum = &mut sums[t][i / V::LANES % ACCUMULATORS];
                 // SAFETY: `w` and `x` have STEP numbers, which are whole vectors; the rest is the caller's promise.
                 *sum = unsafe { V::load(w.as_ptr().add(i)).mul_add(V::load(x.as_ptr().add(i)), *sum) };
             }
@@ -116,31 +116,31 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 
     /// Side by side, so that activations are loaded once for both rows.
     #[inline(always)]
-    unsafe fn add_both<const T: usize>(
+    unsafe fn accumulate_pair<const T: usize>(
         rows: [Weights<'_>; 2],
         steps: Range<usize>,
         x: [&[f32]; T],
         sums: &mut [[Self::Sum; T]; 2],
     ) {
-        let mut growing = *sums;
+        let mut accumulators = *sums;
         let mut done = steps.start;
         if let Some(bytes) = S::BYTES {
             done = steps.end.min(rows[0].cols / STEP);
-            let ahead = if T == TOGETHER { 4096 } else { 512 * bytes }; // what was fastest from memory
-            for chunk in (steps.start * STEP..done * STEP).step_by(CHAINS * V::LANES) {
+            let ahead = if T == NR { 4096 } else { 512 * bytes }; // what was fastest from memory
+            for chunk in (steps.start * STEP..done * STEP).step_by(ACCUMULATORS * V::LANES) {
                 // SAFETY: whole steps of the rows and of `x`; the rest is the caller's promise.
                 unsafe {
                     for row in rows {
                         V::prefetch(row.bytes.as_ptr().wrapping_add(chunk * bytes + ahead));
                     }
-                    for c in 0..CHAINS {
+                    for c in 0..ACCUMULATORS {
                         let i = chunk + c * V::LANES;
                         let w0 = S::load::<V>(rows[0].bytes.as_ptr().add(i * bytes));
                         let w1 = S::load::<V>(rows[1].bytes.as_ptr().add(i * bytes));
                         for t in 0..T {
                             let x = V::load(x[t].as_ptr().add(i));
-                            growing[0][t][c] = w0.mul_add(x, growing[0][t][c]);
-                            growing[1][t][c] = w1.mul_add(x, growing[1][t][c]);
+                            accumulators[0][t][c] = w0.mul_add(x, accumulators[0][t][c]);
+                            accumulators[1][t][c] = w1.mul_add(x, accumulators[1][t][c]);
                         }
                     }
                 }
@@ -149,14 +149,14 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
         for step in done..steps.end {
             for side in 0..2 {
                 // SAFETY: the caller's promise.
-                unsafe { Self::add(rows[side], step, x, &mut growing[side]) };
+                unsafe { Self::accumulate(rows[side], step, x, &mut accumulators[side]) };
             }
         }
-        *sums = growing;
+        *sums = accumulators;
     }
 
     #[inline(always)]
-    unsafe fn total([a, b]: Self::Sum) -> f32 {
+    unsafe fn reduce([a, b]: Self::Sum) -> f32 {
         // SAFETY: the caller's promise.
         unsafe { a.add(b).sum() }
     }

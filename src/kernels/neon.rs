@@ -23,7 +23,7 @@ use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
+use super::pack::{self, Q8Row, Q8Tile, RowBlock, SUPER, TILE, TileBlock};
 use super::products::{self, Products};
 use super::simd::Simd;
 use super::{Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
@@ -70,16 +70,16 @@ pub fn neon() -> Option<Box<dyn Kernel>> {
     }
 }
 
-type BaseSuper<B> = SuperProducts<Base, B>;
-type BaseSmall = SmallProducts<Base>;
-type DotSuper<B> = SuperProducts<DotProd, B>;
-type DotSmall = SmallProducts<DotProd>;
-type I8mmSuper<B> = SuperProducts<I8mm, B>;
-type I8mmSmall = SmallProducts<I8mm>;
+type BaseKQuant<B> = KQuantProducts<Base, B>;
+type BaseQ8 = Q8Products<Base>;
+type DotKQuant<B> = KQuantProducts<DotProd, B>;
+type DotQ8 = Q8Products<DotProd>;
+type I8mmKQuant<B> = KQuantProducts<I8mm, B>;
+type I8mmQ8 = Q8Products<I8mm>;
 
-kernel!(Base, "neon", "neon", float32x4_t, BaseSuper, BaseSmall, pack::pack_row, pack::pack_tile::<4>);
-kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotSuper, DotSmall, pack::pack_row, pack::pack_tile::<4>);
-kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmSuper, I8mmSmall, pack::pack_row, pack::pack_tile::<8>);
+kernel!(Base, "neon", "neon", float32x4_t, BaseKQuant, BaseQ8, pack::pack_row, pack::pack_tile::<4>);
+kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotKQuant, DotQ8, pack::pack_row, pack::pack_tile::<4>);
+kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmKQuant, I8mmQ8, pack::pack_row, pack::pack_tile::<8>);
 
 #[inline(always)]
 unsafe fn f32_of(half: blocks::Half) -> f32 {
@@ -99,7 +99,7 @@ unsafe fn prefetch<B: Block>(block: &B) {
 }
 
 /// The integer parts of a super-block, `w = d * scale * q - dmin * min`.
-pub struct Super {
+pub struct Scales {
     /// Of groups `4 i .. 4 i + 4`.
     scales: [int32x4_t; 4],
     /// Where groups are of 32.
@@ -112,21 +112,21 @@ pub trait SuperBlock: Block {
     /// 8, with mins, or 16, without them.
     const GROUPS: usize;
 
-    unsafe fn scales(&self) -> Super;
+    unsafe fn scales(&self) -> Scales;
 
     /// Weights `128 * i .. 128 * (i + 1)` as signed bytes.
     unsafe fn quants(&self, i: usize) -> [int8x16_t; 8];
 }
 
 #[inline(always)]
-unsafe fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
+unsafe fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Scales {
     unsafe {
         let (scales, mins) = scales_and_mins(packed);
         let bytes_to_i16 = |bytes| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(bytes)));
         let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
         let zero = vdupq_n_s32(0);
         let scales = [vmovl_s16(vget_low_s16(scales)), vmovl_high_s16(scales), zero, zero];
-        Super { scales, mins, d: f32_of(d), dmin: f32_of(dmin) }
+        Scales { scales, mins, d: f32_of(d), dmin: f32_of(dmin) }
     }
 }
 
@@ -145,7 +145,7 @@ unsafe fn nibbles<const N: usize>(qs: *const u8) -> ([uint8x16_t; N], [uint8x16_
 
 /// The bits of every byte that `mask` shows after moving them left (`by` > 0) or right.
 #[inline(always)]
-unsafe fn moved(bits: uint8x16_t, by: i8, mask: u8) -> uint8x16_t {
+unsafe fn shift_and_mask(bits: uint8x16_t, by: i8, mask: u8) -> uint8x16_t {
     unsafe { vandq_u8(vshlq_u8(bits, vdupq_n_s8(by)), vdupq_n_u8(mask)) }
 }
 
@@ -153,7 +153,7 @@ impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
         unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
     }
 
@@ -171,7 +171,7 @@ impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
         unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
     }
 
@@ -184,7 +184,7 @@ impl SuperBlock for blocks::Q5_K {
             let fifth = [vld1q_u8(self.qh.as_ptr()), vld1q_u8(self.qh.as_ptr().add(16))];
             for group in 0..4 {
                 for side in 0..2 {
-                    let fifth = moved(fifth[side], 4 - (4 * i + group) as i8, 16);
+                    let fifth = shift_and_mask(fifth[side], 4 - (4 * i + group) as i8, 16);
                     q[2 * group + side] = vorrq_u8(q[2 * group + side], fifth);
                 }
             }
@@ -197,13 +197,13 @@ impl SuperBlock for blocks::Q6_K {
     const GROUPS: usize = 16;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
         unsafe {
             let scales = vld1q_s8(self.scales.as_ptr());
             let (a, b) = (vmovl_s8(vget_low_s8(scales)), vmovl_high_s8(scales));
             let wide = |half| (vmovl_s16(vget_low_s16(half)), vmovl_high_s16(half));
             let ((a, b), (c, d)) = (wide(a), wide(b));
-            Super { scales: [a, b, c, d], mins: vdupq_n_s16(0), d: f32_of(self.d), dmin: 0.0 }
+            Scales { scales: [a, b, c, d], mins: vdupq_n_s16(0), d: f32_of(self.d), dmin: 0.0 }
         }
     }
 
@@ -217,7 +217,7 @@ impl SuperBlock for blocks::Q6_K {
             let mut signed = [vdupq_n_s8(0); 8];
             for group in 0..4 {
                 for side in 0..2 {
-                    let bits = moved(bits[side], 4 - 2 * group as i8, 48);
+                    let bits = shift_and_mask(bits[side], 4 - 2 * group as i8, 48);
                     let q = vreinterpretq_s8_u8(vorrq_u8(q[2 * group + side], bits));
                     // w = d * scale * (q - 32)
                     signed[2 * group + side] = vsubq_s8(q, vdupq_n_s8(32));
@@ -240,16 +240,16 @@ pub struct PanelBlock {
 }
 
 /// Products with super-blocks of `B`, bytes multiplied as `D` does.
-pub struct SuperProducts<D, B>(PhantomData<(D, B)>);
+pub struct KQuantProducts<D, B>(PhantomData<(D, B)>);
 
 /// Lane k: the sum of the lanes of `sums[k]`.
 #[inline(always)]
-unsafe fn add_up(sums: [int32x4_t; 4]) -> int32x4_t {
+unsafe fn reduce4(sums: [int32x4_t; 4]) -> int32x4_t {
     unsafe { vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])) }
 }
 
 // SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
-unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
+unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
     type V = float32x4_t;
     type Row = RowBlock;
     type Tile = TileBlock;
@@ -262,12 +262,17 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> float32x4_t {
+    unsafe fn zero() -> float32x4_t {
         unsafe { vdupq_n_f32(0.0) }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[RowBlock]; T], sums: &mut [float32x4_t; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[RowBlock]; T],
+        sums: &mut [float32x4_t; T],
+    ) {
         unsafe {
             let block = block::<B>(weights.bytes, step);
             prefetch(block);
@@ -280,13 +285,13 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
                     let at = |j: usize| vld1q_s8(x.add(16 * j));
                     if B::GROUPS == 8 {
                         let group = |j: usize| D::dot([q[2 * j], q[2 * j + 1]], [at(2 * j), at(2 * j + 1)]);
-                        let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                        let sum32 = reduce4([group(0), group(1), group(2), group(3)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[half]);
                     } else {
                         let group = |j: usize| D::dot([q[j]], [at(j)]);
-                        let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                        let sum32 = reduce4([group(0), group(1), group(2), group(3)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half]);
-                        let sum32 = add_up([group(4), group(5), group(6), group(7)]);
+                        let sum32 = reduce4([group(4), group(5), group(6), group(7)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
                     }
                 }
@@ -305,7 +310,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: float32x4_t) -> f32 {
+    unsafe fn reduce(sum: float32x4_t) -> f32 {
         unsafe { sum.sum() }
     }
 
@@ -360,7 +365,7 @@ unsafe fn multiply_half_tile<D: Bytes, B: SuperBlock>(
             // 8 * 31 * 127 (Q5_K) and 4 * 32 * 127 (Q6_K) fit into 16 bits.
             let sums32 = D::multiply::<8>(w, q.add(group * features * TILE), features);
             let scale = |r| vld1q_dup_s32((&raw const (*rows.add(r)).scales).cast::<i32>().add(group));
-            let scales = D::factors(ROWS.map(scale));
+            let scales = D::row_factors(ROWS.map(scale));
             for i in 0..8 {
                 totals[i] = vmlaq_s32(totals[i], sums32[i], scales[i / 2]);
             }
@@ -407,20 +412,20 @@ unsafe fn mins_step<const G: i32, const H: i32>(totals: &mut [int32x4_t; 8], min
 /// 32 weights of one row.
 #[derive(Copy, Clone)]
 #[repr(C, align(16))]
-pub struct SmallBlock {
+pub struct Q8Block {
     q: [i8; 32],
     d: f32,
 }
 
 /// Products with blocks of `Q8_0`, bytes multiplied as `D` does.
-pub struct SmallProducts<D>(PhantomData<D>);
+pub struct Q8Products<D>(PhantomData<D>);
 
-// SAFETY: as for `SuperProducts`.
-unsafe impl<D: Bytes> Products for SmallProducts<D> {
+// SAFETY: as for `KQuantProducts`.
+unsafe impl<D: Bytes> Products for Q8Products<D> {
     type V = float32x4_t;
-    type Row = SmallRow;
-    type Tile = SmallTile;
-    type Block = SmallBlock;
+    type Row = Q8Row;
+    type Tile = Q8Tile;
+    type Block = Q8Block;
     type Sum = float32x4_t;
     const ROW: usize = 32;
     const STEP: usize = 32;
@@ -429,12 +434,17 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
         unsafe { vdupq_n_f32(0.0) }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[Q8Row]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
         unsafe {
             let block = block::<blocks::Q8_0>(weights.bytes, step);
             prefetch(block);
@@ -449,22 +459,22 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: Self::Sum) -> f32 {
+    unsafe fn reduce(sum: Self::Sum) -> f32 {
         unsafe { sum.sum() }
     }
 
     #[inline(always)]
-    unsafe fn unpack(weights: Weights<'_>, to: *mut SmallBlock, stride: usize) {
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Q8Block, stride: usize) {
         unsafe {
             for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
                 prefetch(block);
-                *to.add(i * stride) = SmallBlock { q: block.qs, d: f32_of(block.d) };
+                *to.add(i * stride) = Q8Block { q: block.qs, d: f32_of(block.d) };
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn multiply<const T: usize>(rows: *const SmallBlock, x: [&SmallTile; T], out: *mut f32, stride: usize) {
+    unsafe fn multiply<const T: usize>(rows: *const Q8Block, x: [&Q8Tile; T], out: *mut f32, stride: usize) {
         unsafe {
             for t in 0..T {
                 for half in 0..2 {

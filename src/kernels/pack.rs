@@ -36,22 +36,22 @@ impl Line {
 
 /// How weights of a format meet activations in the fast kernels.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub enum Scheme {
+pub enum Activations {
     /// 256 weights with integer scales: 8 groups of 32 with scale and min, or 16 groups of 16.
-    Super { groups: usize },
+    Q8K { groups: usize },
     /// 32 weights with a float scale.
-    Small,
+    Q8,
     /// Multiplied in f32.
-    Float,
+    F32,
 }
 
-impl Scheme {
+impl Activations {
     pub fn of(format: Format) -> Self {
         match format {
-            Format::Q4_K | Format::Q5_K => Scheme::Super { groups: 8 },
-            Format::Q6_K => Scheme::Super { groups: 16 },
-            Format::Q8_0 => Scheme::Small,
-            _ => Scheme::Float,
+            Format::Q4_K | Format::Q5_K => Activations::Q8K { groups: 8 },
+            Format::Q6_K => Activations::Q8K { groups: 16 },
+            Format::Q8_0 => Activations::Q8,
+            _ => Activations::F32,
         }
     }
 }
@@ -66,11 +66,11 @@ unsafe impl Plain for f32 {}
 // SAFETY: as above.
 unsafe impl Plain for RowBlock {}
 // SAFETY: as above.
-unsafe impl Plain for SmallRow {}
+unsafe impl Plain for Q8Row {}
 // SAFETY: as above.
 unsafe impl Plain for TileBlock {}
 // SAFETY: as above.
-unsafe impl Plain for SmallTile {}
+unsafe impl Plain for Q8Tile {}
 // SAFETY: as above.
 unsafe impl Plain for FloatTile {}
 
@@ -86,7 +86,7 @@ pub fn view_mut<T: Plain>(lines: &mut [Line]) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), size_of_val(lines) / size_of::<T>()) }
 }
 
-/// 256 features of one token, in order: for NEON. x86 has `dealt::DealtRow`.
+/// 256 features of one token, in order: for NEON. x86 has `interleave::InterleavedRow`.
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
 pub struct RowBlock {
@@ -100,7 +100,7 @@ pub struct RowBlock {
 /// 32 features of one token.
 #[derive(Copy, Clone)]
 #[repr(C)]
-pub struct SmallRow {
+pub struct Q8Row {
     pub q: [i8; 32],
     pub d: f32,
 }
@@ -119,7 +119,7 @@ pub struct TileBlock {
 /// 32 features of 16 tokens.
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
-pub struct SmallTile {
+pub struct Q8Tile {
     pub q: [[i8; 64]; 8],
     pub sums: [i32; TILE],
     pub d: [f32; TILE],
@@ -132,19 +132,19 @@ pub struct FloatTile(pub [[f32; TILE]; FLOATS]);
 
 /// Lines of one token for decode, with blocks of `B` where weights come in super-blocks.
 pub fn row_lines<B: Plain>(format: Format, cols: usize) -> usize {
-    Line::count(match Scheme::of(format) {
-        Scheme::Super { .. } => cols / SUPER * size_of::<B>(),
-        Scheme::Small => cols / 32 * size_of::<SmallRow>(),
-        Scheme::Float => cols * 4,
+    Line::count(match Activations::of(format) {
+        Activations::Q8K { .. } => cols / SUPER * size_of::<B>(),
+        Activations::Q8 => cols / 32 * size_of::<Q8Row>(),
+        Activations::F32 => cols * 4,
     })
 }
 
 /// Lines of a tile of 16 tokens for prefill.
 pub fn tile_lines(format: Format, cols: usize) -> usize {
-    Line::count(match Scheme::of(format) {
-        Scheme::Super { .. } => cols / SUPER * size_of::<TileBlock>(),
-        Scheme::Small => cols / 32 * size_of::<SmallTile>(),
-        Scheme::Float => cols.div_ceil(FLOATS) * size_of::<FloatTile>(),
+    Line::count(match Activations::of(format) {
+        Activations::Q8K { .. } => cols / SUPER * size_of::<TileBlock>(),
+        Activations::Q8 => cols / 32 * size_of::<Q8Tile>(),
+        Activations::F32 => cols.div_ceil(FLOATS) * size_of::<FloatTile>(),
     })
 }
 
@@ -152,15 +152,15 @@ pub fn tile_lines(format: Format, cols: usize) -> usize {
 /// any activation counts as 0.
 #[inline(always)]
 pub fn quantize<const N: usize>(x: &[f32; N], q: &mut [i8; N]) -> f32 {
-    // As integers, magnitudes compare as they do as numbers, and a NaN is the greatest.
-    let greatest = f32::from_bits(x.iter().fold(0, |greatest, x| greatest.max(x.abs().to_bits())));
-    let (d, scale) = if greatest > 1e-30 { (greatest / 127.0, 127.0 / greatest) } else { (0.0, 0.0) };
+    // As integers, magnitudes compare as they do as numbers, and a NaN is the max.
+    let max = f32::from_bits(x.iter().fold(0, |max, x| max.max(x.abs().to_bits())));
+    let (d, scale) = if max > 1e-30 { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
     // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits: this vectorizes everywhere.
     const ROUND: f32 = 12_582_912.0;
     for (q, x) in q.iter_mut().zip(x) {
         *q = (x * scale + ROUND).to_bits() as i8;
     }
-    if greatest < f32::INFINITY { d } else { f32::NAN }
+    if max < f32::INFINITY { d } else { f32::NAN }
 }
 
 #[inline(always)]
@@ -171,8 +171,8 @@ pub fn sum(q: &[i8]) -> i32 {
 /// One token for decode.
 #[inline(always)]
 pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
-    match Scheme::of(format) {
-        Scheme::Super { groups } => {
+    match Activations::of(format) {
+        Activations::Q8K { groups } => {
             for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<RowBlock>(row)) {
                 block.d = quantize(x, &mut block.q);
                 block.sums = [0; 16];
@@ -181,38 +181,38 @@ pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
                 }
             }
         }
-        Scheme::Small => {
-            for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<SmallRow>(row)) {
+        Activations::Q8 => {
+            for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<Q8Row>(row)) {
                 block.d = quantize(x, &mut block.q);
             }
         }
-        Scheme::Float => view_mut(row)[..x.len()].copy_from_slice(x),
+        Activations::F32 => view_mut(row)[..x.len()].copy_from_slice(x),
     }
 }
 
 /// Token `at` of a tile for prefill, 8-bit features in runs of `RUN`; the others of the tile are left as they are.
 #[inline(always)]
 pub fn pack_tile<const RUN: usize>(format: Format, x: &[f32], at: usize, tile: &mut [Line]) {
-    match Scheme::of(format) {
-        Scheme::Super { groups } => {
+    match Activations::of(format) {
+        Activations::Q8K { groups } => {
             let mut q = [0; SUPER];
             for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<TileBlock>(tile)) {
                 block.d[at] = quantize(x, &mut q);
-                spread::<RUN>(&q, at, &mut block.q);
+                scatter::<RUN>(&q, at, &mut block.q);
                 for (group, q) in q.chunks_exact(SUPER / groups).enumerate() {
                     block.sums[group / 2][2 * at + group % 2] = sum(q) as i16;
                 }
             }
         }
-        Scheme::Small => {
+        Activations::Q8 => {
             let mut q = [0; 32];
-            for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<SmallTile>(tile)) {
+            for (x, block) in x.as_chunks::<32>().0.iter().zip(view_mut::<Q8Tile>(tile)) {
                 block.d[at] = quantize(x, &mut q);
                 block.sums[at] = sum(&q);
-                spread::<RUN>(&q, at, &mut block.q);
+                scatter::<RUN>(&q, at, &mut block.q);
             }
         }
-        Scheme::Float => {
+        Activations::F32 => {
             for (x, block) in x.chunks(FLOATS).zip(view_mut::<FloatTile>(tile)) {
                 for (i, to) in block.0.iter_mut().enumerate() {
                     to[at] = x.get(i).copied().unwrap_or(0.0);
@@ -223,7 +223,7 @@ pub fn pack_tile<const RUN: usize>(format: Format, x: &[f32], at: usize, tile: &
 }
 
 #[inline(always)]
-fn spread<const RUN: usize>(q: &[i8], at: usize, to: &mut [[i8; 64]]) {
+fn scatter<const RUN: usize>(q: &[i8], at: usize, to: &mut [[i8; 64]]) {
     let runs = to.as_flattened_mut().as_chunks_mut::<RUN>().0;
     for (q, runs) in q.as_chunks::<RUN>().0.iter().zip(runs.as_chunks_mut::<TILE>().0) {
         runs[at] = *q;

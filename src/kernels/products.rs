@@ -3,7 +3,7 @@
 //! ```text
 //! decode:   for each two weight rows, one of either half of the matrix, for each 4 tokens:
 //!               for each few features, for each of the rows:  sums += w x
-//!           two runs of addresses in turn keep more reads under way than one, and share what they load of activations
+//!           two runs of addresses in turn reduce_into more reads under way than one, and share what they load of activations
 //! prefill:  for each panel of 32 weight rows:         unpack it, into cache
 //!               for each few tiles of 16 tokens, for each block of features, for each few rows:  sums += w x
 //!               turn the sums from (row, token) to (token, row)
@@ -23,11 +23,11 @@ const PANEL: usize = 32;
 /// Sums of one tile with a panel.
 const TILE_STRIDE: usize = PANEL * TILE;
 /// Tokens that share the unpacking of a weight in decode.
-pub const TOGETHER: usize = 4;
-/// Features of one row before it is the other's turn, as far as `Products::TURN` does not say otherwise.
-const STRETCH: usize = 3072;
-/// Rows whose results decode hands out together.
-const STRIP: usize = 64;
+pub const NR: usize = 4;
+/// Features of one row before it is the other's turn, as far as `Products::ROW_SWITCH` does not say otherwise.
+const DEFAULT_ROW_SWITCH: usize = 3072;
+/// Rows whose results decode hands out batch.
+const ROW_BLOCK: usize = 64;
 
 /// How weights of one format are multiplied with one instruction set.
 ///
@@ -48,40 +48,45 @@ pub unsafe trait Products {
     const ROW: usize;
     /// Features that decode takes at a time: a multiple of `ROW`.
     const STEP: usize;
-    /// Features of one row that decode multiplies with `TOGETHER` tokens before it is the other's turn. Few: the other finds
+    /// Features of one row that decode multiplies with `NR` tokens before it is the other's turn. Few: the other finds
     /// the activations in the first cache. Many: the sums of one row, and not of two, stay in registers.
-    const TURN: usize = STRETCH;
+    const ROW_SWITCH: usize = DEFAULT_ROW_SWITCH;
     /// Features of a `Block`.
     const BLOCK: usize;
-    /// Rows that are multiplied together: a divisor of 32.
+    /// Rows that are multiplied batch: a divisor of 32.
     const ROWS: usize;
     /// Tiles that are: at most 3.
     const TILES: usize;
 
-    unsafe fn nothing() -> Self::Sum;
+    unsafe fn zero() -> Self::Sum;
 
     /// Adds step `step` of one weight row with `T` tokens, all of which hold it; the last may be shorter than `STEP`.
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[Self::Row]; T], sums: &mut [Self::Sum; T]);
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[Self::Row]; T],
+        sums: &mut [Self::Sum; T],
+    );
 
     /// Adds some steps of two weight rows. As written here one after the other.
     #[inline(always)]
-    unsafe fn add_both<const T: usize>(
+    unsafe fn accumulate_pair<const T: usize>(
         rows: [Weights<'_>; 2],
         steps: Range<usize>,
         x: [&[Self::Row]; T],
         sums: &mut [[Self::Sum; T]; 2],
     ) {
         for side in 0..2 {
-            let mut growing = sums[side];
+            let mut accumulators = sums[side];
             for step in steps.clone() {
                 // SAFETY: the caller's promise.
-                unsafe { Self::add(rows[side], step, x, &mut growing) };
+                unsafe { Self::accumulate(rows[side], step, x, &mut accumulators) };
             }
-            sums[side] = growing;
+            sums[side] = accumulators;
         }
     }
 
-    unsafe fn total(sum: Self::Sum) -> f32;
+    unsafe fn reduce(sum: Self::Sum) -> f32;
 
     /// Unpack one weight row: block i goes to `to + i * stride`.
     unsafe fn unpack(weights: Weights<'_>, to: *mut Self::Block, stride: usize);
@@ -96,7 +101,7 @@ pub unsafe trait Products {
 }
 
 /// Results of both halves, for some tokens and rows.
-type Strips = [[[f32; STRIP]; TOGETHER]; 2];
+type Results = [[[f32; ROW_BLOCK]; NR]; 2];
 
 /// A few tokens, prepared row by row.
 ///
@@ -107,46 +112,46 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
     assert_eq!(weights.cols % weights.format.block_len(), 0, "features of a row, in whole blocks");
     let lines = x.len() / tokens;
     let row = |token: usize| view::<P::Row>(&x[token * lines..(token + 1) * lines]);
-    let mut strips: Strips = [[[0f32; STRIP]; TOGETHER]; 2];
+    let mut results: Results = [[[0f32; ROW_BLOCK]; NR]; 2];
     let rows = weights.n_rows();
     let half = rows.div_ceil(2);
-    for first in (0..half).step_by(STRIP) {
-        let count = STRIP.min(half - first);
+    for first in (0..half).step_by(ROW_BLOCK) {
+        let count = ROW_BLOCK.min(half - first);
         let mut token = 0;
         while token < tokens {
-            let together = match tokens - token {
+            let batch = match tokens - token {
                 1 => 1,
                 2 | 3 => 2,
-                _ => TOGETHER,
+                _ => NR,
             };
             for i in 0..count {
                 // The last row of the first half may have no partner: it gets one that is not handed out.
                 let pair = [weights.row(first + i), weights.row((half + first + i).min(rows - 1))];
                 // SAFETY: the caller's promise.
                 unsafe {
-                    match together {
-                        1 => dot::<P, 1>(pair, [row(token)], &mut strips, i),
-                        2 => dot::<P, 2>(pair, [row(token), row(token + 1)], &mut strips, i),
+                    match batch {
+                        1 => dot::<P, 1>(pair, [row(token)], &mut results, i),
+                        2 => dot::<P, 2>(pair, [row(token), row(token + 1)], &mut results, i),
                         _ => {
                             let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
-                            dot::<P, TOGETHER>(pair, x, &mut strips, i);
+                            dot::<P, NR>(pair, x, &mut results, i);
                         }
                     }
                 }
             }
-            for (side, strip) in strips.iter().enumerate() {
+            for (side, results) in results.iter().enumerate() {
                 let at = side * half + first;
                 let count = count.min(rows.saturating_sub(at));
-                for (t, strip) in strip.iter().enumerate().take(together) {
-                    out(token + t, at, &strip[..count]);
+                for (t, results) in results.iter().enumerate().take(batch) {
+                    out(token + t, at, &results[..count]);
                 }
             }
-            token += together;
+            token += batch;
         }
     }
 }
 
-/// Two weight rows with `T` tokens, to place `at` of the strips.
+/// Two weight rows with `T` tokens, to place `at` of the results.
 ///
 /// # Safety
 /// As for [`Products`].
@@ -154,23 +159,23 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
 unsafe fn dot<P: Products, const T: usize>(
     rows: [Weights<'_>; 2],
     mut x: [&[P::Row]; T],
-    strips: &mut Strips,
+    results: &mut Results,
     at: usize,
 ) {
     let cols = rows[0].cols;
     for t in 0..T {
         x[t] = &x[t][..cols.div_ceil(P::ROW)];
     }
-    let turn = if T == TOGETHER { P::TURN } else { STRETCH } / P::STEP;
+    let turn = if T == NR { P::ROW_SWITCH } else { DEFAULT_ROW_SWITCH } / P::STEP;
     let steps = cols.div_ceil(P::STEP);
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[P::nothing(); T]; 2];
+        let mut sums = [[P::zero(); T]; 2];
         for first in (0..steps).step_by(turn) {
-            P::add_both(rows, first..steps.min(first + turn), x, &mut sums);
+            P::accumulate_pair(rows, first..steps.min(first + turn), x, &mut sums);
         }
         for side in 0..2 {
-            keep::<P, T>(sums[side], &mut strips[side], at);
+            reduce_into::<P, T>(sums[side], &mut results[side], at);
         }
     }
 }
@@ -178,10 +183,10 @@ unsafe fn dot<P: Products, const T: usize>(
 /// # Safety
 /// As for [`Products`].
 #[inline(always)]
-unsafe fn keep<P: Products, const T: usize>(sums: [P::Sum; T], strips: &mut [[f32; STRIP]; TOGETHER], at: usize) {
+unsafe fn reduce_into<P: Products, const T: usize>(sums: [P::Sum; T], results: &mut [[f32; ROW_BLOCK]; NR], at: usize) {
     for t in 0..T {
         // SAFETY: the caller's promise.
-        strips[t][at] = unsafe { P::total(sums[t]) };
+        results[t][at] = unsafe { P::reduce(sums[t]) };
     }
 }
 
@@ -212,11 +217,11 @@ pub unsafe fn prefill<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usi
             }
             std::slice::from_raw_parts_mut(sums, tiles * TILE_STRIDE).fill(0.0);
             let steps = tiles.div_ceil(P::TILES) * blocks * count.div_ceil(P::ROWS);
-            let mut ahead = Ahead::new(weights, first + PANEL, steps);
+            let mut prefetcher = Prefetcher::new(weights, first + PANEL, steps);
             for t in (0..tiles).step_by(P::TILES) {
                 for block in 0..blocks {
                     for row in (0..count).step_by(P::ROWS) {
-                        ahead.fetch::<P>();
+                        prefetcher.fetch::<P>();
                         let w = panel.add(block * PANEL + row);
                         let out = sums.add(t * TILE_STRIDE + row * TILE);
                         match P::TILES.min(tiles - t) {
@@ -230,17 +235,17 @@ pub unsafe fn prefill<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usi
                     }
                 }
             }
-            let mut turned = [0f32; PANEL * TILE]; // (token, row)
+            let mut transposed = [0f32; PANEL * TILE]; // (token, row)
             for t in 0..tiles {
                 let sums = sums.add(t * TILE_STRIDE);
                 for row in (0..count).step_by(4) {
                     for token in (0..TILE).step_by(4) {
-                        let to = turned.as_mut_ptr().add(token * PANEL + row);
+                        let to = transposed.as_mut_ptr().add(token * PANEL + row);
                         P::V::transpose4(sums.add(row * TILE + token), TILE, to, PANEL);
                     }
                 }
                 for token in 0..TILE.min(tokens - t * TILE) {
-                    out(t * TILE + token, first, &turned[token * PANEL..][..count]);
+                    out(t * TILE + token, first, &transposed[token * PANEL..][..count]);
                 }
             }
         }
@@ -248,19 +253,19 @@ pub unsafe fn prefill<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usi
 }
 
 /// Prefetches the next panel of weights a few lines at a time.
-struct Ahead {
+struct Prefetcher {
     next: *const u8,
     end: *const u8,
     step: usize,
 }
 
-impl Ahead {
+impl Prefetcher {
     fn new(weights: Weights<'_>, row: usize, steps: usize) -> Self {
         let row_bytes = weights.format.row_bytes(weights.cols);
         // It may lie behind the last row: prefetching never faults, and there the next task's rows lie.
         let next = weights.bytes.as_ptr().wrapping_add(row * row_bytes);
         let bytes = PANEL * row_bytes;
-        Ahead { next, end: next.wrapping_add(bytes), step: bytes.div_ceil(steps) }
+        Prefetcher { next, end: next.wrapping_add(bytes), step: bytes.div_ceil(steps) }
     }
 
     /// # Safety

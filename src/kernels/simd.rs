@@ -18,7 +18,7 @@ use half::f16;
 pub unsafe trait Simd: Copy {
     const LANES: usize;
     /// 32 of them rather than 16.
-    const MANY_REGISTERS: bool;
+    const REGISTERS: usize;
 
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -42,7 +42,7 @@ pub unsafe trait Simd: Copy {
     /// The sum of the lanes, in a fixed order.
     unsafe fn sum(self) -> f32;
     /// The greatest lane.
-    unsafe fn greatest(self) -> f32;
+    unsafe fn reduce_max(self) -> f32;
     /// Fetch the cache line of `at` to the second level. Any address will do.
     unsafe fn prefetch(at: *const u8);
     /// 4 x 4 floats at `from`, rows `from_stride` apart, to their transpose at `to`.

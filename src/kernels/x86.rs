@@ -30,7 +30,7 @@ pub unsafe fn d_and_dmin<B: Block>(block: &B) -> __m128 {
 
 /// Its scales and mins, which come next.
 #[inline(always)]
-pub unsafe fn packed<B: Block>(block: &B) -> &[u8; 12] {
+pub unsafe fn packed_scales<B: Block>(block: &B) -> &[u8; 12] {
     const { assert!(size_of::<B>() >= 16) };
     unsafe { &*(block as *const B).cast::<u8>().add(4).cast() }
 }
@@ -38,13 +38,13 @@ pub unsafe fn packed<B: Block>(block: &B) -> &[u8; 12] {
 /// Fetches the lines of a block that lie somewhat more than 1 KB further on into the first cache.
 #[inline(always)]
 pub unsafe fn prefetch<B: Block>(block: &B) {
-    unsafe { ahead::<1280, _MM_HINT_T0, B>(block) }
+    unsafe { prefetch_ahead::<1280, _MM_HINT_T0, B>(block) }
 }
 
 /// Fetches the lines of a block that lie about so many bytes further on. Reading ahead of the end is harmless: a prefetch
 /// never faults.
 #[inline(always)]
-pub unsafe fn ahead<const BYTES: usize, const HINT: i32, B: Block>(block: &B) {
+pub unsafe fn prefetch_ahead<const BYTES: usize, const HINT: i32, B: Block>(block: &B) {
     unsafe {
         let ahead = (block as *const B).cast::<i8>().wrapping_add(BYTES);
         for line in 0..size_of::<B>().div_ceil(64) {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, STEP, STRIP};
+use super::{BLOCK, MR, STEP};
 use crate::kernels::blocks::scales_and_mins;
 use crate::kernels::blocks::{self, blocks};
 use crate::kernels::x86::f32_of;
@@ -15,13 +15,13 @@ pub unsafe fn bf16(low: __m512, high: __m512) -> __m512i {
     unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
 }
 
-/// Part of a row, at most 256 features, to bf16: step i goes to `to + i * STRIP`. The last is padded with zeros. The
+/// Part of a row, at most 256 features, to bf16: step i goes to `to + i * MR`. The last is padded with zeros. The
 /// numbers are exactly those of `dequantize`, rounded.
 #[inline(always)]
 pub unsafe fn unpack(weights: Weights<'_>, to: *mut Line) {
     // SAFETY: the caller has room for every step, whole lines of it, and the features of `Simd`.
     unsafe {
-        let step = |i: usize| to.add(i * STRIP).cast::<__m512i>();
+        let step = |i: usize| to.add(i * MR).cast::<__m512i>();
         // Super-blocks are 256 features: there is one at most.
         match weights.format {
             Format::Q4_K => unpack_q4_k(&blocks(weights.bytes)[0], step),

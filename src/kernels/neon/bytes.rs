@@ -18,12 +18,12 @@ pub unsafe trait Bytes {
     unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t;
 
     /// 4 rows with 8 tokens over 16 or 32 features: the weights of each row, the first token's features in the tile.
-    /// Of the products of a weight and a feature, `FIT` fit into 16 bits. The order of the results is that of `factors`.
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8];
+    /// Of the products of a weight and a feature, `I16_PRODUCTS` fit into 16 bits. The order of the results is that of `factors`.
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8];
 
     /// What multiplies results `2 i` and `2 i + 1` of `multiply`, given a factor of each row.
     #[inline(always)]
-    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+    unsafe fn row_factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
         rows
     }
 
@@ -53,15 +53,15 @@ unsafe impl Bytes for Base {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
         unsafe {
             let mut sums = [vdupq_n_s32(0); 8];
             // Two rows at a time: their sums of 16 and of 32 bits take 16 registers.
             for pair in 0..2 {
                 let (mut low32, mut high32) = ([vdupq_n_s32(0); 4], [vdupq_n_s32(0); 4]);
-                for start in (0..features / 4).step_by(FIT) {
+                for start in (0..features / 4).step_by(I16_PRODUCTS) {
                     let (mut low, mut high) = ([vdupq_n_s16(0); 4], [vdupq_n_s16(0); 4]);
-                    for step in start..(start + FIT).min(features / 4) {
+                    for step in start..(start + I16_PRODUCTS).min(features / 4) {
                         let x = x.add(4 * TILE * step);
                         let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
                         for r in 0..2 {
@@ -161,7 +161,7 @@ unsafe impl Bytes for DotProd {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
         unsafe {
             let mut sums = [vdupq_n_s32(0); 8];
             for k in (0..features).step_by(16) {
@@ -197,7 +197,7 @@ unsafe impl Bytes for I8mm {
 
     /// Rows 0 and 1 with tokens 0 and 1 (row by row), with tokens 2 and 3, ..., rows 2 and 3 likewise.
     #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
         unsafe {
             let mut sums = [vdupq_n_s32(0); 8];
             for k in (0..features).step_by(16) {
@@ -219,7 +219,7 @@ unsafe impl Bytes for I8mm {
     }
 
     #[inline(always)]
-    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+    unsafe fn row_factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
         unsafe {
             let (first, second) = (zip_halves(rows[0], rows[1]).0, zip_halves(rows[2], rows[3]).0);
             [first, first, second, second]

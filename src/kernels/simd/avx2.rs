@@ -10,7 +10,7 @@ use crate::kernels::x86;
 // SAFETY: each method is what its name says, of 8 lanes.
 unsafe impl Simd for __m256 {
     const LANES: usize = 8;
-    const MANY_REGISTERS: bool = false;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -95,7 +95,7 @@ unsafe impl Simd for __m256 {
     }
 
     #[inline(always)]
-    unsafe fn greatest(self) -> f32 {
+    unsafe fn reduce_max(self) -> f32 {
         unsafe {
             let four = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps(self, 1));
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));

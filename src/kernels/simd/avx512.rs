@@ -10,7 +10,7 @@ use crate::kernels::x86;
 // SAFETY: each method is what its name says, of 16 lanes.
 unsafe impl Simd for __m512 {
     const LANES: usize = 16;
-    const MANY_REGISTERS: bool = true;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -91,8 +91,8 @@ unsafe impl Simd for __m512 {
     }
 
     #[inline(always)]
-    unsafe fn greatest(self) -> f32 {
-        unsafe { _mm256_max_ps(_mm512_castps512_ps256(self), _mm512_extractf32x8_ps(self, 1)).greatest() }
+    unsafe fn reduce_max(self) -> f32 {
+        unsafe { _mm256_max_ps(_mm512_castps512_ps256(self), _mm512_extractf32x8_ps(self, 1)).reduce_max() }
     }
 
     #[inline(always)]

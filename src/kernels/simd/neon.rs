@@ -10,7 +10,7 @@ use super::Simd;
 // SAFETY: each method is what its name says, of 4 lanes.
 unsafe impl Simd for float32x4_t {
     const LANES: usize = 4;
-    const MANY_REGISTERS: bool = true;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -94,7 +94,7 @@ unsafe impl Simd for float32x4_t {
     }
 
     #[inline(always)]
-    unsafe fn greatest(self) -> f32 {
+    unsafe fn reduce_max(self) -> f32 {
         unsafe { vmaxvq_f32(self) }
     }
 

@@ -4,7 +4,7 @@
 /// into a tile)`: every method enters a function that is compiled for the features, and everything below is inlined.
 macro_rules! kernel {
     (
-        $kernel:ident, $name:literal, $features:literal, $V:ty, $super:ident, $small:ident,
+        $kernel:ident, $name:literal, $features:literal, $V:ty, $k_quant:ident, $q8:ident,
         $pack_row:path, $pack_tile:path
     ) => {
         impl crate::kernels::Kernel for $kernel {
@@ -16,7 +16,7 @@ macro_rules! kernel {
                 match phase {
                     Phase::Prefill => Tile { tokens: pack::TILE, lines: pack::tile_lines(format, cols) },
                     Phase::Decode => {
-                        Tile { tokens: 1, lines: pack::row_lines::<<$super<blocks::Q4_K> as Products>::Row>(format, cols) }
+                        Tile { tokens: 1, lines: pack::row_lines::<<$k_quant<blocks::Q4_K> as Products>::Row>(format, cols) }
                     }
                 }
             }
@@ -55,10 +55,10 @@ macro_rules! kernel {
                 // SAFETY: a value of this type exists only where its features were found.
                 unsafe {
                     match weights.format {
-                        Format::Q4_K => by!($super<blocks::Q4_K>),
-                        Format::Q5_K => by!($super<blocks::Q5_K>),
-                        Format::Q6_K => by!($super<blocks::Q6_K>),
-                        Format::Q8_0 => by!($small),
+                        Format::Q4_K => by!($k_quant<blocks::Q4_K>),
+                        Format::Q5_K => by!($k_quant<blocks::Q5_K>),
+                        Format::Q6_K => by!($k_quant<blocks::Q6_K>),
+                        Format::Q8_0 => by!($q8),
                         Format::F32 => by!(Float<$V, StoredF32>),
                         Format::F16 => by!(Float<$V, StoredF16>),
                         Format::BF16 => by!(Float<$V, StoredBf16>),

@@ -11,12 +11,12 @@
 //! ```
 
 use super::Format;
-use super::pack::{self, Line, Plain, SUPER, Scheme, view_mut};
+use super::pack::{self, Activations, Line, Plain, SUPER, view_mut};
 
 /// 256 features of one token.
 #[derive(Copy, Clone)]
 #[repr(C, align(64))]
-pub struct DealtRow {
+pub struct InterleavedRow {
     pub q: [[i8; 64]; 4],
     /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
     pub starts: [i32; 16],
@@ -26,7 +26,7 @@ pub struct DealtRow {
     rest: [u32; 7],
 }
 // SAFETY: numbers without padding.
-unsafe impl Plain for DealtRow {}
+unsafe impl Plain for InterleavedRow {}
 
 /// Of each group, in order, for the mins.
 #[derive(Copy, Clone)]
@@ -46,7 +46,7 @@ pub const fn lane(groups: usize, group: usize) -> usize {
 
 /// Among the lanes of all four vectors, the one of the numbers `4 * i .. 4 * (i + 1)` of a group.
 #[inline(always)]
-pub const fn place(groups: usize, group: usize, i: usize) -> usize {
+pub const fn lane_of_quad(groups: usize, group: usize, i: usize) -> usize {
     let lanes = 16 / groups;
     i / lanes * 16 + lane(groups, group) + i % lanes
 }
@@ -54,15 +54,15 @@ pub const fn place(groups: usize, group: usize, i: usize) -> usize {
 /// One token for decode.
 #[inline(always)]
 pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
-    let Scheme::Super { groups } = Scheme::of(format) else { return pack::pack_row(format, x, row) };
+    let Activations::Q8K { groups } = Activations::of(format) else { return pack::pack_row(format, x, row) };
     let mut q = [0; SUPER];
-    for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<DealtRow>(row)) {
+    for (x, block) in x.as_chunks::<SUPER>().0.iter().zip(view_mut::<InterleavedRow>(row)) {
         let d = pack::quantize(x, &mut q);
         block.d = d;
         if groups == 8 {
             let mut sums = [0f32; 8];
             for (group, q) in q.as_chunks::<32>().0.iter().enumerate() {
-                deal::<8>(q, group, &mut block.q);
+                interleave_quants::<8>(q, group, &mut block.q);
                 sums[group] = d * pack::sum(q) as f32;
             }
             block.sums = Sums { of_8: sums };
@@ -70,7 +70,7 @@ pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
             let mut sums = [0i16; 16];
             for (group, q) in q.as_chunks::<16>().0.iter().enumerate() {
                 let lane = lane(16, group);
-                deal::<4>(q, lane, &mut block.q);
+                interleave_quants::<4>(q, lane, &mut block.q);
                 let sum = pack::sum(q);
                 block.starts[lane] = -32 * sum;
                 sums[group] = sum as i16;
@@ -82,7 +82,7 @@ pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
 
 /// The pieces of a group, `P` bytes each, to their place in each vector.
 #[inline(always)]
-fn deal<const P: usize>(q: &[i8], place: usize, to: &mut [[i8; 64]; 4]) {
+fn interleave_quants<const P: usize>(q: &[i8], place: usize, to: &mut [[i8; 64]; 4]) {
     for (piece, to) in q.as_chunks::<P>().0.iter().zip(to) {
         to.as_chunks_mut::<P>().0[place] = *piece;
     }
