@@ -1,9 +1,8 @@
-//! Super-blocks of 256 numbers as x86's vectors of bytes take them, activations as they are packed for decode and weights
-//! as they are unpacked.
+//! Super-blocks of 256 bytes, interleaved for x86: activations as they are packed for decode, weights as they are
+//! unpacked.
 //!
-//! They are dealt out like cards: of four vectors of 64 bytes, vector i holds piece i of each group. Every lane of 32 bits
-//! then meets the same group in all four, so that their products may be summed up before the group's scale is applied.
-//! AVX2 takes each vector in two halves.
+//! Vector i of four, 64 bytes each, has piece i of every group. A 32-bit lane then has the same group in all four vectors,
+//! so that their products are added before the group's scale is applied. AVX2 takes each vector in two halves.
 //!
 //! ```text
 //! 8 groups, pieces of 8 bytes:     0  1  2  3  4  5  6  7          two lanes each
@@ -11,22 +10,21 @@
 //! ```
 
 use super::Format;
-use super::pack::{self, Activations, Line, Plain, SUPER, view_mut};
+use super::pack::{self, Activations, Line, Plain, SUPER, plain, view_mut};
 
-/// 256 features of one token.
-#[derive(Copy, Clone)]
-#[repr(C, align(64))]
-pub struct InterleavedRow {
-    pub q: [[i8; 64]; 4],
-    /// With 16 groups, by lane: what products with `weight - 32` add to those with `weight`.
-    pub starts: [i32; 16],
-    pub sums: Sums,
-    /// dx
-    pub d: f32,
-    rest: [u32; 7],
+plain! {
+    /// 256 features of one token.
+    #[repr(C, align(64))]
+    pub struct InterleavedRow {
+        pub q: [[i8; 64]; 4],
+        /// With 16 groups, by lane: the difference between products with `weight - 32` and with `weight`.
+        pub starts: [i32; 16],
+        pub sums: Sums,
+        /// dx
+        pub d: f32,
+        unused: [u32; 7],
+    }
 }
-// SAFETY: numbers without padding.
-unsafe impl Plain for InterleavedRow {}
 
 /// Of each group, in order, for the mins.
 #[derive(Copy, Clone)]
@@ -37,21 +35,24 @@ pub union Sums {
     /// With 16 groups: the sum of q.
     pub of_16: [i16; 16],
 }
+// SAFETY: either field is numbers and fills the union.
+unsafe impl Plain for Sums {}
+const _: () = assert!(size_of::<Sums>() == size_of::<[f32; 8]>() && size_of::<Sums>() == size_of::<[i16; 16]>());
 
-/// The first of a group's lanes, in each vector. Of 16 groups as transposing four lanes at a time leaves them.
+/// The first lane of a group in each vector. The order of 16 groups is that of a transposition of 4 x 4 lanes.
 #[inline(always)]
 pub const fn lane(groups: usize, group: usize) -> usize {
     if groups == 8 { 2 * group } else { group % 4 * 4 + group / 4 }
 }
 
-/// Among the lanes of all four vectors, the one of the numbers `4 * i .. 4 * (i + 1)` of a group.
+/// The lane, counted through all four vectors, that has the bytes `4 * i .. 4 * (i + 1)` of a group.
 #[inline(always)]
 pub const fn lane_of_quad(groups: usize, group: usize, i: usize) -> usize {
     let lanes = 16 / groups;
     i / lanes * 16 + lane(groups, group) + i % lanes
 }
 
-/// One token for decode.
+/// The activations of one token for decode.
 #[inline(always)]
 pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
     let Activations::Q8K { groups } = Activations::of(format) else { return pack::pack_row(format, x, row) };
@@ -80,7 +81,7 @@ pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
     }
 }
 
-/// The pieces of a group, `P` bytes each, to their place in each vector.
+/// The pieces of a group, `P` bytes each, to index `place` of each vector.
 #[inline(always)]
 fn interleave_quants<const P: usize>(q: &[i8], place: usize, to: &mut [[i8; 64]; 4]) {
     for (piece, to) in q.as_chunks::<P>().0.iter().zip(to) {

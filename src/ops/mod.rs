@@ -6,8 +6,10 @@
 //! use a global pool that neither `n_threads` nor a fork governs. On other devices, and where the tests ask for it on
 //! the CPU, each operation is composed of Candle's own (`candle.rs`).
 
+#[allow(unsafe_code)] // tasks write disjoint ranges of one buffer
 mod attention;
 mod candle;
+#[allow(unsafe_code)] // as above
 mod cpu;
 mod matrix;
 
