@@ -21,6 +21,7 @@ use memmap2::Mmap;
 use crate::error::{Error, Result, excerpt};
 use crate::task::Task;
 
+#[allow(unsafe_code)] // the file is mapped into memory
 mod file;
 mod header;
 mod metadata;

@@ -35,6 +35,9 @@
 //!
 //! Imports go down this list, never up.
 
+// Each exception names its reason, here or where the module is declared.
+#![deny(unsafe_code)]
+
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("candle-phi needs a 64-bit system, and for the package a 64-bit Python: models are larger than 2 GB");
 
@@ -47,6 +50,7 @@ pub mod error;
 pub mod generate;
 pub mod gguf;
 pub mod hub;
+#[allow(unsafe_code)] // instructions, and files and buffers viewed as blocks
 pub mod kernels;
 pub mod logits;
 pub mod memory;
@@ -66,6 +70,7 @@ pub mod stock;
 pub mod stop;
 pub mod stream;
 pub mod task;
+#[allow(unsafe_code)] // workers borrow a job from the thread that waits for them
 pub mod threads;
 pub mod tokenizer;
 pub mod work;

@@ -1,12 +1,12 @@
-//! Attention of a few queries over the pages of a KV cache, for the fast kernels. Written once over [`Simd`].
+//! Attention of a few queries over the pages of a KV cache, for the fast kernels, written once over [`Simd`].
 //!
 //! ```text
 //! for each page of 128 positions, in order, for each query:
 //!     s  = q . K / sqrt(d)                    lanes are keys: K lies (head_dim, positions)
 //!     m' = max(m, s);  p = exp(s - m');  out = out * exp(m - m') + p V;  the sum of p likewise
 //! ```
-//! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). A few queries share
-//! each load of K, and of V where all of them see it; what a query gets does not depend on which share with it.
+//! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). A group of queries shares
+//! each load of K, and of V for the keys that all of them attend to. The result of a query does not depend on its group.
 
 use half::f16;
 
@@ -14,37 +14,39 @@ use super::scratch::Scratch;
 use super::simd::{self, Simd};
 use super::{KvPage, KvSlice, Line, PAGE, Query, view_mut};
 
-/// Queries that share loads, at most: as many as leave room in the registers of AVX-512.
+/// Queries of a group, at most: more would not fit the registers of AVX-512.
 const QUERIES: usize = 8;
-/// Features of a value that a query on its own takes at once: as many as AVX2 has registers for, and all that a head of
-/// Phi-3-mini has. It waits for memory, which is to be read in the order in which it lies.
-const AT_ONCE: usize = 96;
+/// Features of a value that a single query accumulates at a time: as many as the registers of AVX2 hold, and a whole head
+/// of Phi-3-mini. A single query is bound by memory, and values are to be read sequentially.
+const VALUE_BLOCK: usize = 96;
 
 /// An element of a cache page.
 ///
 /// # Safety
-/// As for [`Simd`].
+/// For the caller of `load`: the instruction set is there, and `LANES` elements can be read, see [`Simd`].
 unsafe trait Element: Copy {
     unsafe fn load<V: Simd>(from: *const Self) -> V;
 }
 
-// SAFETY: reads `LANES` elements.
+// SAFETY: it reads `LANES` elements.
 unsafe impl Element for f16 {
     #[inline(always)]
     unsafe fn load<V: Simd>(from: *const Self) -> V {
+        // SAFETY: the contract of this method.
         unsafe { V::load_f16(from) }
     }
 }
 
-// SAFETY: as above.
+// SAFETY: it reads `LANES` elements.
 unsafe impl Element for f32 {
     #[inline(always)]
     unsafe fn load<V: Simd>(from: *const Self) -> V {
+        // SAFETY: the contract of this method.
         unsafe { V::load(from) }
     }
 }
 
-/// The state of the softmax of a few queries, and their scores on one page.
+/// Queries with the state of their softmax, and their scores on one page.
 struct Group<'a, 'b> {
     queries: &'a mut [Query<'b>],
     scores: [[f32; PAGE]; QUERIES],
@@ -53,7 +55,7 @@ struct Group<'a, 'b> {
 /// As `Kernel::attention`.
 ///
 /// # Safety
-/// As for [`Simd`].
+/// The instruction set is there, see [`Simd`], and the shapes are those that `shapes::attention` accepts.
 #[inline(always)]
 pub unsafe fn attention<V: Simd>(queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
     let scale = 1.0 / (head_dim as f32).sqrt();
@@ -73,7 +75,7 @@ pub unsafe fn attention<V: Simd>(queries: &mut [Query<'_>], pages: &[KvPage<'_>]
         }
         let mut group = Group { queries, scores: [[0.0; PAGE]; QUERIES] };
         for page in pages {
-            // SAFETY: a page holds PAGE positions of head_dim; the rest is the caller's promise.
+            // SAFETY: the contract of this function: pages and queries have the lengths that `page` requires.
             unsafe {
                 match (page.k, page.v) {
                     (KvSlice::F16(k), KvSlice::F16(v)) => group.page::<V, f16>(page.start, scaled, k, v, head_dim),
@@ -93,7 +95,10 @@ pub unsafe fn attention<V: Simd>(queries: &mut [Query<'_>], pages: &[KvPage<'_>]
 }
 
 impl Group<'_, '_> {
-    /// Add one page. `q` is (queries, head_dim), `k` (head_dim, PAGE), `v` (PAGE, head_dim).
+    /// Adds one page. `q` is (queries, head_dim), `k` (head_dim, PAGE), `v` (PAGE, head_dim).
+    ///
+    /// # Safety
+    /// The instruction set is there, see [`Simd`], and the output of each query has `head_dim` elements.
     #[inline(always)]
     unsafe fn page<V: Simd, E: Element>(&mut self, start: usize, q: &[f32], k: &[E], v: &[E], head_dim: usize) {
         assert!(k.len() >= PAGE * head_dim && v.len() >= PAGE * head_dim && q.len() >= QUERIES * head_dim);
@@ -103,17 +108,17 @@ impl Group<'_, '_> {
         if from >= to {
             return;
         }
-        // Whole steps of `scores`: of 2 vectors, or of 8 for a query on its own.
+        // Whole steps of `scores`: 2 vectors for a group, 8 for a single query.
         let n = self.queries.len();
         let block = if n.is_multiple_of(4) { 2 * V::LANES } else { 8 * V::LANES };
         let seen = (from - start) / block * block..(to - start).next_multiple_of(block).min(PAGE);
-        // SAFETY: bounds were asserted above; `seen` lies within a page.
+        // SAFETY: the assertion above and the contract of this method; `seen` is inside of the page, in whole steps.
         unsafe {
             let mut i = 0;
             while i < n {
                 let q = &q[i * head_dim..];
                 i += match n - i {
-                    QUERIES if V::MANY_REGISTERS => self.scores::<V, E, QUERIES, 2>(i, seen.clone(), q, k, head_dim),
+                    QUERIES if V::REGISTERS >= 32 => self.scores::<V, E, QUERIES, 2>(i, seen.clone(), q, k, head_dim),
                     4.. => self.scores::<V, E, 4, 2>(i, seen.clone(), q, k, head_dim),
                     _ => self.scores::<V, E, 1, 8>(i, seen.clone(), q, k, head_dim),
                 };
@@ -126,7 +131,7 @@ impl Group<'_, '_> {
                 scores[own.1..seen.end].fill(f32::NEG_INFINITY);
                 softmax::<V>(query, &mut scores[seen.clone()]);
             }
-            // Values that only some of the queries see are added to those alone: 0 times an infinity is not 0.
+            // A value that some of the queries do not attend to is added to the others alone: 0 times infinity is not 0.
             let own = &own[..n];
             let first = own.iter().map(|own| own.0).max().unwrap_or(0);
             let last = own.iter().map(|own| own.1).min().unwrap_or(0);
@@ -137,7 +142,7 @@ impl Group<'_, '_> {
             let mut i = 0;
             while i < n {
                 i += match n - i {
-                    QUERIES if V::MANY_REGISTERS => self.values::<V, E, QUERIES>(i, shared.clone(), v, head_dim),
+                    QUERIES if V::REGISTERS >= 32 => self.values::<V, E, QUERIES>(i, shared.clone(), v, head_dim),
                     4.. => self.values::<V, E, 4>(i, shared.clone(), v, head_dim),
                     _ => self.values::<V, E, 1>(i, shared.clone(), v, head_dim),
                 };
@@ -148,7 +153,11 @@ impl Group<'_, '_> {
         }
     }
 
-    /// Scores of `Q` queries from query `first` on, `N` vectors of keys at a time. Returns `Q`.
+    /// The scores of `Q` queries from query `first` on, `N` vectors of keys at a time. Returns `Q`.
+    ///
+    /// # Safety
+    /// The instruction set is there, see [`Simd`]. `keys` are whole steps of N vectors inside of a page, `q` has `Q` rows and
+    /// `k` `PAGE` columns of `head_dim`.
     #[inline(always)]
     unsafe fn scores<V: Simd, E: Element, const Q: usize, const N: usize>(
         &mut self,
@@ -158,7 +167,7 @@ impl Group<'_, '_> {
         k: &[E],
         head_dim: usize,
     ) -> usize {
-        // SAFETY: the caller's promise.
+        // SAFETY: the contract of this method.
         unsafe {
             for key in keys.step_by(N * V::LANES) {
                 let mut sums = [[V::splat(0.0); N]; Q];
@@ -185,7 +194,11 @@ impl Group<'_, '_> {
         Q
     }
 
-    /// Add the values of a page, weighted, to the outputs of `Q` queries from query `first` on. Returns `Q`.
+    /// Adds the weighted values of `keys` to the outputs of `Q` queries from query `first` on. Returns `Q`.
+    ///
+    /// # Safety
+    /// The instruction set is there, see [`Simd`]. `keys` are inside of a page, `v` has `PAGE` rows of `head_dim`, and so
+    /// many elements has the output of each query.
     #[inline(always)]
     unsafe fn values<V: Simd, E: Element, const Q: usize>(
         &mut self,
@@ -197,17 +210,17 @@ impl Group<'_, '_> {
         if keys.is_empty() {
             return Q;
         }
-        // SAFETY: the caller's promise; vectors end at head_dim.
+        // SAFETY: the contract of this method; the columns end at `head_dim`.
         unsafe {
             let mut d = 0;
             while d + 2 * V::LANES <= head_dim {
-                if Q == 1 && d + AT_ONCE <= head_dim {
+                if Q == 1 && d + VALUE_BLOCK <= head_dim {
                     match V::LANES {
                         16 => self.value_columns::<V, E, Q, 6>(first, keys.clone(), v, head_dim, d),
                         8 => self.value_columns::<V, E, Q, 12>(first, keys.clone(), v, head_dim, d),
                         _ => self.value_columns::<V, E, Q, 24>(first, keys.clone(), v, head_dim, d),
                     }
-                    d += AT_ONCE;
+                    d += VALUE_BLOCK;
                 } else {
                     self.value_columns::<V, E, Q, 2>(first, keys.clone(), v, head_dim, d);
                     d += 2 * V::LANES;
@@ -221,7 +234,7 @@ impl Group<'_, '_> {
                 let mut column = [0f32; 16];
                 for key in keys.clone() {
                     column[0] = 0.0;
-                    // One element through a vector: there is no other way from every element type to f32.
+                    // The vector load is the one conversion that every element type has.
                     let mut padded = [*v.as_ptr(); 16];
                     padded[0] = *v.as_ptr().add(key * head_dim + d);
                     E::load::<V>(padded.as_ptr()).store(column.as_mut_ptr());
@@ -234,6 +247,10 @@ impl Group<'_, '_> {
         Q
     }
 
+    /// As `values`, for `N` vectors of features from feature `d` on.
+    ///
+    /// # Safety
+    /// As for `values`, and the columns end at `head_dim`.
     #[inline(always)]
     unsafe fn value_columns<V: Simd, E: Element, const Q: usize, const N: usize>(
         &mut self,
@@ -243,7 +260,7 @@ impl Group<'_, '_> {
         head_dim: usize,
         d: usize,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the contract of this method.
         unsafe {
             let mut sums = [[V::splat(0.0); N]; Q];
             for i in 0..Q {
@@ -273,24 +290,27 @@ impl Group<'_, '_> {
     }
 }
 
-/// Scores become weights relative to the greatest so far; what the query has gathered is scaled to match.
+/// Turns scores into weights, relative to the maximum so far, and rescales the query's partial result to it.
+///
+/// # Safety
+/// The instruction set is there, see [`Simd`], and `scores` are whole vectors.
 #[inline(always)]
 unsafe fn softmax<V: Simd>(query: &mut Query<'_>, scores: &mut [f32]) {
-    // SAFETY: `scores` is a whole number of vectors long; the output is scaled lane by lane.
+    // SAFETY: the contract of this function; `rescale` has room for the longest vector.
     unsafe {
-        let mut greatest = V::splat(query.max);
+        let mut maxima = V::splat(query.max);
         for i in (0..scores.len()).step_by(V::LANES) {
-            greatest = greatest.max(V::load(scores.as_ptr().add(i)));
+            maxima = maxima.max(V::load(scores.as_ptr().add(i)));
         }
-        let max = greatest.greatest();
+        let max = maxima.reduce_max();
         if max == f32::NEG_INFINITY {
-            return scores.fill(0.0); // none of these is seen
+            return scores.fill(0.0); // all keys are masked
         }
         if max > query.max && query.sum > 0.0 {
-            let mut shrink = [0f32; 16];
-            simd::exp(V::splat(query.max - max)).store(shrink.as_mut_ptr());
-            query.sum *= shrink[0];
-            query.out.iter_mut().for_each(|out| *out *= shrink[0]);
+            let mut rescale = [0f32; 16];
+            simd::exp(V::splat(query.max - max)).store(rescale.as_mut_ptr());
+            query.sum *= rescale[0];
+            query.out.iter_mut().for_each(|out| *out *= rescale[0]);
         }
         let mut sum = V::splat(0.0);
         for i in (0..scores.len()).step_by(V::LANES) {
@@ -300,6 +320,6 @@ unsafe fn softmax<V: Simd>(query: &mut Query<'_>, scores: &mut [f32]) {
             sum = sum.add(weight);
         }
         query.max = max;
-        query.sum += sum.sum();
+        query.sum += sum.reduce_sum();
     }
 }

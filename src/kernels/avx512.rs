@@ -8,27 +8,26 @@
 //!     for each group of a scale:  sum32 = q . x (vpdpbusd);  sum += d * scale * sum32
 //!     out += dx * (sum - dmin * (mins . sums of x))
 //! ```
-//! 1. In decode the lanes are features: a row is read once, in order, straight from the file. Quants are dealt out so that
-//!    a lane meets the same group in all four vectors: one product with the scales is then enough.
-//! 2. In prefill the lanes are tokens and weights are broadcast: nothing is transposed but the result.
-//! 3. With 16 groups there are no mins: `sum32` starts at what makes `q - 32` of `q`.
-//! 4. Vector units are what is short, so scales and mins are taken apart in general registers.
-//! 5. Software prefetch, for one token into the first cache, for four into the second: without it decode reads at two
-//!    thirds of the bandwidth.
+//! 1. In decode the lanes are features: a row is read once, in order, from the file's bytes. Quants are interleaved so that
+//!    a lane has the same group in all four vectors; the scales are applied once, to the sum.
+//! 2. In prefill the lanes are tokens, and weights are broadcast: only the result is transposed.
+//! 3. With 16 groups there are no mins: `sum32` starts at the difference between products with `q - 32` and with `q`.
+//! 4. Vector instructions are the bottleneck, so scales and mins are unpacked in general registers.
+//! 5. Software prefetch goes to L1 for one token, to L2 for four. Without it decode reaches two thirds of the bandwidth.
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
-use super::dealt::{self, DealtRow};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, SUPER, SmallRow, SmallTile, TILE, TileBlock};
-use super::products::{self, Products, TOGETHER};
+use super::interleave::{self, InterleavedRow};
+use super::pack::{self, Q8Row, Q8Tile, SUPER, TILE, TileBlock, plain};
+use super::products::{self, NR, Products};
 use super::simd::Simd;
-use super::x86::{ahead, d_and_dmin, f32_of, packed, prefetch};
-use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
+use super::x86::{d_and_dmin, f32_of, packed_scales, prefetch, prefetch_ahead};
+use super::{Format, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float, shapes};
 
-/// AVX-512 F, BW, DQ, VL and VNNI.
+/// The kernel. A value exists only on a CPU with AVX-512 F, BW, DQ, VL and VNNI, AVX2, FMA and F16C.
 #[derive(Copy, Clone)]
 pub struct Avx512(());
 
@@ -51,99 +50,109 @@ kernel!(
     "avx512",
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c",
     __m512,
-    SuperProducts,
-    SmallProducts,
-    dealt::pack_row,
+    KQuantProducts,
+    Q8Products,
+    interleave::pack_row,
     pack::pack_tile::<4>
 );
 
 /// A super-block of 256 weights: `w = d * scale * q - dmin * min` with 8 groups, `w = d * scale * (q - 32)` with 16.
-pub trait SuperBlock: Block + Sized {
+///
+/// # Safety
+/// For the caller of any method: the instruction set is there, see [`Simd`].
+pub unsafe trait SuperBlock: Block + Sized {
     const GROUPS: usize;
 
-    /// As `dealt` has them.
+    /// In the order of `interleave`.
     unsafe fn quants(&self) -> [__m512i; 4];
 
-    /// `d * scale` of each lane's group. As written here, of a block that starts as Q4_K does.
+    /// `d * scale` of each lane's group; by default, of a block that starts as Q4_K does.
     #[inline(always)]
     unsafe fn scales(&self) -> __m512 {
+        // SAFETY: the instruction set is there.
         unsafe {
-            let scales = _mm_cvtsi64_si128(scales_and_mins(packed(self)).0 as i64);
+            let scales = _mm_cvtsi64_si128(scales_and_mins(packed_scales(self)).0 as i64);
             let twice_each = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scales, scales)));
             _mm512_mul_ps(twice_each, _mm512_broadcastss_ps(d_and_dmin(self)))
         }
     }
 
-    /// Of 8 groups: their mins, a byte each, and dmin; likewise.
+    /// Of 8 groups: their mins, a byte each, and dmin; by default as in `scales`.
     #[inline(always)]
     unsafe fn mins(&self) -> Option<(__m128i, f32)> {
+        // SAFETY: the instruction set is there.
         unsafe {
-            let mins = _mm_cvtsi64_si128(scales_and_mins(packed(self)).1 as i64);
+            let mins = _mm_cvtsi64_si128(scales_and_mins(packed_scales(self)).1 as i64);
             Some((mins, _mm_cvtss_f32(_mm_movehdup_ps(d_and_dmin(self)))))
         }
     }
 }
 
-/// The nibbles of 128 bytes, four runs of 32 bytes (groups 0 and 1, 2 and 3, ...): the first 16 bytes of all low ones,
-/// of all high ones, the other 16 likewise.
-#[inline(always)]
-unsafe fn nibbles(qs: &[u8; 128]) -> [__m512i; 4] {
-    unsafe {
-        let low = _mm512_set1_epi8(15);
-        let (a, b) = (_mm512_loadu_si512(qs.as_ptr().cast()), _mm512_loadu_si512(qs.as_ptr().add(64).cast()));
-        let (first, second) = (_mm512_shuffle_i64x2(a, b, 0b10_00_10_00), _mm512_shuffle_i64x2(a, b, 0b11_01_11_01));
-        [
-            _mm512_and_si512(first, low),
-            _mm512_and_si512(_mm512_srli_epi16(first, 4), low),
-            _mm512_and_si512(second, low),
-            _mm512_and_si512(_mm512_srli_epi16(second, 4), low),
-        ]
-    }
+/// The nibbles of 128 bytes, four runs of 32 bytes (groups 0 and 1, 2 and 3, ...): the low nibbles of the first 16 bytes
+/// of each run, the high nibbles of these, then the same of the other 16 bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn nibbles(qs: &[u8; 128]) -> [__m512i; 4] {
+    let low = _mm512_set1_epi8(15);
+    // SAFETY: the two halves of `qs`.
+    let (a, b) = unsafe { (_mm512_loadu_si512(qs.as_ptr().cast()), _mm512_loadu_si512(qs.as_ptr().add(64).cast())) };
+    let (first, second) = (_mm512_shuffle_i64x2(a, b, 0b10_00_10_00), _mm512_shuffle_i64x2(a, b, 0b11_01_11_01));
+    [
+        _mm512_and_si512(first, low),
+        _mm512_and_si512(_mm512_srli_epi16(first, 4), low),
+        _mm512_and_si512(second, low),
+        _mm512_and_si512(_mm512_srli_epi16(second, 4), low),
+    ]
 }
 
 /// Low and high nibbles to pieces of 8 bytes of the groups 0, 1, 2, ...
-#[inline(always)]
-unsafe fn alternate(q: [__m512i; 4]) -> [__m512i; 4] {
-    unsafe {
-        [
-            _mm512_unpacklo_epi64(q[0], q[1]),
-            _mm512_unpackhi_epi64(q[0], q[1]),
-            _mm512_unpacklo_epi64(q[2], q[3]),
-            _mm512_unpackhi_epi64(q[2], q[3]),
-        ]
-    }
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn alternate(q: [__m512i; 4]) -> [__m512i; 4] {
+    [
+        _mm512_unpacklo_epi64(q[0], q[1]),
+        _mm512_unpackhi_epi64(q[0], q[1]),
+        _mm512_unpacklo_epi64(q[2], q[3]),
+        _mm512_unpackhi_epi64(q[2], q[3]),
+    ]
 }
 
-/// Bits of `high` over `q`: each byte is turned left by the number of its 32-bit lane in `turns`, and `mask` taken.
-#[inline(always)]
-unsafe fn with_high_bits(q: __m512i, high: __m512i, turns: __m512i, mask: __m512i) -> __m512i {
+/// `q` with bits of `high`: each 32-bit lane of `high` is rotated left by its lane of `rotations`, and masked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn with_high_bits(q: __m512i, high: __m512i, rotations: __m512i, mask: __m512i) -> __m512i {
     const A_OR_B_AND_C: i32 = 0xf8;
-    unsafe { _mm512_ternarylogic_epi32(q, _mm512_rolv_epi32(high, turns), mask, A_OR_B_AND_C) }
+    _mm512_ternarylogic_epi32(q, _mm512_rolv_epi32(high, rotations), mask, A_OR_B_AND_C)
 }
 
-/// A number for each 16 bytes.
-#[inline(always)]
-unsafe fn quarters(a: i32, b: i32, c: i32, d: i32) -> __m512i {
-    unsafe { _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d) }
+/// One number in the lanes of each 16 bytes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters(a: i32, b: i32, c: i32, d: i32) -> __m512i {
+    _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d)
 }
 
-impl SuperBlock for blocks::Q4_K {
+// SAFETY: the methods read inside of the block.
+unsafe impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
 
     #[inline(always)]
     unsafe fn quants(&self) -> [__m512i; 4] {
+        // SAFETY: the instruction set is there.
         unsafe { alternate(nibbles(&self.qs)) }
     }
 }
 
-impl SuperBlock for blocks::Q5_K {
+// SAFETY: the methods read inside of the block.
+unsafe impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
 
     #[inline(always)]
     unsafe fn quants(&self) -> [__m512i; 4] {
+        // SAFETY: the instruction set is there; `qh` has two halves of 16 bytes.
         unsafe {
             let mut q = nibbles(&self.qs);
-            // Bit j of every byte belongs to group j: turning by 4 - j puts it where the fifth bit goes.
+            // Bit j of every byte belongs to group j: a rotation by 4 - j makes it the fifth bit.
             let (even, odd, mask) = (quarters(4, 2, 0, 30), quarters(3, 1, 31, 29), _mm512_set1_epi8(16));
             for half in 0..2 {
                 let high = _mm512_broadcast_i32x4(_mm_loadu_si128(self.qh.as_ptr().add(16 * half).cast()));
@@ -155,17 +164,19 @@ impl SuperBlock for blocks::Q5_K {
     }
 }
 
-impl SuperBlock for blocks::Q6_K {
+// SAFETY: the methods read inside of the block.
+unsafe impl SuperBlock for blocks::Q6_K {
     const GROUPS: usize = 16;
 
     #[inline(always)]
     unsafe fn quants(&self) -> [__m512i; 4] {
+        // SAFETY: the instruction set is there; `ql` has two halves of 64 bytes, `qh` two of 32.
         unsafe {
             let mut q = [_mm512_setzero_si512(); 4]; // groups in order, four in each
             let nibble = _mm512_set1_epi8(15);
             for half in 0..2 {
                 let low = _mm512_loadu_si512(self.ql.as_ptr().add(64 * half).cast());
-                // Two bits of every byte belong to each of the half's four pairs of groups.
+                // Every byte has two bits for each of the half's four pairs of groups.
                 let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.qh.as_ptr().add(32 * half).cast()));
                 let mask = _mm512_set1_epi8(48);
                 let (a, b) = (_mm512_and_si512(low, nibble), _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble));
@@ -185,6 +196,7 @@ impl SuperBlock for blocks::Q6_K {
 
     #[inline(always)]
     unsafe fn scales(&self) -> __m512 {
+        // SAFETY: the instruction set is there; the block has 16 scales.
         unsafe {
             let by_lane = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let scales = _mm_shuffle_epi8(_mm_loadu_si128(self.scales.as_ptr().cast()), by_lane);
@@ -198,49 +210,58 @@ impl SuperBlock for blocks::Q6_K {
     }
 }
 
-/// 256 unpacked weights of one row.
-#[derive(Copy, Clone)]
-#[repr(C, align(64))]
-pub struct PanelBlock {
-    /// As `SuperBlock::quants` has them.
-    q: [u8; SUPER],
-    /// As `SuperBlock::scales` has them.
-    scales: [f32; 16],
-    /// Of 8 groups.
-    mins: [i16; 8],
-    dmin: f32,
+plain! {
+    /// 256 unpacked weights of one row.
+    #[repr(C, align(64))]
+    pub struct PanelBlock {
+        /// In the order of `SuperBlock::quants`.
+        q: [u8; SUPER],
+        /// In the order of `SuperBlock::scales`.
+        scales: [f32; 16],
+        /// Of 8 groups.
+        mins: [i16; 8],
+        dmin: f32,
+        unused: [u32; 11],
+    }
 }
 
 /// Products with super-blocks of `B`.
-pub struct SuperProducts<B>(PhantomData<B>);
+pub struct KQuantProducts<B>(PhantomData<B>);
 
-// SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
-unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
+// SAFETY: the methods access the blocks of their arguments, and what their contracts name.
+unsafe impl<B: SuperBlock> Products for KQuantProducts<B> {
     type V = __m512;
-    type Row = DealtRow;
+    type Row = InterleavedRow;
     type Tile = TileBlock;
     type Block = PanelBlock;
-    /// Of the groups times their scales, and of the mins.
+    /// Of the groups, scaled, and of the mins.
     type Sum = (__m512, __m256);
     const ROW: usize = SUPER;
     const STEP: usize = SUPER;
-    const TURN: usize = SUPER;
+    const ROW_SWITCH: usize = SUPER;
     const BLOCK: usize = SUPER;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
+        // SAFETY: the instruction set is there.
         unsafe { (_mm512_setzero_ps(), _mm256_setzero_ps()) }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[DealtRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[InterleavedRow]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
+        // SAFETY: the contract of this method: the row has a block `step`, and so has every `x`.
         unsafe {
             let block = block::<B>(weights.bytes, step);
-            // Activations of four tokens are more than half of the first cache: weights that come early push them out.
-            if T == TOGETHER {
-                ahead::<4096, _MM_HINT_T1, B>(block)
+            // The activations of NR tokens take more than half of L1: weights that arrive early would evict them.
+            if T == NR {
+                prefetch_ahead::<4096, _MM_HINT_T1, B>(block)
             } else {
                 prefetch(block)
             }
@@ -268,12 +289,14 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     }
 
     #[inline(always)]
-    unsafe fn total((sum, mins): Self::Sum) -> f32 {
-        unsafe { _mm512_sub_ps(sum, _mm512_zextps256_ps512(mins)).sum() }
+    unsafe fn reduce((sum, mins): Self::Sum) -> f32 {
+        // SAFETY: the instruction set is there.
+        unsafe { _mm512_sub_ps(sum, _mm512_zextps256_ps512(mins)).reduce_sum() }
     }
 
     #[inline(always)]
     unsafe fn unpack(weights: Weights<'_>, to: *mut PanelBlock, stride: usize) {
+        // SAFETY: the contract of this method: there is room for block `i` of the row.
         unsafe {
             for (i, block) in blocks::<B>(weights.bytes).iter().enumerate() {
                 prefetch(block);
@@ -293,10 +316,12 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     #[inline(always)]
     unsafe fn multiply<const T: usize>(rows: *const PanelBlock, x: [&TileBlock; T], out: *mut f32, stride: usize) {
         const R: usize = 4;
+        // SAFETY: the contract of this method: R blocks at `rows`, R rows of 16 sums at `out` for each tile. The others are
+        // the fields of blocks, whose indices are constants.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); T]; R];
             for group in 0..B::GROUPS {
-                let (lane, steps) = (dealt::lane(B::GROUPS, group), 64 / B::GROUPS);
+                let (lane, steps) = (interleave::lane(B::GROUPS, group), 64 / B::GROUPS);
                 let mut starts = [_mm512_setzero_si512(); T];
                 if B::GROUPS == 16 {
                     for t in 0..T {
@@ -312,7 +337,7 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
                     for t in 0..T {
                         tokens[t] = _mm512_load_si512(x[t].q.as_ptr().add(group * steps + step).cast());
                     }
-                    let at = dealt::place(B::GROUPS, group, step);
+                    let at = interleave::lane_of_quad(B::GROUPS, group, step);
                     for r in 0..R {
                         let w = _mm512_set1_epi32((&raw const (*rows.add(r)).q).cast::<i32>().add(at).read());
                         for t in 0..T {
@@ -347,38 +372,47 @@ unsafe impl<B: SuperBlock> Products for SuperProducts<B> {
     }
 }
 
-/// 32 unpacked weights of one row, 128 added to each.
-#[derive(Copy, Clone)]
-#[repr(C, align(32))]
-pub struct SmallBlock {
-    q: [u8; 32],
-    d: f32,
+plain! {
+    /// 32 unpacked weights of one row, 128 added to each.
+    #[repr(C, align(32))]
+    pub struct Q8Block {
+        q: [u8; 32],
+        d: f32,
+        unused: [u32; 7],
+    }
 }
 
 /// Products with blocks of `Q8_0`.
-pub struct SmallProducts;
+pub struct Q8Products;
 
-// SAFETY: as for `SuperProducts`.
-unsafe impl Products for SmallProducts {
+// SAFETY: the methods access the blocks of their arguments, and what their contracts name.
+unsafe impl Products for Q8Products {
     type V = __m512;
-    type Row = SmallRow;
-    type Tile = SmallTile;
-    type Block = SmallBlock;
+    type Row = Q8Row;
+    type Tile = Q8Tile;
+    type Block = Q8Block;
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
-    const TURN: usize = 1024;
+    const ROW_SWITCH: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
     const TILES: usize = 3;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
+        // SAFETY: the instruction set is there.
         unsafe { _mm256_setzero_ps() }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[Q8Row]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
+        // SAFETY: the contract of this method: the row has a block `step`, and so has every `x`.
         unsafe {
             let block = block::<blocks::Q8_0>(weights.bytes, step);
             prefetch(block);
@@ -394,12 +428,14 @@ unsafe impl Products for SmallProducts {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: Self::Sum) -> f32 {
-        unsafe { _mm512_zextps256_ps512(sum).sum() }
+    unsafe fn reduce(sum: Self::Sum) -> f32 {
+        // SAFETY: the instruction set is there.
+        unsafe { _mm512_zextps256_ps512(sum).reduce_sum() }
     }
 
     #[inline(always)]
-    unsafe fn unpack(weights: Weights<'_>, to: *mut SmallBlock, stride: usize) {
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Q8Block, stride: usize) {
+        // SAFETY: the contract of this method: there is room for block `i` of the row.
         unsafe {
             for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
                 prefetch(block);
@@ -412,12 +448,14 @@ unsafe impl Products for SmallProducts {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const T: usize>(rows: *const SmallBlock, x: [&SmallTile; T], out: *mut f32, stride: usize) {
+    unsafe fn multiply<const T: usize>(rows: *const Q8Block, x: [&Q8Tile; T], out: *mut f32, stride: usize) {
         const R: usize = 4;
+        // SAFETY: the contract of this method: R blocks at `rows`, R rows of 16 sums at `out` for each tile. The others are
+        // the fields of blocks, whose indices are constants.
         unsafe {
             let mut sums32 = [[_mm512_setzero_si512(); T]; R];
             for t in 0..T {
-                // (w + 128) . x - 128 * (the sum of x)
+                // w . x = (w + 128) . x - 128 * (the sum of x)
                 let sums = _mm512_load_si512(x[t].sums.as_ptr().cast());
                 let start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7));
                 for r in 0..R {

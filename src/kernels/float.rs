@@ -1,5 +1,5 @@
-//! What the fast kernels do in f32: products with float weights (and with formats that have no integer products), norms
-//! and activations. Written once over [`Simd`].
+//! The f32 computations of the fast kernels, written once over [`Simd`]: products with float weights and with formats that
+//! have no integer products, norms, activations.
 //!
 //! Decisions: docs/design/kernels.md
 
@@ -9,19 +9,19 @@ use std::ops::Range;
 use half::f16;
 
 use super::pack::{FLOATS, FloatTile, SUPER, TILE};
-use super::products::{Products, TOGETHER};
+use super::products::{NR, Products};
 use super::simd::{self, Simd};
 use super::{Weights, dequantize};
 
 /// Products in f32 of weights that are stored as `S`.
 pub struct Float<V, S>(PhantomData<(V, S)>);
 
-/// How weights become vectors.
+/// A storage type of weights.
 ///
 /// # Safety
-/// As for [`Simd`].
+/// For the caller of `load`: the instruction set is there, see [`Simd`], and `LANES` weights of `BYTES` bytes can be read.
 pub unsafe trait Stored {
-    /// Bytes of a weight; None: it takes `dequantize`.
+    /// Bytes of a weight; None for types that are dequantized.
     const BYTES: Option<usize>;
 
     unsafe fn load<V: Simd>(from: *const u8) -> V;
@@ -32,37 +32,40 @@ pub struct StoredF16;
 pub struct StoredBf16;
 pub struct StoredBlocks;
 
-// SAFETY: each reads `LANES` weights of `BYTES` bytes.
+// SAFETY: it reads `LANES` weights of `BYTES` bytes.
 unsafe impl Stored for StoredF32 {
     const BYTES: Option<usize> = Some(4);
 
     #[inline(always)]
     unsafe fn load<V: Simd>(from: *const u8) -> V {
+        // SAFETY: the contract of this method.
         unsafe { V::load(from.cast()) }
     }
 }
 
-// SAFETY: as above.
+// SAFETY: it reads `LANES` weights of `BYTES` bytes.
 unsafe impl Stored for StoredF16 {
     const BYTES: Option<usize> = Some(2);
 
     #[inline(always)]
     unsafe fn load<V: Simd>(from: *const u8) -> V {
+        // SAFETY: the contract of this method.
         unsafe { V::load_f16(from.cast::<f16>()) }
     }
 }
 
-// SAFETY: as above.
+// SAFETY: it reads `LANES` weights of `BYTES` bytes.
 unsafe impl Stored for StoredBf16 {
     const BYTES: Option<usize> = Some(2);
 
     #[inline(always)]
     unsafe fn load<V: Simd>(from: *const u8) -> V {
+        // SAFETY: the contract of this method.
         unsafe { V::load_bf16(from.cast()) }
     }
 }
 
-// SAFETY: never loaded from: without `BYTES` the weights are dequantized and loaded as f32.
+// SAFETY: it reads nothing. Types without `BYTES` are dequantized and loaded as f32.
 unsafe impl Stored for StoredBlocks {
     const BYTES: Option<usize> = None;
 
@@ -71,18 +74,18 @@ unsafe impl Stored for StoredBlocks {
     }
 }
 
-/// Weights that are dequantized at a time: whole blocks of every format.
+/// Features of a step, which are dequantized together: whole blocks of every format.
 const STEP: usize = SUPER;
-/// Sums of a dot product that run side by side. With two rows and four tokens that makes 16 registers.
-const CHAINS: usize = 2;
+/// Independent accumulators of a dot product. With two rows and four tokens they take 16 registers.
+const ACCUMULATORS: usize = 2;
 
-// SAFETY: pointers stay inside the slices, see each.
+// SAFETY: the methods access their slices, and what their contracts name.
 unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type V = V;
     type Row = f32;
     type Tile = FloatTile;
     type Block = [f32; FLOATS];
-    type Sum = [V; CHAINS];
+    type Sum = [V; ACCUMULATORS];
     const ROW: usize = 1;
     const STEP: usize = STEP;
     const BLOCK: usize = FLOATS;
@@ -90,14 +93,14 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
-        // SAFETY: the caller's promise.
-        unsafe { [V::splat(0.0); CHAINS] }
+    unsafe fn zero() -> Self::Sum {
+        // SAFETY: the instruction set is there.
+        unsafe { [V::splat(0.0); ACCUMULATORS] }
     }
 
-    /// Dequantizes first: blocks, and a last step that is shorter than the others.
+    /// Dequantizes first. The last step may be shorter than `STEP`.
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(weights: Weights<'_>, step: usize, x: [&[f32]; T], sums: &mut [Self::Sum; T]) {
         let start = step * STEP;
         let count = STEP.min(weights.cols - start);
         let (mut w, mut x_end) = ([0f32; STEP], [0f32; STEP]);
@@ -109,40 +112,40 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
                 x = &x_end;
             }
             for i in (0..count).step_by(V::LANES) {
-                let sum = &mut sums[t][i / V::LANES % CHAINS];
-                // SAFETY: `w` and `x` have STEP numbers, which are whole vectors; the rest is the caller's promise.
+                let sum = &mut sums[t][i / V::LANES % ACCUMULATORS];
+                // SAFETY: the instruction set is there; `w` and `x` have STEP elements, which are whole vectors.
                 *sum = unsafe { V::load(w.as_ptr().add(i)).mul_add(V::load(x.as_ptr().add(i)), *sum) };
             }
         }
     }
 
-    /// Side by side, so that activations are loaded once for both rows.
+    /// Both rows at once: they share the loads of activations.
     #[inline(always)]
-    unsafe fn add_both<const T: usize>(
+    unsafe fn accumulate_pair<const T: usize>(
         rows: [Weights<'_>; 2],
         steps: Range<usize>,
         x: [&[f32]; T],
         sums: &mut [[Self::Sum; T]; 2],
     ) {
-        let mut growing = *sums;
+        let mut accumulators = *sums;
         let mut done = steps.start;
         if let Some(bytes) = S::BYTES {
             done = steps.end.min(rows[0].cols / STEP);
-            let ahead = if T == TOGETHER { 4096 } else { 512 * bytes }; // what was fastest from memory
-            for chunk in (steps.start * STEP..done * STEP).step_by(CHAINS * V::LANES) {
-                // SAFETY: whole steps of the rows and of `x`; the rest is the caller's promise.
+            let ahead = if T == NR { 4096 } else { 512 * bytes }; // the fastest distances, measured
+            for chunk in (steps.start * STEP..done * STEP).step_by(ACCUMULATORS * V::LANES) {
+                // SAFETY: the contract of this method; these are whole steps of the rows and of `x`.
                 unsafe {
                     for row in rows {
                         V::prefetch(row.bytes.as_ptr().wrapping_add(chunk * bytes + ahead));
                     }
-                    for c in 0..CHAINS {
+                    for c in 0..ACCUMULATORS {
                         let i = chunk + c * V::LANES;
                         let w0 = S::load::<V>(rows[0].bytes.as_ptr().add(i * bytes));
                         let w1 = S::load::<V>(rows[1].bytes.as_ptr().add(i * bytes));
                         for t in 0..T {
                             let x = V::load(x[t].as_ptr().add(i));
-                            growing[0][t][c] = w0.mul_add(x, growing[0][t][c]);
-                            growing[1][t][c] = w1.mul_add(x, growing[1][t][c]);
+                            accumulators[0][t][c] = w0.mul_add(x, accumulators[0][t][c]);
+                            accumulators[1][t][c] = w1.mul_add(x, accumulators[1][t][c]);
                         }
                     }
                 }
@@ -150,17 +153,17 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
         }
         for step in done..steps.end {
             for side in 0..2 {
-                // SAFETY: the caller's promise.
-                unsafe { Self::add(rows[side], step, x, &mut growing[side]) };
+                // SAFETY: the contract of this method.
+                unsafe { Self::accumulate(rows[side], step, x, &mut accumulators[side]) };
             }
         }
-        *sums = growing;
+        *sums = accumulators;
     }
 
     #[inline(always)]
-    unsafe fn total([a, b]: Self::Sum) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { a.add(b).sum() }
+    unsafe fn reduce([a, b]: Self::Sum) -> f32 {
+        // SAFETY: the instruction set is there.
+        unsafe { a.add(b).reduce_sum() }
     }
 
     #[inline(always)]
@@ -169,7 +172,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
         if let Some(bytes) = S::BYTES {
             whole = weights.cols - weights.cols % FLOATS;
             for i in (0..whole).step_by(V::LANES) {
-                // SAFETY: a vector of the row, and of block `i / FLOATS`; the rest is the caller's promise.
+                // SAFETY: a vector of the row, and one of block `i / FLOATS`, for which the caller has room.
                 unsafe {
                     let to = to.add(i / FLOATS * stride).cast::<f32>().add(i % FLOATS);
                     S::load::<V>(weights.bytes.as_ptr().add(i * bytes)).store(to);
@@ -182,7 +185,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
             dequantize(weights.part(start..start + count), &mut buffer[..count]);
             buffer[count..].fill(0.0);
             for (i, block) in buffer[..count.next_multiple_of(FLOATS)].as_chunks::<FLOATS>().0.iter().enumerate() {
-                // SAFETY: block `start / FLOATS + i` of the row: the caller has room for all of them.
+                // SAFETY: the caller has room for block `start / FLOATS + i` of the row.
                 unsafe { *to.add((start / FLOATS + i) * stride) = *block };
             }
         }
@@ -190,13 +193,13 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 
     #[inline(always)]
     unsafe fn multiply<const T: usize>(rows: *const Self::Block, x: [&FloatTile; T], out: *mut f32, stride: usize) {
-        // SAFETY: the caller's promise; the 16 tokens of a tile are 16 / LANES vectors.
+        // SAFETY: the contract of this method; the 16 tokens of a tile are 16 / LANES vectors.
         unsafe {
             for t in 0..T {
                 let vectors = TILE / V::LANES;
-                // 4 vectors hold a tile whatever their width: from 16 lanes on only the first is used.
+                // A tile takes `vectors` of the 4.
                 let mut sums = [[V::splat(0.0); 4]; 4];
-                for (k, x) in x[t].0.iter().enumerate() {
+                for (k, x) in x[t].x.iter().enumerate() {
                     for r in 0..Self::ROWS {
                         let w = V::splat((*rows.add(r))[k]);
                         for v in 0..vectors {
@@ -218,15 +221,15 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
 /// `out = weight * x / sqrt(mean(x^2) + eps)`
 ///
 /// # Safety
-/// As for [`Simd`].
+/// The instruction set is there, see [`Simd`], and the slices are equally long.
 #[inline(always)]
 pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // SAFETY: loads and stores end at `whole`.
+    // SAFETY: the contract of this function; loads and stores end at `whole`.
     unsafe {
         const SUMS: usize = 4;
         let chunk = SUMS * V::LANES;
         let (chunks, whole) = (x.len() - x.len() % chunk, x.len() - x.len() % V::LANES);
-        // Side by side: the more numbers go into a sum, the coarser it gets, and each waits for the one before.
+        // Independent accumulators: shorter sums are rounded less, and do not wait for each other.
         let mut squares = [V::splat(0.0); SUMS];
         for i in (0..chunks).step_by(chunk) {
             for (vector, squares) in squares.iter_mut().enumerate() {
@@ -239,7 +242,7 @@ pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [
             squares[0] = x.mul_add(x, squares[0]);
         }
         let [a, b, c, d] = squares;
-        let squares = a.add(b).add(c.add(d)).sum() + x[whole..].iter().map(|x| x * x).sum::<f32>();
+        let squares = a.add(b).add(c.add(d)).reduce_sum() + x[whole..].iter().map(|x| x * x).sum::<f32>();
         let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
         for i in (0..whole).step_by(V::LANES) {
             let x = V::load(x.as_ptr().add(i)).mul(V::splat(scale));
@@ -254,10 +257,10 @@ pub unsafe fn rms_norm<V: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [
 /// `out = silu(gate) * up`
 ///
 /// # Safety
-/// As for [`Simd`].
+/// The instruction set is there, see [`Simd`], and the slices are equally long.
 #[inline(always)]
 pub unsafe fn swiglu<V: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    // SAFETY: loads and stores end at `whole`, or in buffers of 16, which no vector is longer than.
+    // SAFETY: the contract of this function; loads and stores end at `whole`, or in buffers as long as any vector.
     unsafe {
         let whole = gate.len() - gate.len() % V::LANES;
         for i in (0..whole).step_by(V::LANES) {
@@ -274,9 +277,11 @@ pub unsafe fn swiglu<V: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+/// # Safety
+/// The contract of [`Simd`] for each pointer.
 #[inline(always)]
 unsafe fn swiglu_vector<V: Simd>(gate: *const f32, up: *const f32, out: *mut f32) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the contract of this function.
     unsafe {
         let gate = V::load(gate);
         let silu = gate.div(V::splat(1.0).add(simd::exp(V::splat(0.0).sub(gate))));

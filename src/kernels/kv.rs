@@ -127,9 +127,9 @@ impl KvSliceMut<'_> {
 
 /// Not a number, or infinite, where one of them is: so that it does not vanish.
 fn scale_of(x: &[f32]) -> f16 {
-    // As integers, magnitudes compare as they do as numbers, and a NaN is the greatest.
-    let greatest = f32::from_bits(x.iter().fold(0, |greatest, x| greatest.max(x.abs().to_bits())));
-    f16::from_f32(greatest / 127.0)
+    // As integers, magnitudes compare as they do as numbers, and a NaN is the max.
+    let max = f32::from_bits(x.iter().fold(0, |max, x| max.max(x.abs().to_bits())));
+    f16::from_f32(max / 127.0)
 }
 
 /// Against the scale as it is stored, so that its rounding is made up for.

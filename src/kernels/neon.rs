@@ -9,11 +9,11 @@
 //!     for each group of a scale:  sum32 = q . x;  total += scale * sum32
 //!     out += dx * (d * total - dmin * (mins . sums of x))
 //! ```
-//! 1. The products `q . x` are taken with what the CPU has: `smmla` (i8mm), `sdot` (dotprod) or `smull`. They are exact,
+//! 1. The products `q . x` use the best instruction of the CPU: `smmla` (i8mm), `sdot` (dotprod) or `smull`. They are exact,
 //!    and everything around them is written once: **the results have the same bits on every CPU.**
 //! 2. Integers are signed here, so that `Q6_K`, whose mins are 32 times its scales, is multiplied without mins.
-//! 3. Scales are applied to integers: of 4 sums at a time, since a 32-bit multiplication is slow on most of these CPUs.
-//! 4. The intrinsics of `sdot` and `smmla` are not stable yet: they are assembled here.
+//! 3. Scales are applied to integers, 4 sums at a time: a 32-bit multiplication is slow on most of these CPUs.
+//! 4. The intrinsics of `sdot` and `smmla` are not stable yet; `bytes` has them in assembly.
 
 mod bytes;
 
@@ -23,21 +23,21 @@ use std::marker::PhantomData;
 
 use super::blocks::{self, Block, block, blocks, scales_and_mins};
 use super::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use super::pack::{self, RowBlock, SUPER, SmallRow, SmallTile, TILE, TileBlock};
+use super::pack::{self, Q8Row, Q8Tile, RowBlock, SUPER, TILE, TileBlock, plain};
 use super::products::{self, Products};
 use super::simd::Simd;
-use super::{Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float};
+use super::{Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float, shapes};
 use bytes::Bytes;
 
-/// NEON, which every aarch64 CPU has.
+/// The kernel with NEON alone, which every aarch64 CPU has.
 #[derive(Copy, Clone)]
 pub struct Base(());
 
-/// NEON with dotprod: ARMv8.4, and from Cortex-A55 and A75 on.
+/// The kernel with dotprod: ARMv8.4, and from Cortex-A55 and A75 on. A value exists only on a CPU that has it.
 #[derive(Copy, Clone)]
 pub struct DotProd(());
 
-/// NEON with dotprod and i8mm: ARMv8.6, and from Cortex-A510 and A710 on.
+/// The kernel with dotprod and i8mm: ARMv8.6, and from Cortex-A510 and A710 on. A value exists only on a CPU that has them.
 #[derive(Copy, Clone)]
 pub struct I8mm(());
 
@@ -59,7 +59,7 @@ impl I8mm {
     }
 }
 
-/// The kernel `neon` with the best products of this CPU.
+/// The kernel `neon` in its fastest form for this CPU.
 pub fn neon() -> Option<Box<dyn Kernel>> {
     if let Some(kernel) = I8mm::new() {
         Some(Box::new(kernel))
@@ -70,69 +70,78 @@ pub fn neon() -> Option<Box<dyn Kernel>> {
     }
 }
 
-type BaseSuper<B> = SuperProducts<Base, B>;
-type BaseSmall = SmallProducts<Base>;
-type DotSuper<B> = SuperProducts<DotProd, B>;
-type DotSmall = SmallProducts<DotProd>;
-type I8mmSuper<B> = SuperProducts<I8mm, B>;
-type I8mmSmall = SmallProducts<I8mm>;
+type BaseKQuant<B> = KQuantProducts<Base, B>;
+type BaseQ8 = Q8Products<Base>;
+type DotKQuant<B> = KQuantProducts<DotProd, B>;
+type DotQ8 = Q8Products<DotProd>;
+type I8mmKQuant<B> = KQuantProducts<I8mm, B>;
+type I8mmQ8 = Q8Products<I8mm>;
 
-kernel!(Base, "neon", "neon", float32x4_t, BaseSuper, BaseSmall, pack::pack_row, pack::pack_tile::<4>);
-kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotSuper, DotSmall, pack::pack_row, pack::pack_tile::<4>);
-kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmSuper, I8mmSmall, pack::pack_row, pack::pack_tile::<8>);
+kernel!(Base, "neon", "neon", float32x4_t, BaseKQuant, BaseQ8, pack::pack_row, pack::pack_tile::<4>);
+kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotKQuant, DotQ8, pack::pack_row, pack::pack_tile::<4>);
+kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmKQuant, I8mmQ8, pack::pack_row, pack::pack_tile::<8>);
 
-#[inline(always)]
-unsafe fn f32_of(half: blocks::Half) -> f32 {
-    unsafe { vgetq_lane_f32::<0>(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half.bits())))) }
+#[inline]
+#[target_feature(enable = "neon")]
+fn f32_of(half: blocks::Half) -> f32 {
+    vgetq_lane_f32::<0>(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half.bits()))))
 }
 
-/// The lines of a block that lie about 2 KB further on. Reading ahead of the end is harmless: a prefetch never faults.
+/// Prefetches, into L1, the size of a block from 2 KB past its start. Past the end of the weights it does nothing: a
+/// prefetch does not fault.
 #[inline(always)]
-unsafe fn prefetch<B: Block>(block: &B) {
-    unsafe {
-        let ahead = (block as *const B).cast::<u8>().wrapping_add(2048);
-        for line in 0..size_of::<B>().div_ceil(64) {
-            let line = ahead.wrapping_add(64 * line);
-            asm!("prfm pldl1keep, [{}]", in(reg) line.addr(), options(nomem, nostack, preserves_flags));
-        }
+fn prefetch<B: Block>(block: &B) {
+    let from = (block as *const B).cast::<u8>().wrapping_add(2048);
+    for line in 0..size_of::<B>().div_ceil(64) {
+        let line = from.wrapping_add(64 * line);
+        // SAFETY: the instruction changes no register and no memory; the address may be invalid.
+        unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line.addr(), options(nomem, nostack, preserves_flags)) };
     }
 }
 
-/// The integer parts of a super-block, `w = d * scale * q - dmin * min`.
-pub struct Super {
+/// The scales of a super-block: `w = d * scale * q - dmin * min`.
+pub struct Scales {
     /// Of groups `4 i .. 4 i + 4`.
     scales: [int32x4_t; 4],
-    /// Where groups are of 32.
+    /// Of 8 groups.
     mins: int16x8_t,
     d: f32,
     dmin: f32,
 }
 
-pub trait SuperBlock: Block {
+/// # Safety
+/// For the caller of any method: the instruction set is there, see [`Simd`].
+pub unsafe trait SuperBlock: Block {
     /// 8, with mins, or 16, without them.
     const GROUPS: usize;
 
-    unsafe fn scales(&self) -> Super;
+    unsafe fn scales(&self) -> Scales;
 
     /// Weights `128 * i .. 128 * (i + 1)` as signed bytes.
+    ///
+    /// # Safety
+    /// `i` is 0 or 1.
     unsafe fn quants(&self, i: usize) -> [int8x16_t; 8];
 }
 
-#[inline(always)]
-unsafe fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Super {
-    unsafe {
-        let (scales, mins) = scales_and_mins(packed);
-        let bytes_to_i16 = |bytes| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(bytes)));
-        let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
-        let zero = vdupq_n_s32(0);
-        let scales = [vmovl_s16(vget_low_s16(scales)), vmovl_high_s16(scales), zero, zero];
-        Super { scales, mins, d: f32_of(d), dmin: f32_of(dmin) }
-    }
+#[inline]
+#[target_feature(enable = "neon")]
+fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Scales {
+    let (scales, mins) = scales_and_mins(packed);
+    let bytes_to_i16 = |bytes| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(bytes)));
+    let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
+    let zero = vdupq_n_s32(0);
+    let scales = [vmovl_s16(vget_low_s16(scales)), vmovl_high_s16(scales), zero, zero];
+    Scales { scales, mins, d: f32_of(d), dmin: f32_of(dmin) }
 }
 
-/// The low nibbles of `16 N` bytes, and the high ones.
+/// The low nibbles of `16 N` bytes, and the high nibbles.
+///
+/// # Safety
+/// The instruction set is there, see [`Simd`], and `qs` is valid for reading `16 N` bytes.
 #[inline(always)]
 unsafe fn nibbles<const N: usize>(qs: *const u8) -> ([uint8x16_t; N], [uint8x16_t; N]) {
+    // SAFETY: the contract of this function.
     unsafe {
         let (mut low, mut high) = ([vdupq_n_u8(0); N], [vdupq_n_u8(0); N]);
         for i in 0..N {
@@ -143,22 +152,26 @@ unsafe fn nibbles<const N: usize>(qs: *const u8) -> ([uint8x16_t; N], [uint8x16_
     }
 }
 
-/// The bits of every byte that `mask` shows after moving them left (`by` > 0) or right.
-#[inline(always)]
-unsafe fn moved(bits: uint8x16_t, by: i8, mask: u8) -> uint8x16_t {
-    unsafe { vandq_u8(vshlq_u8(bits, vdupq_n_s8(by)), vdupq_n_u8(mask)) }
+/// Each byte shifted left, or right if `by` is negative, and masked.
+#[inline]
+#[target_feature(enable = "neon")]
+fn shift_and_mask(bits: uint8x16_t, by: i8, mask: u8) -> uint8x16_t {
+    vandq_u8(vshlq_u8(bits, vdupq_n_s8(by)), vdupq_n_u8(mask))
 }
 
-impl SuperBlock for blocks::Q4_K {
+// SAFETY: the methods read inside of the block.
+unsafe impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
+        // SAFETY: the instruction set is there.
         unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
     }
 
     #[inline(always)]
     unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
+        // SAFETY: the contract of this method; `qs` has two halves of 64 bytes.
         unsafe {
             let (low, high) = nibbles::<4>(self.qs.as_ptr().add(64 * i));
             let q = [low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]];
@@ -167,24 +180,27 @@ impl SuperBlock for blocks::Q4_K {
     }
 }
 
-impl SuperBlock for blocks::Q5_K {
+// SAFETY: the methods read inside of the block.
+unsafe impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
+        // SAFETY: the instruction set is there.
         unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
     }
 
     #[inline(always)]
     unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
+        // SAFETY: the contract of this method; `qs` has two halves of 64 bytes, `qh` two of 16.
         unsafe {
             let (low, high) = nibbles::<4>(self.qs.as_ptr().add(64 * i));
             let mut q = [low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]];
-            // Bit j of every byte is the fifth bit of group j.
+            // Bit j of every byte is the fifth bit of a weight of group j.
             let fifth = [vld1q_u8(self.qh.as_ptr()), vld1q_u8(self.qh.as_ptr().add(16))];
             for group in 0..4 {
                 for side in 0..2 {
-                    let fifth = moved(fifth[side], 4 - (4 * i + group) as i8, 16);
+                    let fifth = shift_and_mask(fifth[side], 4 - (4 * i + group) as i8, 16);
                     q[2 * group + side] = vorrq_u8(q[2 * group + side], fifth);
                 }
             }
@@ -193,31 +209,34 @@ impl SuperBlock for blocks::Q5_K {
     }
 }
 
-impl SuperBlock for blocks::Q6_K {
+// SAFETY: the methods read inside of the block.
+unsafe impl SuperBlock for blocks::Q6_K {
     const GROUPS: usize = 16;
 
     #[inline(always)]
-    unsafe fn scales(&self) -> Super {
+    unsafe fn scales(&self) -> Scales {
+        // SAFETY: the instruction set is there; the block has 16 scales.
         unsafe {
             let scales = vld1q_s8(self.scales.as_ptr());
             let (a, b) = (vmovl_s8(vget_low_s8(scales)), vmovl_high_s8(scales));
             let wide = |half| (vmovl_s16(vget_low_s16(half)), vmovl_high_s16(half));
             let ((a, b), (c, d)) = (wide(a), wide(b));
-            Super { scales: [a, b, c, d], mins: vdupq_n_s16(0), d: f32_of(self.d), dmin: 0.0 }
+            Scales { scales: [a, b, c, d], mins: vdupq_n_s16(0), d: f32_of(self.d), dmin: 0.0 }
         }
     }
 
     #[inline(always)]
     unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
+        // SAFETY: the contract of this method; `ql` has two halves of 64 bytes, `qh` two of 32.
         unsafe {
             let (low, high) = nibbles::<4>(self.ql.as_ptr().add(64 * i));
             let q = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-            // Two bits of every byte belong to each of the four groups of 32.
+            // Every byte has two bits for each of the four groups of 32.
             let bits = [vld1q_u8(self.qh.as_ptr().add(32 * i)), vld1q_u8(self.qh.as_ptr().add(32 * i + 16))];
             let mut signed = [vdupq_n_s8(0); 8];
             for group in 0..4 {
                 for side in 0..2 {
-                    let bits = moved(bits[side], 4 - 2 * group as i8, 48);
+                    let bits = shift_and_mask(bits[side], 4 - 2 * group as i8, 48);
                     let q = vreinterpretq_s8_u8(vorrq_u8(q[2 * group + side], bits));
                     // w = d * scale * (q - 32)
                     signed[2 * group + side] = vsubq_s8(q, vdupq_n_s8(32));
@@ -228,28 +247,31 @@ impl SuperBlock for blocks::Q6_K {
     }
 }
 
-/// 256 unpacked weights of one row.
-#[derive(Copy, Clone)]
-#[repr(C, align(16))]
-pub struct PanelBlock {
-    q: [i8; SUPER],
-    scales: [i32; 16],
-    mins: [i16; 8],
-    d: f32,
-    dmin: f32,
+plain! {
+    /// 256 unpacked weights of one row.
+    #[repr(C, align(16))]
+    pub struct PanelBlock {
+        q: [i8; SUPER],
+        scales: [i32; 16],
+        mins: [i16; 8],
+        d: f32,
+        dmin: f32,
+        unused: [u32; 2],
+    }
 }
 
-/// Products with super-blocks of `B`, bytes multiplied as `D` does.
-pub struct SuperProducts<D, B>(PhantomData<(D, B)>);
+/// Products with super-blocks of `B`; `D` multiplies the bytes.
+pub struct KQuantProducts<D, B>(PhantomData<(D, B)>);
 
-/// Lane k: the sum of the lanes of `sums[k]`.
-#[inline(always)]
-unsafe fn add_up(sums: [int32x4_t; 4]) -> int32x4_t {
-    unsafe { vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])) }
+/// Four horizontal sums: lane k is the sum of the lanes of `sums[k]`.
+#[inline]
+#[target_feature(enable = "neon")]
+fn reduce4(sums: [int32x4_t; 4]) -> int32x4_t {
+    vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]))
 }
 
-// SAFETY: pointers stay inside blocks, and in `multiply` where the trait says.
-unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
+// SAFETY: the methods access the blocks of their arguments, and what their contracts name.
+unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
     type V = float32x4_t;
     type Row = RowBlock;
     type Tile = TileBlock;
@@ -262,12 +284,19 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> float32x4_t {
+    unsafe fn zero() -> float32x4_t {
+        // SAFETY: the instruction set is there.
         unsafe { vdupq_n_f32(0.0) }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[RowBlock]; T], sums: &mut [float32x4_t; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[RowBlock]; T],
+        sums: &mut [float32x4_t; T],
+    ) {
+        // SAFETY: the contract of this method: the row has a block `step`, and so has every `x`.
         unsafe {
             let block = block::<B>(weights.bytes, step);
             prefetch(block);
@@ -280,13 +309,13 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
                     let at = |j: usize| vld1q_s8(x.add(16 * j));
                     if B::GROUPS == 8 {
                         let group = |j: usize| D::dot([q[2 * j], q[2 * j + 1]], [at(2 * j), at(2 * j + 1)]);
-                        let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                        let sum32 = reduce4([group(0), group(1), group(2), group(3)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[half]);
                     } else {
                         let group = |j: usize| D::dot([q[j]], [at(j)]);
-                        let sum32 = add_up([group(0), group(1), group(2), group(3)]);
+                        let sum32 = reduce4([group(0), group(1), group(2), group(3)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half]);
-                        let sum32 = add_up([group(4), group(5), group(6), group(7)]);
+                        let sum32 = reduce4([group(4), group(5), group(6), group(7)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
                     }
                 }
@@ -305,12 +334,14 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: float32x4_t) -> f32 {
-        unsafe { sum.sum() }
+    unsafe fn reduce(sum: float32x4_t) -> f32 {
+        // SAFETY: the instruction set is there.
+        unsafe { sum.reduce_sum() }
     }
 
     #[inline(always)]
     unsafe fn unpack(weights: Weights<'_>, to: *mut PanelBlock, stride: usize) {
+        // SAFETY: the contract of this method: there is room for block `i` of the row.
         unsafe {
             for (i, block) in blocks::<B>(weights.bytes).iter().enumerate() {
                 prefetch(block);
@@ -332,6 +363,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
 
     #[inline(always)]
     unsafe fn multiply<const T: usize>(rows: *const PanelBlock, x: [&TileBlock; T], out: *mut f32, stride: usize) {
+        // SAFETY: the contract of this method, for each tile.
         unsafe {
             for t in 0..T {
                 for half in 0..2 {
@@ -343,6 +375,9 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for SuperProducts<D, B> {
 }
 
 /// 4 rows with 8 of the 16 tokens of a tile.
+///
+/// # Safety
+/// As for `Products::multiply` with one tile; `half` is 0 or 1, and `out` is at the first of the 8 tokens.
 #[inline(always)]
 unsafe fn multiply_half_tile<D: Bytes, B: SuperBlock>(
     rows: *const PanelBlock,
@@ -351,16 +386,18 @@ unsafe fn multiply_half_tile<D: Bytes, B: SuperBlock>(
     out: *mut f32,
 ) {
     const ROWS: [usize; 4] = [0, 1, 2, 3];
+    // SAFETY: the contract of this function: 4 blocks at `rows`, 4 rows of 16 sums around `out`. The others are the fields
+    // of blocks, of which `group` is below 16.
     unsafe {
         let features = SUPER / B::GROUPS;
         let q = x.q.as_ptr().cast::<i8>().add(8 * D::RUN * half);
         let mut totals = [vdupq_n_s32(0); 8];
         for group in 0..B::GROUPS {
             let w = ROWS.map(|r| (&raw const (*rows.add(r)).q).cast::<i8>().add(group * features));
-            // 8 * 31 * 127 (Q5_K) and 4 * 32 * 127 (Q6_K) fit into 16 bits.
+            // 16 bits hold 8 * 31 * 127 (Q5_K) and 4 * 32 * 127 (Q6_K).
             let sums32 = D::multiply::<8>(w, q.add(group * features * TILE), features);
             let scale = |r| vld1q_dup_s32((&raw const (*rows.add(r)).scales).cast::<i32>().add(group));
-            let scales = D::factors(ROWS.map(scale));
+            let scales = D::row_factors(ROWS.map(scale));
             for i in 0..8 {
                 totals[i] = vmlaq_s32(totals[i], sums32[i], scales[i / 2]);
             }
@@ -391,8 +428,12 @@ unsafe fn multiply_half_tile<D: Bytes, B: SuperBlock>(
 }
 
 /// The mins of groups `G` and `H = G + 1` of 4 rows, times the sums of 8 tokens.
+///
+/// # Safety
+/// The instruction set is there, see [`Simd`], and `sums` is valid for reading 16 numbers from `16 * G` on.
 #[inline(always)]
 unsafe fn mins_step<const G: i32, const H: i32>(totals: &mut [int32x4_t; 8], mins: [int16x8_t; 4], sums: *const i16) {
+    // SAFETY: the contract of this function.
     unsafe {
         let int16x8x2_t(g, h) = vld2q_s16(sums.add(G as usize * TILE));
         for r in 0..4 {
@@ -404,23 +445,25 @@ unsafe fn mins_step<const G: i32, const H: i32>(totals: &mut [int32x4_t; 8], min
     }
 }
 
-/// 32 weights of one row.
-#[derive(Copy, Clone)]
-#[repr(C, align(16))]
-pub struct SmallBlock {
-    q: [i8; 32],
-    d: f32,
+plain! {
+    /// 32 weights of one row.
+    #[repr(C, align(16))]
+    pub struct Q8Block {
+        q: [i8; 32],
+        d: f32,
+        unused: [u32; 3],
+    }
 }
 
-/// Products with blocks of `Q8_0`, bytes multiplied as `D` does.
-pub struct SmallProducts<D>(PhantomData<D>);
+/// Products with blocks of `Q8_0`; `D` multiplies the bytes.
+pub struct Q8Products<D>(PhantomData<D>);
 
-// SAFETY: as for `SuperProducts`.
-unsafe impl<D: Bytes> Products for SmallProducts<D> {
+// SAFETY: the methods access the blocks of their arguments, and what their contracts name.
+unsafe impl<D: Bytes> Products for Q8Products<D> {
     type V = float32x4_t;
-    type Row = SmallRow;
-    type Tile = SmallTile;
-    type Block = SmallBlock;
+    type Row = Q8Row;
+    type Tile = Q8Tile;
+    type Block = Q8Block;
     type Sum = float32x4_t;
     const ROW: usize = 32;
     const STEP: usize = 32;
@@ -429,12 +472,19 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
     const TILES: usize = 1;
 
     #[inline(always)]
-    unsafe fn nothing() -> Self::Sum {
+    unsafe fn zero() -> Self::Sum {
+        // SAFETY: the instruction set is there.
         unsafe { vdupq_n_f32(0.0) }
     }
 
     #[inline(always)]
-    unsafe fn add<const T: usize>(weights: Weights<'_>, step: usize, x: [&[SmallRow]; T], sums: &mut [Self::Sum; T]) {
+    unsafe fn accumulate<const T: usize>(
+        weights: Weights<'_>,
+        step: usize,
+        x: [&[Q8Row]; T],
+        sums: &mut [Self::Sum; T],
+    ) {
+        // SAFETY: the contract of this method: the row has a block `step`, and so has every `x`.
         unsafe {
             let block = block::<blocks::Q8_0>(weights.bytes, step);
             prefetch(block);
@@ -449,28 +499,32 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
     }
 
     #[inline(always)]
-    unsafe fn total(sum: Self::Sum) -> f32 {
-        unsafe { sum.sum() }
+    unsafe fn reduce(sum: Self::Sum) -> f32 {
+        // SAFETY: the instruction set is there.
+        unsafe { sum.reduce_sum() }
     }
 
     #[inline(always)]
-    unsafe fn unpack(weights: Weights<'_>, to: *mut SmallBlock, stride: usize) {
+    unsafe fn unpack(weights: Weights<'_>, to: *mut Q8Block, stride: usize) {
+        // SAFETY: the contract of this method: there is room for block `i` of the row.
         unsafe {
             for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
                 prefetch(block);
-                *to.add(i * stride) = SmallBlock { q: block.qs, d: f32_of(block.d) };
+                let to = to.add(i * stride);
+                ((*to).q, (*to).d) = (block.qs, f32_of(block.d));
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn multiply<const T: usize>(rows: *const SmallBlock, x: [&SmallTile; T], out: *mut f32, stride: usize) {
+    unsafe fn multiply<const T: usize>(rows: *const Q8Block, x: [&Q8Tile; T], out: *mut f32, stride: usize) {
+        // SAFETY: the contract of this method: 4 blocks at `rows`, 4 rows of 16 sums at `out` for each tile.
         unsafe {
             for t in 0..T {
                 for half in 0..2 {
                     let q = x[t].q.as_ptr().cast::<i8>().add(8 * D::RUN * half);
                     let w = [0, 1, 2, 3].map(|r| (&raw const (*rows.add(r)).q).cast::<i8>());
-                    // 2 * 128 * 127 fits into 16 bits.
+                    // 16 bits hold 2 * 128 * 127.
                     let sums32 = D::by_row(D::multiply::<2>(w, q, 32));
                     for r in 0..4 {
                         for v in 0..2 {
@@ -489,8 +543,10 @@ unsafe impl<D: Bytes> Products for SmallProducts<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::product::product;
+    use crate::kernels::random::{Matrix, Random};
 
-    /// The three, where this CPU has them.
+    /// The kernels that this CPU can run: one to three.
     fn kernels() -> Vec<Box<dyn Kernel>> {
         fn boxed<K: Kernel + 'static>(kernel: K) -> Box<dyn Kernel> {
             Box::new(kernel)
@@ -498,47 +554,18 @@ mod tests {
         [Base::new().map(boxed), DotProd::new().map(boxed), I8mm::new().map(boxed)].into_iter().flatten().collect()
     }
 
-    /// The bits of `x W^T`.
-    fn product(kernel: &dyn Kernel, weights: Weights<'_>, phase: Phase, x: &[f32]) -> Vec<u32> {
-        let (rows, tokens) = (weights.n_rows(), x.len() / weights.cols);
-        let tile = kernel.tile(weights.format, weights.cols, phase);
-        let mut lines = vec![Line::ZERO; tokens.div_ceil(tile.tokens) * tile.lines];
-        for (token, x) in x.chunks_exact(weights.cols).enumerate() {
-            let to = &mut lines[token / tile.tokens * tile.lines..][..tile.lines];
-            kernel.pack(weights.format, phase, x, token % tile.tokens, to);
-        }
-        let mut bits = vec![0; tokens * rows];
-        kernel.matmul(weights, phase, &lines, tokens, &mut |token, row, values| {
-            let to = &mut bits[token * rows + row..][..values.len()];
-            to.iter_mut().zip(values).for_each(|(to, value)| *to = value.to_bits());
-        });
-        bits
-    }
-
     #[test]
     fn all_products_have_the_same_bits() {
-        let mut state = 1u32;
-        let mut random = move || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state >> 16
-        };
-        let half_of_one = half::f16::from_f32(0.01).to_le_bytes();
+        let mut random = Random::new(1);
         let (cols, rows, tokens) = (512, 37, 21);
         for format in [Format::Q4_K, Format::Q5_K, Format::Q6_K, Format::Q8_0, Format::F16] {
-            // Where the half floats are in a block.
-            let halves: &[usize] = match format {
-                Format::Q6_K => &[208],
-                Format::Q4_K | Format::Q5_K => &[0, 2],
-                _ => &[0],
-            };
-            let mut bytes: Vec<u8> = (0..rows * format.row_bytes(cols)).map(|_| random() as u8).collect();
-            for block in bytes.chunks_exact_mut(format.block_bytes()) {
-                halves.iter().for_each(|&at| block[at..at + 2].copy_from_slice(&half_of_one));
-            }
-            let weights = Weights { format, cols, bytes: &bytes };
-            let x: Vec<f32> = (0..tokens * cols).map(|_| random() as f32 / 32768.0 - 1.0).collect();
+            let matrix = Matrix::random(format, rows, cols, &mut random);
+            let x = random.normals(tokens * cols);
             for phase in [Phase::Prefill, Phase::Decode] {
-                let results: Vec<_> = kernels().iter().map(|k| product(k.as_ref(), weights, phase, &x)).collect();
+                let bits = |kernel: &Box<dyn Kernel>| -> Vec<u32> {
+                    product(kernel.as_ref(), &matrix, phase, &x).iter().map(|x| x.to_bits()).collect()
+                };
+                let results: Vec<Vec<u32>> = kernels().iter().map(bits).collect();
                 for result in &results {
                     assert!(result.iter().any(|&bits| bits != 0) && *result == results[0], "{format:?} {phase:?}");
                 }

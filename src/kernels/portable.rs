@@ -12,7 +12,7 @@
 use half::slice::HalfFloatSliceExt;
 
 use super::blocks::{self, Format, blocks};
-use super::{Kernel, KvPage, Line, Out, PAGE, Phase, Query, Scratch, Tile, Weights, view, view_mut};
+use super::{Kernel, KvPage, Line, Out, PAGE, Phase, Query, Scratch, Tile, Weights, shapes, view, view_mut};
 
 /// Plain Rust.
 pub struct Portable;
@@ -31,11 +31,16 @@ impl Kernel for Portable {
         Tile { tokens: 1, lines: Line::count(4 * cols) }
     }
 
-    fn pack(&self, _: Format, _: Phase, x: &[f32], _: usize, tile: &mut [Line]) {
+    fn pack(&self, format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]) {
+        shapes::pack(self, format, phase, x, at, tile);
         view_mut(tile)[..x.len()].copy_from_slice(x);
     }
 
-    fn matmul(&self, weights: Weights<'_>, _: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+    fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+        shapes::matmul(self, weights, phase, x, tokens);
+        if tokens == 0 {
+            return;
+        }
         let (rows, cols) = (weights.n_rows(), weights.cols);
         let mut panel = Scratch::take(Line::count(4 * ROWS * cols));
         let panel = view_mut::<f32>(&mut panel);
@@ -55,6 +60,7 @@ impl Kernel for Portable {
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        shapes::rms_norm(x, weight, out);
         let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
         for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
             *out = w * (x * scale);
@@ -62,12 +68,14 @@ impl Kernel for Portable {
     }
 
     fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        shapes::swiglu(gate, up, out);
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             *out = gate / (1.0 + libm::expf(-gate)) * up;
         }
     }
 
     fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
+        shapes::attention(queries, pages, head_dim);
         let scale = 1.0 / (head_dim as f32).sqrt();
         let page_len = PAGE * head_dim;
         let mut scratch = Scratch::take(Line::count(4 * 3 * page_len));
@@ -155,6 +163,7 @@ fn lane_sums(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
 
 /// Weights of any format as f32, exactly as ggml defines them: `w = d * scale * q - dmin * min`, and its simpler kin.
 pub fn dequantize(weights: Weights<'_>, out: &mut [f32]) {
+    shapes::dequantize(weights, out);
     let bytes = weights.bytes;
     match weights.format {
         Format::F32 => {

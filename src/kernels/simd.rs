@@ -1,4 +1,4 @@
-//! A vector of f32, as much as attention, norms and float products need: they are written once (`float.rs`,
+//! A vector of f32 with the operations that attention, norms and float products need. They are written once (`float.rs`,
 //! `attention.rs`) and compiled for each instruction set.
 
 #[cfg(target_arch = "x86_64")]
@@ -13,12 +13,17 @@ use half::f16;
 /// A register of `LANES` floats.
 ///
 /// # Safety
-/// The methods are instructions: whoever calls one runs on a CPU that has them, inside a function compiled for them
-/// (`#[target_feature]`), into which they are inlined. Pointers are read and written for `LANES` elements.
+/// For the caller of any method:
+/// - The CPU has the instruction set, and the calling function is compiled for it (`#[target_feature]`) or is inlined
+///   into one that is. This is what "the instruction set is there" means in the SAFETY lines of the kernels.
+/// - A pointer is valid for reads, or for writes, of `LANES` elements. It may have any alignment.
+///
+/// For the implementer: a method computes what its comment says and accesses no other memory.
 pub unsafe trait Simd: Copy {
+    /// 16 at most.
     const LANES: usize;
-    /// 32 of them rather than 16.
-    const MANY_REGISTERS: bool;
+    /// Vector registers of the instruction set.
+    const REGISTERS: usize;
 
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -29,39 +34,54 @@ pub unsafe trait Simd: Copy {
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
     unsafe fn div(self, other: Self) -> Self;
-    /// Not a number where `other` is not; where only `self` is not, `other` or that.
+    /// NaN if `other` is NaN; if only `self` is, either.
     unsafe fn max(self, other: Self) -> Self;
-    /// As `max`.
+    /// NaN as in `max`.
     unsafe fn min(self, other: Self) -> Self;
-    /// `self * a + b`, rounded once.
+    /// `self * a + b`, fused: rounded once.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
     /// To the nearest integer, ties to even.
     unsafe fn round(self) -> Self;
     /// `2^self` for integers from -126 to 127; 0 for -127, infinity for 128.
     unsafe fn exp2_of_integer(self) -> Self;
-    /// The sum of the lanes, in a fixed order.
-    unsafe fn sum(self) -> f32;
-    /// The greatest lane.
-    unsafe fn greatest(self) -> f32;
-    /// Fetch the cache line of `at` to the second level. Any address will do.
+    /// The horizontal sum, in a fixed order.
+    unsafe fn reduce_sum(self) -> f32;
+    /// The horizontal maximum.
+    unsafe fn reduce_max(self) -> f32;
+    /// Prefetches the cache line of `at` into L2. The address may be invalid.
     unsafe fn prefetch(at: *const u8);
-    /// 4 x 4 floats at `from`, rows `from_stride` apart, to their transpose at `to`.
+    /// Transposes 4 x 4 floats. The rows at `from` are `from_stride` floats apart, those at `to` `to_stride`; each is valid
+    /// for 4 floats.
     unsafe fn transpose4(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
 }
 
-/// `e^x` to about 2 units in the last place; 0 below -87.7, infinity above 88.4: `2^n * e^r` with `n = round(x / ln 2)`,
-/// `|r| <= ln 2 / 2` and the Taylor series of degree 7 (its remainder is 6e-9 of the value).
+/// Methods of [`Simd`] for one instruction set: each body is a few instructions.
+macro_rules! instructions {
+    ($(fn $name:ident($($args:tt)*) $(-> $result:ty)? { $($body:tt)* })*) => {
+        $(
+            #[inline(always)]
+            unsafe fn $name($($args)*) $(-> $result)? {
+                // SAFETY: the caller keeps the contract of `Simd`: the instruction set is there, pointers are valid.
+                unsafe { $($body)* }
+            }
+        )*
+    };
+}
+use instructions;
+
+/// `e^x` to about 2 units in the last place; 0 below -87.7, infinity above 88.4. Computed as `2^n * e^r` with
+/// `n = round(x / ln 2)`, `|r| <= ln 2 / 2` and the Taylor series of degree 7, whose remainder is 6e-9 of the value.
 ///
 /// # Safety
-/// As for the methods of [`Simd`].
+/// The instruction set is there, see [`Simd`].
 #[inline(always)]
 pub unsafe fn exp<V: Simd>(x: V) -> V {
-    // SAFETY: the caller's promise is what every method asks for.
+    // SAFETY: the instruction set is there, by the contract of this function.
     unsafe {
-        // To where n is -127 and 128; written so that a NaN stays one.
+        // Clamped to where n is -127 and 128. The order of the operands keeps a NaN.
         let x = V::splat(88.7).min(V::splat(-88.0).max(x));
         let n = x.mul(V::splat(std::f32::consts::LOG2_E)).round();
-        // ln 2 in two pieces, the first with few enough bits that n times it is exact.
+        // ln 2 as two constants, the first short enough that its product with n is exact.
         let r = n.mul_add(V::splat(-0.693_359_4), x);
         let r = n.mul_add(V::splat(2.121_944_4e-4), r);
         let mut sum = V::splat(1.0 / 5040.0);

@@ -64,7 +64,7 @@ pub struct Disjoint<'a, T = f32> {
     buffer: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `range` is unsafe, and its contract rules out two threads on one element.
+// SAFETY: `range` is unsafe: by its contract no two threads have the same element.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
@@ -78,10 +78,10 @@ impl<'a, T> Disjoint<'a, T> {
 
     /// # Safety
     /// No other live range overlaps this one.
-    #[allow(clippy::mut_from_ref)] // that is its purpose; the contract above makes it sound
+    #[allow(clippy::mut_from_ref)] // the contract above makes it sound
     pub unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: inside the buffer, as just asserted, and not aliased, as the caller promises.
+        // SAFETY: inside the buffer, as asserted, and not aliased, by the contract of this function.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
@@ -131,9 +131,9 @@ impl Linear<'_> {
             }
             let rows = task * rows_per_task..features.min((task + 1) * rows_per_task);
             self.kernel.matmul(weights.rows(rows.clone()), self.phase, packed, tokens, &mut |token, first, results| {
-                let start = token * features + rows.start + first;
-                // SAFETY: every task has rows of its own.
-                let out = unsafe { target.range(start..start + results.len()) };
+                let range = task_range(token, first, results.len(), &rows, tokens, features);
+                // SAFETY: no other task has these rows, and this one has no other range at a time.
+                let out = unsafe { target.range(range) };
                 if add {
                     out.iter_mut().zip(results).for_each(|(out, result)| *out += result);
                 } else {
@@ -173,6 +173,22 @@ impl Linear<'_> {
             Phase::Prefill => share(8).next_multiple_of(64).clamp(64, 256),
         }
     }
+}
+
+/// Where results of a task go in (tokens, features). Any type may be a `Kernel`: a range outside of the task's own rows,
+/// which another thread may be writing, is refused.
+fn task_range(
+    token: usize,
+    first: usize,
+    count: usize,
+    rows: &Range<usize>,
+    tokens: usize,
+    features: usize,
+) -> Range<usize> {
+    let inside = token < tokens && first <= rows.len() && count <= rows.len() - first;
+    assert!(inside, "results for token {token} of {tokens}, {count} rows from {first} of a task's {}", rows.len());
+    let start = token * features + rows.start + first;
+    start..start + count
 }
 
 /// `out = norm(x) W^T`
@@ -252,9 +268,10 @@ impl InplaceOp1 for Rope<'_> {
     fn cpu_fwd(&self, qkv: &mut CpuStorage, qkv_l: &Layout) -> Result<()> {
         let RowsMut { data, rows, cols } = RowsMut::of(qkv, qkv_l)?;
         let (half, turned) = (self.angles.half, self.shape.q_dim() + self.shape.kv_dim());
+        assert!(turned <= cols, "q and k are {turned} of {cols} features");
         let target = Disjoint::new(data);
         let row = |row: usize| {
-            // SAFETY: each row belongs to one task.
+            // SAFETY: each row belongs to one task, and the range is inside of the row.
             let heads = unsafe { target.range(row * cols..row * cols + turned) };
             let cos = &self.angles.cos[row * half..][..half];
             let sin = &self.angles.sin[row * half..][..half];
@@ -271,5 +288,42 @@ impl InplaceOp1 for Rope<'_> {
             self.pool.run(rows, row)
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_go_to_the_rows_of_their_task() {
+        assert_eq!(task_range(2, 1, 3, &(8..12), 3, 20), 49..52);
+        assert_eq!(task_range(0, 4, 0, &(8..12), 3, 20), 12..12);
+    }
+
+    #[test]
+    fn results_outside_of_a_task_are_refused() {
+        for (token, first, count) in
+            [(3, 0, 1), (0, 0, 5), (0, 3, 2), (0, 5, 0), (0, usize::MAX, 2), (usize::MAX, 0, 1)]
+        {
+            let refused = std::panic::catch_unwind(|| task_range(token, first, count, &(8..12), 3, 20));
+            assert!(refused.is_err(), "token {token}, {count} rows from {first}");
+        }
+    }
+
+    #[test]
+    fn ranges_of_a_buffer_end_with_it() {
+        let mut buffer = [0f32; 4];
+        let buffer = Disjoint::new(&mut buffer);
+        // SAFETY: no other range is alive.
+        unsafe {
+            buffer.range(1..4).fill(1.0);
+            assert_eq!(buffer.range(0..4), [0.0, 1.0, 1.0, 1.0]);
+        }
+        for range in [0..5, 4..5, Range { start: 2, end: 1 }, usize::MAX..usize::MAX] {
+            // SAFETY: no other range is alive.
+            let refused = std::panic::catch_unwind(|| unsafe { buffer.range(range.clone()).len() });
+            assert!(refused.is_err(), "{range:?}");
+        }
     }
 }

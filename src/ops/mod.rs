@@ -8,8 +8,10 @@
 //!
 //! Decisions: docs/design/compute.md
 
+#[allow(unsafe_code)] // tasks write disjoint ranges of one buffer
 mod attention;
 mod candle;
+#[allow(unsafe_code)] // as above
 mod cpu;
 mod matrix;
 

@@ -1,17 +1,20 @@
-//! Every kernel that this CPU has, against references in f64: products on the formats' own blocks, norms, activations,
-//! attention. And for each kernel the same bits for a token however the work is cut.
+//! Every kernel of this CPU against references in f64: products with blocks of every format, norms, activations,
+//! attention. For each kernel, the bits of a token's result do not depend on how the work is divided, and arguments of
+//! unequal lengths panic.
 mod attention;
 mod layer;
+mod product;
 mod products;
 mod random;
+mod shapes;
 
-use candle_phi::kernels::{self, Kernel};
+use candle_phi::kernels::{self, Format, Kernel, Line, Phase, Weights, view_mut};
 
 fn all() -> impl Iterator<Item = Box<dyn Kernel>> {
     kernels::available().into_iter().map(|name| kernels::by_name(name).expect(name))
 }
 
-/// The same numbers to the last bit: a NaN is the same as any other.
+/// Whether all numbers are equal to the last bit. All NaNs are equal.
 fn same(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan())
 }

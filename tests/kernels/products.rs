@@ -2,9 +2,10 @@
 //!
 //! The specification is the sum, in f64, of what `dequantize` makes of a block times the activations. A kernel may be
 //! off it by what it does to activations (`rounding`, one table for all of them) and by the rounding of f32 sums.
-use candle_phi::kernels::{Format, Kernel, Line, Phase, Weights, dequantize, view_mut};
+use candle_phi::kernels::{Format, Kernel, Phase, Weights, dequantize};
 use half::{bf16, f16};
 
+use crate::product::{product, product_of_rows};
 use crate::random::{Matrix, Random, halves, quants, scales};
 use crate::{all, same};
 
@@ -118,32 +119,12 @@ fn dequantized(weights: Weights<'_>) -> Vec<f32> {
     values
 }
 
-/// `x W^T`, (tokens, rows), of activations (tokens, cols).
-fn product(kernel: &dyn Kernel, weights: Weights<'_>, phase: Phase, x: &[f32]) -> Vec<f32> {
-    let (rows, tokens) = (weights.n_rows(), x.len() / weights.cols);
-    let tile = kernel.tile(weights.format, weights.cols, phase);
-    let mut lines = vec![Line::ZERO; tokens.div_ceil(tile.tokens) * tile.lines];
-    view_mut::<f32>(&mut lines).fill(f32::NAN); // places of a tile that no token takes hold anything
-    for (token, x) in x.chunks_exact(weights.cols).enumerate() {
-        let tile_lines = &mut lines[token / tile.tokens * tile.lines..][..tile.lines];
-        kernel.pack(weights.format, phase, x, token % tile.tokens, tile_lines);
-    }
-    let mut results = vec![None; tokens * rows];
-    kernel.matmul(weights, phase, &lines, tokens, &mut |token, first, values| {
-        let places = &mut results[token * rows..(token + 1) * rows][first..first + values.len()];
-        for (place, value) in places.iter_mut().zip(values) {
-            assert_eq!(place.replace(*value), None, "{}: token {token}, rows from {first}, twice", kernel.name());
-        }
-    });
-    results.into_iter().map(|value| value.expect("a result for every row and token")).collect()
-}
-
 /// Asserts that every result is within its limit; gives the mean square of the errors, each relative to the variance
 /// that rounding the activations gives it.
 fn assert_near(kernel: &dyn Kernel, matrix: &Matrix, phase: Phase, x: &[f32], expected: &[Expected]) -> f64 {
     let rounding = rounding(kernel.name(), matrix.format, phase);
     let rows = matrix.weights().n_rows();
-    let results = product(kernel, matrix.weights(), phase, x);
+    let results = product(kernel, matrix, phase, x);
     assert_eq!(results.len(), expected.len());
     let mut squares = 0.0;
     for (i, (result, expected)) in results.iter().zip(expected).enumerate() {
@@ -244,7 +225,7 @@ fn integers_are_multiplied_exactly() {
                 if rounding(kernel.name(), format, phase) == Rounding::Bf16 && format != Format::BF16 {
                     continue; // a scale times a quant has more than 8 bits
                 }
-                let results = product(&*kernel, matrix.weights(), phase, &x);
+                let results = product(&*kernel, &matrix, phase, &x);
                 assert!(
                     results == expected,
                     "{} {format:?} {phase:?}, {cols} features: {results:?}, expected {expected:?}",
@@ -318,7 +299,7 @@ fn extreme_activations_are_multiplied_as_any_other() {
         expected.iter_mut().for_each(|expected| expected.terms += 1e-36);
         for (kernel, phase) in runs() {
             assert_near(&*kernel, &matrix, phase, &x, &expected);
-            let results = product(&*kernel, matrix.weights(), phase, &x);
+            let results = product(&*kernel, &matrix, phase, &x);
             assert!(results[..2 * 33].iter().all(|result| *result == 0.0), "{} {format:?}", kernel.name());
         }
     }
@@ -333,11 +314,11 @@ fn what_is_not_finite_shows_in_its_token_and_in_no_other() {
         let clean = random.normals(tokens * cols);
         for (kernel, phase) in runs() {
             let name = kernel.name();
-            let before = product(&*kernel, matrix.weights(), phase, &clean);
+            let before = product(&*kernel, &matrix, phase, &clean);
             for (token, wrong) in [(0, f32::NAN), (1, f32::INFINITY), (17, f32::NEG_INFINITY), (19, -f32::NAN)] {
                 let mut x = clean.clone();
                 x[token * cols + random.below(cols)] = wrong;
-                let after = product(&*kernel, matrix.weights(), phase, &x);
+                let after = product(&*kernel, &matrix, phase, &x);
                 for (i, (before, after)) in before.chunks_exact(33).zip(after.chunks_exact(33)).enumerate() {
                     if i == token {
                         let hidden = after.iter().filter(|result| result.is_finite()).count();
@@ -370,13 +351,12 @@ fn a_token_has_the_same_bits_among_any_others() {
         let matrix = Matrix::random(format, rows, cols, &mut random);
         let x = random.normals(100 * cols);
         for (kernel, phase) in runs() {
-            let alone: Vec<f32> =
-                x.chunks_exact(cols).flat_map(|x| product(&*kernel, matrix.weights(), phase, x)).collect();
+            let alone: Vec<f32> = x.chunks_exact(cols).flat_map(|x| product(&*kernel, &matrix, phase, x)).collect();
             let most = if phase == Phase::Decode { 8 } else { 33 };
             for count in (1..=most).chain([100]) {
                 // From any token on: each comes to every place of a tile.
                 let first = random.below(101 - count);
-                let together = product(&*kernel, matrix.weights(), phase, &x[first * cols..(first + count) * cols]);
+                let together = product(&*kernel, &matrix, phase, &x[first * cols..(first + count) * cols]);
                 let alone = &alone[first * rows..(first + count) * rows];
                 assert!(same(&together, alone), "{} {format:?} {phase:?}: {count} from {first}", kernel.name());
             }
@@ -394,10 +374,10 @@ fn a_row_has_the_same_bits_among_any_others() {
         let matrix = Matrix::random(format, rows, cols, &mut random);
         let x = random.normals(tokens * cols);
         for (kernel, phase) in runs() {
-            let whole = product(&*kernel, matrix.weights(), phase, &x);
+            let whole = product(&*kernel, &matrix, phase, &x);
             for count in (1..=70).chain([127, 128, 129, 130, 193, 200]) {
                 let first = random.below(rows - count + 1);
-                let part = product(&*kernel, matrix.weights().rows(first..first + count), phase, &x);
+                let part = product_of_rows(&*kernel, &matrix, first..first + count, phase, &x);
                 for (part, whole) in part.chunks_exact(count).zip(whole.chunks_exact(rows)) {
                     let whole = &whole[first..first + count];
                     assert!(same(part, whole), "{} {format:?} {phase:?}: rows {count} from {first}", kernel.name());

@@ -1,33 +1,20 @@
-//! Random weights and activations, the same in every run. The benchmark takes its weights from here, too.
-#![allow(dead_code)] // each binary uses its own part of it
+//! Random weights and activations, the same in every run, for the tests and the benchmark.
+#![allow(dead_code)] // each binary uses a part of it
 
 use std::ops::Range;
 
-use candle_phi::kernels::{Format, Weights};
 use half::{bf16, f16};
 
-pub struct Random(u64);
+#[path = "../random/mod.rs"]
+mod generator;
+pub use generator::Random;
+
+use super::{Format, Weights};
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
-        Random(seed)
-    }
-
-    /// splitmix64 (Steele, Lea and Flood, 2014).
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n as u64) as usize
-    }
-
-    /// Integers from `-greatest` to `greatest`.
-    pub fn integer(&mut self, greatest: i32) -> f32 {
-        (self.below(2 * greatest as usize + 1) as i32 - greatest) as f32
+    /// Integers from `-max` to `max`.
+    pub fn integer(&mut self, max: i32) -> f32 {
+        (self.below(2 * max as usize + 1) as i32 - max) as f32
     }
 
     /// From -1 to 1.
@@ -35,7 +22,7 @@ impl Random {
         (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 
-    /// Bell-shaped, of variance 1, from -3 to 3.
+    /// Approximately normal: bell-shaped, of variance 1, from -3 to 3.
     pub fn normal(&mut self) -> f32 {
         self.uniform() + self.uniform() + self.uniform()
     }
@@ -45,7 +32,7 @@ impl Random {
     }
 }
 
-/// Where the half floats of a block lie.
+/// Offsets of the half floats in a block.
 pub fn halves(format: Format) -> &'static [usize] {
     match format {
         Format::F32 | Format::F16 | Format::BF16 => &[],
@@ -57,7 +44,7 @@ pub fn halves(format: Format) -> &'static [usize] {
     }
 }
 
-/// Where the bits of the quants lie in a block.
+/// Offsets of the quants in a block.
 pub fn quants(format: Format) -> Range<usize> {
     match format {
         Format::F32 | Format::F16 | Format::BF16 => 0..0,
@@ -70,7 +57,7 @@ pub fn quants(format: Format) -> Range<usize> {
     }
 }
 
-/// Where the integer scales of a block lie.
+/// Offsets of the integer scales in a block.
 pub fn scales(format: Format) -> Range<usize> {
     match format {
         Format::Q2_K => 0..16,
@@ -81,7 +68,7 @@ pub fn scales(format: Format) -> Range<usize> {
     }
 }
 
-/// A weight matrix in bytes that start at an odd address and end where the allocation ends: files promise no more.
+/// A weight matrix whose bytes start at an odd address and end where the allocation ends, as a file's may.
 #[derive(Clone)]
 pub struct Matrix {
     pub format: Format,
@@ -94,7 +81,7 @@ impl Matrix {
         Matrix { format, cols, bytes: vec![0; 1 + rows * format.row_bytes(cols)] }
     }
 
-    /// Any bytes, with what `half` gives for the half floats of the blocks. Float formats hold bell-shaped weights.
+    /// Random bytes; `half` gives the half floats of the blocks. Float formats have approximately normal weights.
     pub fn new(format: Format, rows: usize, cols: usize, random: &mut Random, half: fn(&mut Random) -> f32) -> Self {
         let mut matrix = Self::zeros(format, rows, cols);
         for block in matrix.blocks_mut() {

@@ -1,10 +1,12 @@
-//! The whole of prefill but the instructions themselves, which few machines have: tiles are emulated as Intel's manual
-//! defines them.
+//! Prefill with emulated tiles: few machines have the instructions. The emulation follows their definition in Intel's
+//! manual.
 
 use std::cell::RefCell;
 
 use super::*;
 use crate::kernels::dequantize;
+use crate::kernels::product::product;
+use crate::kernels::random::{Matrix, Random};
 
 struct Emulated;
 
@@ -22,7 +24,7 @@ fn flushed(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
-// SAFETY: reads and writes 16 lines.
+// SAFETY: `load` and `store` access 16 lines.
 unsafe impl Tiles for Emulated {
     unsafe fn configure() {
         assert!(REGISTERS.replace(Some([[[0; 64]; 16]; 8])).is_none());
@@ -37,12 +39,12 @@ unsafe impl Tiles for Emulated {
     }
 
     unsafe fn load<const TILE: usize>(from: *const Line) {
-        // SAFETY: the trait asks for 16 lines.
+        // SAFETY: 16 lines, by the contract of this method.
         registers(|tiles| tiles[TILE] = unsafe { from.cast::<[[u8; 64]; 16]>().read() });
     }
 
     unsafe fn store<const TILE: usize>(to: *mut Line) {
-        // SAFETY: the trait asks for 16 lines.
+        // SAFETY: 16 lines, by the contract of this method.
         registers(|tiles| unsafe { to.cast::<[[u8; 64]; 16]>().write(tiles[TILE]) });
     }
 
@@ -66,31 +68,19 @@ unsafe impl Tiles for Emulated {
     }
 }
 
-/// Whether this CPU can run all but the tiles.
+/// Whether this CPU has all features but the tiles.
 fn runs() -> bool {
     Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16")
 }
 
-/// The results (tokens, rows) of a matrix (rows, cols) with activations (tokens, cols).
-fn product(weights: Weights<'_>, x: &[f32]) -> Vec<f32> {
-    let lines = tile_lines(weights.cols);
-    let (tokens, rows) = (x.len() / weights.cols, weights.n_rows());
-    let mut packed = vec![Line::ZERO; tokens.div_ceil(TILE) * lines];
-    // What must not count is not a number: tokens behind the last, rows behind the last, old sums.
-    view_mut::<f32>(&mut packed).fill(f32::NAN);
-    view_mut::<f32>(&mut Scratch::take(PANEL * BLOCK + PANEL * tokens)).fill(f32::NAN);
-    let mut results = vec![f32::NAN; tokens * rows];
-    let mut out = |token: usize, first: usize, sums: &[f32]| {
-        results[token * rows + first..][..sums.len()].copy_from_slice(sums);
-    };
-    // SAFETY: `runs` was asked.
-    unsafe {
-        for (token, x) in x.chunks_exact(weights.cols).enumerate() {
-            pack(x, token % TILE, &mut packed[token / TILE * lines..][..lines]);
-        }
-        prefill::<Emulated>(weights, &packed, tokens, &mut out);
-    }
-    results
+fn kernel() -> Amx<Emulated> {
+    Amx(Avx512::new().expect("`runs` says so"), PhantomData)
+}
+
+/// `x W^T`. What must not count is NaN beforehand: old sums, and the rows of a panel past the last.
+fn amx_product(matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+    view_mut::<f32>(&mut Scratch::take(PANEL * BLOCK + PANEL * (x.len() / matrix.cols))).fill(f32::NAN);
+    product(&kernel(), matrix, Phase::Prefill, x)
 }
 
 /// One result, from its definition: 32 features at a time, even and odd ones apart.
@@ -107,54 +97,18 @@ fn expected(weights: Weights<'_>, x: &[f32]) -> f32 {
     })
 }
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn float(&mut self) -> f32 {
-        (self.next() % 2001) as f32 / 1000.0 - 1.0
-    }
-
-    /// Any bytes, but half floats, which lie at `halves` of each block, below 2.
-    fn weights(&mut self, format: Format, halves: &[usize], rows: usize, cols: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = (0..rows * format.row_bytes(cols)).map(|_| (self.next() >> 32) as u8).collect();
-        for block in bytes.chunks_exact_mut(format.block_bytes()) {
-            match format {
-                Format::BF16 => block[1] = block[1] & 0x80 | 0x3f,
-                _ => halves.iter().for_each(|half| block[half + 1] &= 0xbf),
-            }
-        }
-        bytes
-    }
+/// Any half float below 2.
+fn any_half(random: &mut Random) -> f32 {
+    half::f16::from_bits(random.bits() as u16 & 0xbfff).to_f32()
 }
-
-const FORMATS: [(Format, &[usize]); 11] = [
-    (Format::BF16, &[]),
-    (Format::Q4_0, &[0]),
-    (Format::Q4_1, &[0, 2]),
-    (Format::Q5_0, &[0]),
-    (Format::Q5_1, &[0, 2]),
-    (Format::Q8_0, &[0]),
-    (Format::Q2_K, &[80, 82]),
-    (Format::Q3_K, &[108]),
-    (Format::Q4_K, &[0, 2]),
-    (Format::Q5_K, &[0, 2]),
-    (Format::Q6_K, &[208]),
-];
 
 #[test]
 fn every_format_is_multiplied_to_the_bit() {
     if !runs() {
         return;
     }
-    let mut random = Random(88_172_645_463_325_252);
-    for (format, halves) in FORMATS {
+    let mut random = Random::new(1);
+    for format in Format::ALL.into_iter().filter(|format| in_tiles(*format, Phase::Prefill)) {
         let cols = match format.block_len() {
             1 => [45, 301],
             32 => [32, 544],
@@ -162,12 +116,11 @@ fn every_format_is_multiplied_to_the_bit() {
         };
         let shapes = cols.into_iter().flat_map(|cols| [(cols, 1, 1), (cols, 37, 16), (cols, 270, 35)]);
         for (cols, rows, tokens) in shapes {
-            let bytes = random.weights(format, halves, rows, cols);
-            let weights = Weights { format, cols, bytes: &bytes };
-            let x: Vec<f32> = (0..tokens * cols).map(|_| random.float()).collect();
-            for (i, result) in product(weights, &x).into_iter().enumerate() {
+            let matrix = Matrix::new(format, rows, cols, &mut random, any_half);
+            let x = random.normals(tokens * cols);
+            for (i, result) in amx_product(&matrix, &x).into_iter().enumerate() {
                 let (token, row) = (i / rows, i % rows);
-                let expected = expected(weights.row(row), &x[token * cols..][..cols]);
+                let expected = expected(matrix.weights().row(row), &x[token * cols..][..cols]);
                 assert!(result.to_bits() == expected.to_bits(), "{format:?} {cols} {token} {row}: {result} {expected}");
             }
         }
@@ -179,16 +132,21 @@ fn what_is_not_finite_stays_in_its_row_and_token() {
     if !runs() {
         return;
     }
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let (rows, cols, tokens) = (40, 256, 20);
-    let mut bytes = random.weights(Format::Q4_K, &[0, 2], rows, cols);
-    bytes[3 * 144..][..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
-    bytes[5 * 144..][..4].fill(0);
-    let mut x: Vec<f32> = (0..tokens * cols).map(|_| random.float()).collect();
+    let mut matrix = Matrix::random(Format::Q4_K, rows, cols, &mut random); // one block a row
+    for (row, block) in matrix.blocks_mut().enumerate() {
+        match row {
+            3 => block[..2].copy_from_slice(&half::f16::NAN.to_le_bytes()),
+            5 => block[..4].fill(0),
+            _ => (),
+        }
+    }
+    let mut x = random.normals(tokens * cols);
     x[17 * cols + 9] = f32::NAN;
     x[18 * cols + 9] = f32::MAX; // the nearest bf16 is infinite
     x[19 * cols..].fill(1e-40);
-    for (i, result) in product(Weights { format: Format::Q4_K, cols, bytes: &bytes }, &x).into_iter().enumerate() {
+    for (i, result) in amx_product(&matrix, &x).into_iter().enumerate() {
         match (i / rows, i % rows) {
             (17, _) | (_, 3) => assert!(result.is_nan(), "{i}"),
             (18, 5) => assert!(result.is_nan(), "0 times infinity: {result}"),

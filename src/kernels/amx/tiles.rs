@@ -8,11 +8,13 @@ use crate::kernels::Line;
 /// The eight tile registers, each 16 rows of 64 bytes.
 ///
 /// # Safety
-/// `configure` needs a CPU with AMX and the system's permission, and the others a configured thread. Pointers are good
-/// for 16 lines.
-pub unsafe trait Tiles {
+/// For the caller: `configure` needs a CPU with AMX and the system's permission; the other methods need a thread that has
+/// called it since the last `release`. A pointer is valid for reads, or for writes, of 16 lines.
+///
+/// For the implementer: a method accesses no memory but the lines at its pointer.
+pub unsafe trait Tiles: Send + Sync {
     unsafe fn configure();
-    /// Back to the initial state, in which tiles cost a context switch nothing.
+    /// Back to the initial state, in which a context switch does not save the tiles.
     unsafe fn release();
     unsafe fn zero<const TILE: usize>();
     unsafe fn load<const TILE: usize>(from: *const Line);
@@ -23,7 +25,7 @@ pub unsafe trait Tiles {
 
 pub struct Hardware;
 
-/// What `ldtilecfg` reads: 16 rows of 64 bytes for each of 8 tiles.
+/// The operand of `ldtilecfg`: 16 rows of 64 bytes for each of 8 tiles.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -43,11 +45,11 @@ static CONFIG: Config = {
     Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
 };
 
-/// A tile instruction. The compiler itself keeps nothing in tiles, which it uses for the intrinsics of `amx-tile` alone,
-/// so they carry values from one instruction to the next; `asm!` keeps these in order, and stores to memory before them.
+/// A tile instruction. Tiles carry values from one instruction to the next: the compiler uses them for the intrinsics of
+/// `amx-tile` alone, and keeps `asm!` in order, also relative to stores to memory.
 macro_rules! tile {
     ($instruction:literal $(, $($operand:tt)+)?) => {
-        // SAFETY: what its user in `Tiles` asks for; the state of the tiles is all that changes, or memory as it says.
+        // SAFETY: the contract of the method of `Tiles`. The instruction changes the tiles, or the lines at its pointer.
         unsafe {
             asm!(
                 $instruction,
@@ -60,7 +62,7 @@ macro_rules! tile {
     };
 }
 
-// SAFETY: each is the instruction that it names.
+// SAFETY: each method is the instruction of its name.
 unsafe impl Tiles for Hardware {
     #[inline(always)]
     unsafe fn configure() {
@@ -93,14 +95,14 @@ unsafe impl Tiles for Hardware {
     }
 }
 
-/// While it lives, this thread's tiles are configured.
+/// The tiles of this thread are configured while a value lives.
 pub struct Configured<T: Tiles>(PhantomData<T>);
 
 impl<T: Tiles> Configured<T> {
     /// # Safety
     /// As for `Tiles::configure`.
     pub unsafe fn new() -> Self {
-        // SAFETY: the caller's promise.
+        // SAFETY: the contract of this function.
         unsafe { T::configure() };
         Configured(PhantomData)
     }
@@ -113,8 +115,8 @@ impl<T: Tiles> Drop for Configured<T> {
     }
 }
 
-/// Asks Linux for the tile registers, which it hands out on request, once for the whole process
-/// (Documentation/arch/x86/xstate.rst). Elsewhere nobody asks.
+/// Requests the tile registers from Linux, which permits them to a whole process at a time
+/// (Documentation/arch/x86/xstate.rst). False on other systems.
 pub fn permitted() -> bool {
     const ARCH_PRCTL: usize = 158;
     const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
@@ -123,7 +125,7 @@ pub fn permitted() -> bool {
         return false;
     }
     let result: isize;
-    // SAFETY: a Linux system call on integers; it changes rax, rcx and r11.
+    // SAFETY: a Linux system call with integers; it changes rax, rcx and r11.
     unsafe {
         asm!(
             "syscall",

@@ -2,34 +2,38 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, STEP, STRIP};
+use super::{BLOCK, MR, STEP};
 use crate::kernels::blocks::scales_and_mins;
 use crate::kernels::blocks::{self, blocks};
 use crate::kernels::x86::f32_of;
 use crate::kernels::{Format, Line, Weights, dequantize};
 
 /// 32 floats to bf16.
-#[inline(always)]
-pub unsafe fn bf16(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: as for `Simd`; both types are 64 bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub fn bf16(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both types are 64 bytes of numbers.
     unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
 }
 
-/// Part of a row, at most 256 features, to bf16: step i goes to `to + i * STRIP`. The last is padded with zeros. The
-/// numbers are exactly those of `dequantize`, rounded.
+/// A part of a row, at most 256 features, to bf16: step i goes to `to + i * MR`. The last step is padded with zeros. The
+/// numbers are those of `dequantize`, rounded.
+///
+/// # Safety
+/// The CPU has the features of `prefill`. `weights` is whole blocks, and each step has a line at `to + i * MR`.
 #[inline(always)]
 pub unsafe fn unpack(weights: Weights<'_>, to: *mut Line) {
-    // SAFETY: the caller has room for every step, whole lines of it, and the features of `Simd`.
+    // SAFETY: the contract of this function; loads are inside of blocks, of whole chunks and of buffers.
     unsafe {
-        let step = |i: usize| to.add(i * STRIP).cast::<__m512i>();
-        // Super-blocks are 256 features: there is one at most.
+        let step = |i: usize| to.add(i * MR).cast::<__m512i>();
+        // At most one super-block: it has 256 features.
         match weights.format {
             Format::Q4_K => unpack_q4_k(&blocks(weights.bytes)[0], step),
             Format::Q5_K => unpack_q5_k(&blocks(weights.bytes)[0], step),
             Format::Q6_K => unpack_q6_k(&blocks(weights.bytes)[0], step),
             Format::Q8_0 => {
                 for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
-                    // Not `f32_of`: a load of 16 bits alone waits for what the register held before.
+                    // Not `f32_of`: a broadcast does not wait for the previous value of the register.
                     let d = _mm512_cvtph_ps(_mm256_set1_epi16(block.d.bits() as i16));
                     *step(i) = scaled(_mm256_loadu_si256(block.qs.as_ptr().cast()), d, d);
                 }
@@ -57,40 +61,37 @@ pub unsafe fn unpack(weights: Weights<'_>, to: *mut Line) {
 }
 
 /// 32 bytes, each half times its factors.
-#[inline(always)]
-unsafe fn scaled(q: __m256i, low: __m512, high: __m512) -> __m512i {
-    // SAFETY: as for `Simd`.
-    unsafe {
-        let scale = |q, d| _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), d);
-        bf16(scale(_mm256_castsi256_si128(q), low), scale(_mm256_extracti128_si256(q, 1), high))
-    }
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn scaled(q: __m256i, low: __m512, high: __m512) -> __m512i {
+    let scale = |q, d| _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), d);
+    bf16(scale(_mm256_castsi256_si128(q), low), scale(_mm256_extracti128_si256(q, 1), high))
 }
 
 /// The 16 numbers `scale * (first + i) - min`.
-#[inline(always)]
-unsafe fn table(first: f32, scale: f32, min: f32) -> __m512 {
-    // SAFETY: as for `Simd`.
-    unsafe {
-        let count = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
-        let q = _mm512_add_ps(count, _mm512_set1_ps(first));
-        // Fused or not, as `dequantize` has it: the product of 11, 6 and 5 bits is exact.
-        _mm512_fmsub_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(min))
-    }
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn table(first: f32, scale: f32, min: f32) -> __m512 {
+    let count = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
+    let q = _mm512_add_ps(count, _mm512_set1_ps(first));
+    // The product of 11, 6 and 5 bits is exact: it may be fused, although `dequantize` rounds it.
+    _mm512_fmsub_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(min))
 }
 
 /// Eight bytes times a factor.
-#[inline(always)]
-unsafe fn floats(bytes: u64, d: blocks::Half) -> [f32; 8] {
-    // SAFETY: as for `Simd`; both types are 32 bytes.
-    unsafe {
-        let wide = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
-        std::mem::transmute(_mm256_mul_ps(wide, _mm256_set1_ps(f32_of(d))))
-    }
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn floats(bytes: u64, d: blocks::Half) -> [f32; 8] {
+    let wide = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
+    // SAFETY: both types are 32 bytes of numbers.
+    unsafe { std::mem::transmute(_mm256_mul_ps(wide, _mm256_set1_ps(f32_of(d)))) }
 }
 
+/// # Safety
+/// The CPU has the features of `prefill`, and `step` gives the address of a line for each of 8 steps.
 #[inline(always)]
 unsafe fn unpack_q4_k(block: &blocks::Q4_K, step: impl Fn(usize) -> *mut __m512i) {
-    // SAFETY: loads inside the block; the rest is the caller's promise.
+    // SAFETY: the contract of this function; loads are inside of the block.
     unsafe {
         let (scales, mins) = scales_and_mins(&block.scales);
         let (scales, mins) = (floats(scales, block.d), floats(mins, block.dmin));
@@ -105,13 +106,15 @@ unsafe fn unpack_q4_k(block: &blocks::Q4_K, step: impl Fn(usize) -> *mut __m512i
     }
 }
 
+/// # Safety
+/// The CPU has the features of `prefill`, and `step` gives the address of a line for each of 8 steps.
 #[inline(always)]
 unsafe fn unpack_q5_k(block: &blocks::Q5_K, step: impl Fn(usize) -> *mut __m512i) {
-    // SAFETY: as above.
+    // SAFETY: the contract of this function; loads are inside of the block.
     unsafe {
         let (scales, mins) = scales_and_mins(&block.scales);
         let (scales, mins) = (floats(scales, block.d), floats(mins, block.dmin));
-        // Bit j belongs to group j: shifted right by j it is now the fifth.
+        // Bit j belongs to group j: shifted left by 4 here, it is the fifth after a shift right by j.
         let fifths = _mm512_cvtepu8_epi16(_mm256_loadu_si256(block.qh.as_ptr().cast()));
         let fifths = _mm512_slli_epi16(fifths, 4);
         for group in 0..8 {
@@ -119,16 +122,18 @@ unsafe fn unpack_q5_k(block: &blocks::Q5_K, step: impl Fn(usize) -> *mut __m512i
             let q = _mm512_cvtepu8_epi16(_mm256_loadu_si256(block.qs.as_ptr().add(group / 2 * 32).cast()));
             let q = _mm512_srl_epi16(q, _mm_cvtsi32_si128(group as i32 % 2 * 4));
             let fifth = _mm512_srl_epi16(fifths, _mm_cvtsi32_si128(group as i32));
-            // Four bits of the one, the rest of the other; looking up takes the lowest five.
+            // Four bits of the first, the others of the second; the lookup takes the lowest five.
             let q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), q, fifth, 0xca);
             *step(group) = _mm512_permutexvar_epi16(q, values);
         }
     }
 }
 
+/// # Safety
+/// The CPU has the features of `prefill`, and `step` gives the address of a line for each of 8 steps.
 #[inline(always)]
 unsafe fn unpack_q6_k(block: &blocks::Q6_K, step: impl Fn(usize) -> *mut __m512i) {
-    // SAFETY: as above.
+    // SAFETY: the contract of this function; loads are inside of the block.
     unsafe {
         let d = f32_of(block.d);
         for group in 0..8 {

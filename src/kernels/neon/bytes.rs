@@ -1,4 +1,4 @@
-//! Products of bytes: with NEON alone, with `sdot`, with `smmla`. All are exact.
+//! Products of bytes with NEON alone, with `sdot` and with `smmla`. All are exact.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -9,21 +9,27 @@ use crate::kernels::pack::TILE;
 /// How bytes are multiplied and their products summed.
 ///
 /// # Safety
-/// As for [`Simd`].
+/// For the caller of any method: the instruction set is there, see `Simd`.
+///
+/// For the implementer: a method accesses no memory but what the contract of `multiply` names.
 pub unsafe trait Bytes {
-    /// Features of a token that lie side by side in a tile.
+    /// Features of a token that are adjacent in a tile.
     const RUN: usize;
 
     /// Lane k: the sum of `w * x` over the bytes `4 k .. 4 k + 4` of one or two vectors.
     unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t;
 
-    /// 4 rows with 8 tokens over 16 or 32 features: the weights of each row, the first token's features in the tile.
-    /// Of the products of a weight and a feature, `FIT` fit into 16 bits. The order of the results is that of `factors`.
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8];
+    /// 4 rows with 8 tokens over 16 or 32 features. The order of the results is that of `row_factors`. 16 bits hold the sum
+    /// of `I16_PRODUCTS` products.
+    ///
+    /// # Safety
+    /// Each of `w` is valid for reading `features` bytes. `x` is the first token's place in a tile, from which all tokens of
+    /// `features` features follow.
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8];
 
-    /// What multiplies results `2 i` and `2 i + 1` of `multiply`, given a factor of each row.
+    /// From a factor of each row to the factors of results `2 i` and `2 i + 1` of `multiply`.
     #[inline(always)]
-    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+    unsafe fn row_factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
         rows
     }
 
@@ -34,13 +40,14 @@ pub unsafe trait Bytes {
     }
 }
 
-// SAFETY: reads 16 or 32 bytes of each row, and of 8 tokens.
+// SAFETY: `multiply` reads `features` bytes of each row and of 8 tokens.
 unsafe impl Bytes for Base {
     const RUN: usize = 4;
 
     #[inline(always)]
     unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
-        const { assert!(N <= 2) }; // 2 * 128 * 127 fits into 16 bits
+        const { assert!(N == 1 || N == 2) }; // 16 bits hold 2 * 128 * 127
+        // SAFETY: the instruction set is there.
         unsafe {
             let mut low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x[0]));
             let mut high = vmull_high_s8(w[0], x[0]);
@@ -53,15 +60,16 @@ unsafe impl Bytes for Base {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+        // SAFETY: the contract of this method.
         unsafe {
             let mut sums = [vdupq_n_s32(0); 8];
-            // Two rows at a time: their sums of 16 and of 32 bits take 16 registers.
+            // Two rows at a time: their 16-bit and 32-bit sums take 16 registers.
             for pair in 0..2 {
                 let (mut low32, mut high32) = ([vdupq_n_s32(0); 4], [vdupq_n_s32(0); 4]);
-                for start in (0..features / 4).step_by(FIT) {
+                for start in (0..features / 4).step_by(I16_PRODUCTS) {
                     let (mut low, mut high) = ([vdupq_n_s16(0); 4], [vdupq_n_s16(0); 4]);
-                    for step in start..(start + FIT).min(features / 4) {
+                    for step in start..(start + I16_PRODUCTS).min(features / 4) {
                         let x = x.add(4 * TILE * step);
                         let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
                         for r in 0..2 {
@@ -90,7 +98,7 @@ unsafe impl Bytes for Base {
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn sdot(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: registers only; the instruction is there.
+    // SAFETY: an operation on registers, of the feature that this function has.
     unsafe {
         asm!(
             "sdot {sum:v}.4s, {w:v}.16b, {x:v}.16b",
@@ -105,7 +113,7 @@ fn sdot(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn sdot_lane<const LANE: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: as above.
+    // SAFETY: an operation on registers, of the feature that this function has.
     unsafe {
         asm!(
             "sdot {sum:v}.4s, {x:v}.16b, {w:v}.4b[{lane}]",
@@ -120,7 +128,7 @@ fn sdot_lane<const LANE: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) 
 #[inline]
 #[target_feature(enable = "neon,i8mm")]
 fn smmla(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: as above.
+    // SAFETY: an operation on registers, of the feature that this function has.
     unsafe {
         asm!(
             "smmla {sum:v}.4s, {w:v}.16b, {x:v}.16b",
@@ -132,8 +140,12 @@ fn smmla(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
 }
 
 /// 4 rows with 8 tokens over 4 features, those of lane `LANE` of each row.
+///
+/// # Safety
+/// As for `Bytes::multiply` of 16 features.
 #[inline(always)]
 unsafe fn dot_step<const LANE: usize>(sums: &mut [int32x4_t; 8], w: [int8x16_t; 4], x: *const i8) {
+    // SAFETY: the contract of this function; LANE is below 4.
     unsafe {
         let x = x.add(4 * TILE * LANE);
         let x = [vld1q_s8(x), vld1q_s8(x.add(16))];
@@ -145,12 +157,13 @@ unsafe fn dot_step<const LANE: usize>(sums: &mut [int32x4_t; 8], w: [int8x16_t; 
     }
 }
 
-// SAFETY: as for `Base`.
+// SAFETY: `multiply` reads `features` bytes of each row and of 8 tokens.
 unsafe impl Bytes for DotProd {
     const RUN: usize = 4;
 
     #[inline(always)]
     unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
+        // SAFETY: the instruction set is there.
         unsafe {
             let mut sum = vdupq_n_s32(0);
             for i in 0..N {
@@ -161,7 +174,8 @@ unsafe impl Bytes for DotProd {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+        // SAFETY: the contract of this method.
         unsafe {
             let mut sums = [vdupq_n_s32(0); 8];
             for k in (0..features).step_by(16) {
@@ -177,27 +191,28 @@ unsafe impl Bytes for DotProd {
     }
 }
 
-/// The first halves of two vectors, and the second ones.
-#[inline(always)]
-unsafe fn zip_halves(a: int32x4_t, b: int32x4_t) -> (int32x4_t, int32x4_t) {
-    unsafe {
-        let (a, b) = (vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b));
-        (vreinterpretq_s32_s64(vzip1q_s64(a, b)), vreinterpretq_s32_s64(vzip2q_s64(a, b)))
-    }
+/// The first halves of two vectors, and the second halves.
+#[inline]
+#[target_feature(enable = "neon")]
+fn zip_halves(a: int32x4_t, b: int32x4_t) -> (int32x4_t, int32x4_t) {
+    let (a, b) = (vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b));
+    (vreinterpretq_s32_s64(vzip1q_s64(a, b)), vreinterpretq_s32_s64(vzip2q_s64(a, b)))
 }
 
-// SAFETY: as for `Base`.
+// SAFETY: `multiply` reads `features` bytes of each row and of 8 tokens.
 unsafe impl Bytes for I8mm {
     const RUN: usize = 8;
 
     #[inline(always)]
     unsafe fn dot<const N: usize>(w: [int8x16_t; N], x: [int8x16_t; N]) -> int32x4_t {
+        // SAFETY: the contract of this method; i8mm comes with dotprod here.
         unsafe { DotProd::dot(w, x) }
     }
 
     /// Rows 0 and 1 with tokens 0 and 1 (row by row), with tokens 2 and 3, ..., rows 2 and 3 likewise.
     #[inline(always)]
-    unsafe fn multiply<const FIT: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+    unsafe fn multiply<const I16_PRODUCTS: usize>(w: [*const i8; 4], x: *const i8, features: usize) -> [int32x4_t; 8] {
+        // SAFETY: the contract of this method.
         unsafe {
             let mut sums = [vdupq_n_s32(0); 8];
             for k in (0..features).step_by(16) {
@@ -219,7 +234,8 @@ unsafe impl Bytes for I8mm {
     }
 
     #[inline(always)]
-    unsafe fn factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+    unsafe fn row_factors(rows: [int32x4_t; 4]) -> [int32x4_t; 4] {
+        // SAFETY: the instruction set is there.
         unsafe {
             let (first, second) = (zip_halves(rows[0], rows[1]).0, zip_halves(rows[2], rows[3]).0);
             [first, first, second, second]
@@ -228,6 +244,7 @@ unsafe impl Bytes for I8mm {
 
     #[inline(always)]
     unsafe fn by_row(sums: [int32x4_t; 8]) -> [int32x4_t; 8] {
+        // SAFETY: the instruction set is there.
         unsafe {
             let [a, b, c, d, e, f, g, h] = sums;
             let ((a, c), (b, d)) = (zip_halves(a, b), zip_halves(c, d));
