@@ -1,4 +1,4 @@
-"""System calls that a process of ours is made to do without, as a strange file system or no network would have it."""
+"""Blocks system calls of this process, to imitate a limited file system or the lack of a network."""
 
 import ctypes
 import errno
@@ -16,12 +16,12 @@ _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 
 needed = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() not in _NUMBERS, reason="takes Linux's seccomp"
+    sys.platform != "linux" or platform.machine() not in _NUMBERS, reason="needs Linux's seccomp"
 )
 
 
 def without(*calls: str, error: int | None = errno.EPERM) -> None:
-    """From now on these calls fail with this error, 0: seem to succeed, None: end the process."""
+    """Makes these calls fail with `error` from now on; 0: pretend to succeed; None: end the process."""
     machine = platform.machine()
     action = _KILL if error is None else _ERRNO | error
     numbers = [_NUMBERS[machine][call] for call in calls if call in _NUMBERS[machine]]
