@@ -45,7 +45,7 @@ tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustu
 		--target $$(rustc --print host-tuple) --lib --test generate --test phi3
 
 FUZZ_SECONDS := 60
-FUZZ_TARGETS := gguf template text tokenizer
+FUZZ_TARGETS := gguf hub listing template text tokenizer
 
 # libFuzzer's instrumentation, as `cargo fuzz` sets it, with AddressSanitizer; the versions are those of Cargo.lock. Beyond
 # 512 MiB or 5 seconds counts as a find. What was learned stays in fuzz/corpus, what was found in fuzz/artifacts.
