@@ -1,4 +1,4 @@
-//! Writes what each target starts from: `seeds FOLDER` makes FOLDER/gguf, template, text and tokenizer.
+//! Writes the seeds of each target: `seeds FOLDER` makes FOLDER/gguf, hub, listing, template, text and tokenizer.
 
 #[path = "../tests/attacks/mod.rs"]
 mod attacks;
@@ -43,6 +43,13 @@ fn main() {
         write("text", &format!("stop-{i}"), &[stops.as_bytes(), b"\n\n", ids].concat());
     }
 
+    for (i, text) in HUB.iter().enumerate() {
+        write("hub", &format!("{i}"), text.as_bytes());
+    }
+    for (i, json) in LISTINGS.iter().enumerate() {
+        write("listing", &format!("{i}.json"), json.as_bytes());
+    }
+
     for (i, json) in TOKENIZERS.iter().enumerate() {
         write("tokenizer", &format!("{i}.json"), json.as_bytes());
     }
@@ -80,6 +87,20 @@ const TEMPLATES: [&str; 4] = [
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}{% else %}\
      {% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role not in ['user', 'assistant'] %}\
      {{ raise_exception('no ' ~ m.role) }}{% endif %}{{ m.content | replace('a', 'b') | upper }}{% endfor %}",
+];
+
+const HUB: [&str; 6] = [
+    "*q[0-9]?.gguf\nphi-q4x.gguf",
+    "bytes 5-9/10\n/x?from=https://y",
+    "bytes 0-0/*\n//host/a/./../b#c",
+    "W/\"0123456789012345678901234567890123456789\"\n?q",
+    "a/b-00002-of-00003.gguf\nmailto:x",
+    "org/model\n../../g;x=1/../y",
+];
+
+const LISTINGS: [&str; 2] = [
+    r#"{"sha":"0123456789012345678901234567890123456789","siblings":[{"rfilename":"a.gguf","size":5,"lfs":{"sha256":"0123456789012345678901234567890123456789012345678901234567890123","size":5}},{"rfilename":"README.md","blobId":"0123456789012345678901234567890123456789"}]}"#,
+    r#"{"sha":"0123456789012345678901234567890123456789","siblings":[{"rfilename":"a-00001-of-00003.gguf"},{"rfilename":"a-00002-of-00003.gguf"},{"rfilename":"a-00003-of-00003.gguf"},{"rfilename":"b/c-00001-of-99999.gguf"}]}"#,
 ];
 
 const TOKENIZERS: [&str; 3] = [

@@ -1,16 +1,17 @@
-//! Models of the Hugging Face Hub: found in the cache that its tools share, or fetched into it.
+//! Models of the Hugging Face Hub, in the cache that its tools share or downloaded into it.
 //!
 //! ```text
-//! Hub::download             hub           what is in the cache needs no network
-//!   choice::among           choice        which file, where it was not named
+//! Hub::download             hub           a file in the cache needs no network
+//!   choice::among           choice        the file, if none is named
 //!   remote::metadata        remote        its commit, checksum and size
-//!     Client::ask           client        one request: tls, proxy, token, redirects
+//!     Client::send          client        one request: tls, proxy, token, redirects (url)
+//!   transfer::check_space   transfer      room for all files
 //!   transfer::fetch         transfer      resumed, checked, synced, renamed
-//!     lock::wait            lock          one writer at a time
-//!   Repository::link        cache         the content's name
+//!     Lock::wait            lock          one writer at a time
+//!   Repository::link        cache         the name of a content
 //! ```
 //!
-//! Without the cargo feature `hub` there is no network in the build, and all the rest.
+//! Without the cargo feature `hub` the build has no network code, and all the rest.
 //!
 //! Decisions: docs/design/hub.md
 
@@ -20,6 +21,8 @@ pub mod choice;
 #[cfg(feature = "hub")]
 mod client;
 pub mod environment;
+pub mod headers;
+pub mod listing;
 pub mod lock;
 pub mod name;
 #[cfg(feature = "hub")]
@@ -30,6 +33,7 @@ mod remote;
 mod tls;
 #[cfg(feature = "hub")]
 mod transfer;
+pub mod url;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -39,6 +43,9 @@ use std::path::PathBuf;
 use cache::{CachedFile, Repository};
 use checksum::Checksum;
 pub use environment::cache_dir;
+use hf_hub::Cache;
+#[cfg(feature = "hub")]
+use lock::{Lock, Mode};
 
 use crate::error::{Error, Result};
 use crate::task::{Phase, Task};
@@ -47,35 +54,35 @@ use crate::task::{Phase, Task};
 pub const DEFAULT_REPO: &str = choice::KNOWN[0].repo;
 pub const DEFAULT_FILE: &str = choice::KNOWN[0].file;
 
-/// Which token to send to the Hub, and to no other host.
+/// The token for the Hub. No other host gets it.
 #[derive(Clone, Debug, Default)]
 pub enum Token {
     /// The environment's, if it has one.
     #[default]
     Environment,
-    /// The environment's, which must have one.
+    /// The environment's. It is an error if there is none.
     Required,
     None,
     Given(String),
 }
 
-/// How to reach the Hub, and where to keep what comes from it.
+/// The settings of a call: cache, revision, token, proxies.
 #[derive(Clone, Debug)]
 pub struct Hub {
-    cache_dir: PathBuf,
+    cache: Cache,
     revision: String,
     pub token: Token,
     local_files_only: bool,
-    /// By scheme, and `no`: what to take where the environment names no proxy.
+    /// The system's proxies by scheme, and `no`. The environment's come first.
     pub system_proxies: BTreeMap<String, String>,
 }
 
-/// What the Hub has in a repository.
+/// The files of a repository on the Hub.
 #[derive(Debug)]
 pub struct Info {
     pub repo: String,
     pub commit: String,
-    /// Name, size, SHA-256 if it is a large file.
+    /// Name, size, and the SHA-256 of a large file.
     pub files: Vec<(String, u64, Option<String>)>,
 }
 
@@ -91,39 +98,38 @@ impl Hub {
         let revision = revision.unwrap_or_else(|| "main".into());
         name::check_revision(&revision)?;
         let cache_dir = cache_dir.or_else(environment::cache_dir).ok_or_else(|| {
-            Error::download("there is no home folder to keep downloads in: set HF_HOME or pass cache_dir".into())
+            Error::download("no home folder to keep downloads in: set HF_HOME or pass cache_dir".into())
         })?;
-        // Windows takes long paths where they are absolute
+        // Windows accepts long paths if they are absolute
         let cache_dir = std::path::absolute(&cache_dir).unwrap_or(cache_dir);
-        Ok(Hub { cache_dir, revision, token, local_files_only, system_proxies })
+        Ok(Hub { cache: Cache::new(cache_dir), revision, token, local_files_only, system_proxies })
     }
 
     fn repository(&self, repo: &str) -> Repository {
-        Repository::new(&self.cache_dir, repo)
+        Repository::new(&self.cache, repo, &self.revision)
     }
 
-    /// The first part of a model, or any other file, if all parts are in the cache. Asks nobody. `filename` None: what
-    /// a known repository is known for, else the only GGUF model that is there.
+    /// The path of a file, or of a model's first part, if all parts are in the cache. Uses no network. `filename` None: the
+    /// default of a well-known repository, else the only GGUF model in the cache.
     pub fn cached(&self, repo: &str, filename: Option<&str>) -> Result<Option<PathBuf>> {
         let repo = choice::repo(repo);
         name::check_repo(repo)?;
         filename.map_or(Ok(()), check_file)?;
         let repository = self.repository(repo);
-        let Some(commit) = repository.commit(&self.revision) else { return Ok(None) };
-        let wanted = choice::filename(repo, filename);
-        let parts = match wanted {
-            Some(name) if !name::is_glob(name) => name::parts(name),
-            _ => match choice::among(&repository.files(&commit), wanted) {
-                Ok(parts) => parts,
+        let Some(commit) = repository.commit() else { return Ok(None) };
+        let found = match choice::filename(repo, filename) {
+            Some(name) if !name::is_glob(name) => name.to_owned(),
+            wanted => match choice::among(repo, &repository.files(&commit), wanted, || Ok(())) {
+                Ok(mut parts) => parts.swap_remove(0),
                 Err(_) => return Ok(None),
             },
         };
-        let mut paths = parts.iter().map(|name| repository.file(&commit, name));
+        let mut paths = name::parts(&found).map(|name| repository.file(&commit, &name));
         let first = paths.next().flatten();
         Ok(first.filter(|_| paths.all(|path| path.is_some())))
     }
 
-    /// The same, and what is not in the cache is fetched.
+    /// The same. A file that is not in the cache is downloaded.
     pub fn download(&self, repo: &str, filename: Option<&str>, task: &Task) -> Result<PathBuf> {
         match self.cached(repo, filename)? {
             Some(path) => Ok(path),
@@ -131,11 +137,11 @@ impl Hub {
         }
     }
 
-    /// Why the network may not be used, if so.
-    fn offline(&self, what: &str) -> Result<()> {
+    /// Fails if the network may not be used.
+    fn check_online(&self, what: &str) -> Result<()> {
         let why = if self.local_files_only { Some("local_files_only") } else { environment::offline() };
         let Some(why) = why else { return Ok(()) };
-        let cache = self.cache_dir.display();
+        let cache = self.cache.path().display();
         Err(Error::Offline(format!(
             "{what} is not in the cache {cache} at revision {:?}, and {why} is set",
             self.revision
@@ -144,43 +150,43 @@ impl Hub {
 
     #[cfg(not(feature = "hub"))]
     fn fetch(&self, repo: &str, filename: Option<&str>, _: &Task) -> Result<PathBuf> {
-        self.offline(&described(repo, filename))?;
+        self.check_online(&described(repo, filename))?;
         Err(without_network())
     }
 
     #[cfg(feature = "hub")]
     fn fetch(&self, repo: &str, filename: Option<&str>, task: &Task) -> Result<PathBuf> {
-        self.offline(&described(repo, filename))?;
+        self.check_online(&described(repo, filename))?;
         let client = self.client(task)?;
         let repository = self.repository(repo);
         let mut revision = self.revision.clone();
-        let parts = match choice::filename(repo, filename) {
-            Some(name) if !name::is_glob(name) => name::parts(name),
+        let found = match choice::filename(repo, filename) {
+            Some(name) if !name::is_glob(name) => name.to_owned(),
             wanted => {
                 let listing = remote::listing(&client, repo, &revision)?;
-                let found = choice::among(&listing.sizes(), wanted);
-                revision = listing.commit; // one commit for the list and the files
-                found.map_err(|why| {
-                    Error::ModelNotFound(format!("{repo}: {why}; filename= takes one of them, or a pattern"))
-                })?
+                revision.clone_from(&listing.commit); // one commit for the list and the files
+                choice::among(repo, &listing.sizes(), wanted, || task.check())?.swap_remove(0)
             }
         };
-        let mut remotes = Vec::new();
-        for name in &parts {
-            let remote = remote::metadata(&client, repo, &revision, name)
+        let mut files = Vec::new();
+        for name in name::parts(&found) {
+            let remote = remote::metadata(&client, repo, &revision, &name)
                 .map_err(|error| remote::with_listing(error, &client, repo, &self.revision, task))?;
-            revision.clone_from(&remote.commit); // and for all parts
-            remotes.push(remote);
+            revision.clone_from(&remote.commit); // one commit for all parts
+            files.push((name, remote));
         }
-        let mut share = transfer::Share { before: 0, total: remotes.iter().map(|remote| remote.size).sum() };
+        let mut share = transfer::Share { before: 0, total: files.iter().map(|(_, remote)| remote.size).sum() };
+        let waiting = || task.report(Phase::Wait, 0, Some(share.total));
+        // no removal may start until all files are there
+        let _lock = Lock::wait(&repository.repository_lock(), Mode::Shared, task, waiting)?;
+        transfer::check_space(&repository, &files)?;
         let mut first = None;
-        for (remote, name) in remotes.iter().zip(&parts) {
+        for (name, remote) in &files {
             let path = transfer::fetch(&client, &repository, remote, name, share)?;
             share.before += remote.size;
             first.get_or_insert(path);
         }
-        let noted = repository.set_commit(&self.revision, &revision);
-        noted.map_err(|error| transfer::unwritable(repository.folder(), &error))?;
+        repository.set_commit(&revision).map_err(|error| cache::unwritable(&repository.folder(), &error))?;
         first.ok_or_else(|| Error::Internal("a model has no parts".into()))
     }
 
@@ -201,12 +207,12 @@ impl Hub {
         client::Client::new(token, &self.system_proxies, task)
     }
 
-    /// Which files a repository has. Always asks the Hub.
+    /// The files of a repository. Always asks the Hub.
     #[cfg(feature = "hub")]
     pub fn info(&self, repo: &str, task: &Task) -> Result<Info> {
         let repo = choice::repo(repo);
         name::check_repo(repo)?;
-        self.offline(&format!("the list of files of {repo}"))?;
+        self.check_online(&format!("the list of files of {repo}"))?;
         let listing = remote::listing(&self.client(task)?, repo, &self.revision)?;
         let sha256 = |checksum| match checksum {
             Some(Checksum::Sha256(hex)) => Some(hex),
@@ -223,10 +229,10 @@ impl Hub {
 
     /// Every GGUF file in the cache.
     pub fn list(&self) -> Vec<CachedFile> {
-        cache::scan(&self.cache_dir)
+        cache::scan(&self.cache)
     }
 
-    /// The GGUF files in the cache of a repository, or of all, with this name or pattern.
+    /// The GGUF files in the cache with this name or pattern, of one repository or of all.
     fn select(&self, repo: Option<&str>, filename: Option<&str>) -> Result<Vec<CachedFile>> {
         let repo = repo.map(choice::repo);
         repo.map_or(Ok(()), name::check_repo)?;
@@ -239,13 +245,13 @@ impl Hub {
             return Err(Error::ModelNotFound(format!(
                 "{} is not in the cache {}",
                 described(repo.unwrap_or_default(), filename),
-                self.cache_dir.display()
+                self.cache.path().display()
             )));
         }
         Ok(files)
     }
 
-    /// Hashes what is in the cache anew. Every file is looked at; the error names those that are damaged.
+    /// Hashes files in the cache again. The error names all that are damaged.
     pub fn verify(&self, repo: Option<&str>, filename: Option<&str>, task: &Task) -> Result<Vec<CachedFile>> {
         let files = self.select(repo, filename)?;
         let total = files.iter().map(|file| file.size).sum();
@@ -271,35 +277,37 @@ impl Hub {
             let found = hash(&expected)?;
             if found != expected {
                 let (path, found, expected) = (file.path.display(), found.hex(), expected.hex());
-                damaged.push(format!("{path} has the checksum {found} where {expected} is due"));
+                damaged.push(format!("{path} has the checksum {found}, expected {expected}"));
             }
             before += file.size;
         }
         if damaged.is_empty() {
             return Ok(files);
         }
-        Err(Error::InvalidModel(format!("{}; `candle-phi rm` makes room for a new download", damaged.join("; "))))
+        Err(Error::InvalidModel(format!(
+            "{}; remove them with `candle-phi rm` and download them again",
+            damaged.join("; ")
+        )))
     }
 
-    /// The checksum of a file that is no link, as where the file system has none: the Hub knows it.
+    /// The checksum of a file that is not a link, as on a file system without links. Asks the Hub.
     #[cfg(feature = "hub")]
     fn expected(&self, file: &CachedFile, task: &Task) -> Result<Checksum> {
-        self.offline(&format!("the checksum of {}", file.path.display()))?;
+        self.check_online(&format!("the checksum of {}", file.path.display()))?;
         let listing = remote::listing(&self.client(task)?, &file.repo, &file.commit)?;
         let listed = listing.files.into_iter().find(|listed| listed.name == file.name);
         listed.and_then(|listed| listed.checksum).ok_or_else(|| {
-            Error::download(format!("the Hub has no checksum of {} in {} at {}", file.name, file.repo, file.commit))
+            Error::download(format!("the Hub names no checksum of {} in {} at {}", file.name, file.repo, file.commit))
         })
     }
 
     #[cfg(not(feature = "hub"))]
     fn expected(&self, file: &CachedFile, _: &Task) -> Result<Checksum> {
-        self.offline(&format!("the checksum of {}", file.path.display()))?;
+        self.check_online(&format!("the checksum of {}", file.path.display()))?;
         Err(without_network())
     }
 
-    /// Removes a repository's files from the cache, or those with this name or pattern. Returns the bytes that are free
-    /// again.
+    /// Removes a repository from the cache, or its files with this name or pattern. Returns the bytes that became free.
     pub fn remove(&self, repo: &str, filename: Option<&str>) -> Result<u64> {
         let repo = choice::repo(repo);
         name::check_repo(repo)?;
@@ -307,20 +315,13 @@ impl Hub {
         if !repository.folder().is_dir() || filename.is_some() {
             self.select(Some(repo), filename)?;
         }
-        if repository.locks().iter().any(|path| lock::is_held(path)) {
-            return Err(Error::Busy(format!("{repo} is being downloaded by another process")));
-        }
-        let wanted = filename.map(name::parts).unwrap_or_default();
-        let which = |name: &str| {
-            filename.is_none_or(|pattern| wanted.iter().any(|part| part == name) || name::matches(pattern, name))
-        };
-        repository.remove(which).map_err(|error| {
-            Error::download(format!("{}: not all could be removed: {error}", repository.folder().display()))
+        repository.remove(|name| {
+            filename.is_none_or(|wanted| name::is_same_model(wanted, name) || name::matches(wanted, name))
         })
     }
 }
 
-/// Why hashing ended early.
+/// The reason for an early end of hashing.
 enum Stop {
     Cancelled(Error),
     Unreadable(io::Error),
@@ -354,5 +355,5 @@ fn check_file(name: &str) -> Result<()> {
 
 #[cfg(not(feature = "hub"))]
 fn without_network() -> Error {
-    Error::NotInThisVersion("this build does not download: it takes the cargo feature `hub`".into())
+    Error::NotInThisVersion("this build cannot download: it lacks the cargo feature `hub`".into())
 }

@@ -1,4 +1,4 @@
-"""A server that plays the Hugging Face Hub, with the host that has its large files, and plays it badly when told to."""
+"""A server in the role of the Hugging Face Hub, and of the host of its large files. Faults change its replies."""
 
 import hashlib
 import json
@@ -18,15 +18,15 @@ COMMIT = "a64113399c2f6b8ad3e11c394733a2ddadaa7f33"
 
 @dataclass
 class Reply:
-    """What would be sent; a fault changes it."""
+    """The reply to a request, which a fault may change."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int | None = None
-    """Break the connection after so many bytes of the body; -1: before any answer."""
+    """Break the connection after this many bytes of the body; -1: before the reply."""
     stall: int | None = None
-    """Fall silent after so many bytes of the body; -1: before any answer."""
+    """Send nothing more after this many bytes of the body; -1: before the reply."""
     slow: float = 0
     """Seconds between pieces of 16 KiB."""
 
@@ -34,7 +34,7 @@ class Reply:
 @dataclass(frozen=True)
 class Request:
     where: str
-    """`"hub"`, or `"cdn"`: the host with the large files."""
+    """`"hub"`, or `"cdn"`: the host of the large files."""
     method: str
     path: str
     headers: dict[str, str]
@@ -61,6 +61,7 @@ class FakeHub:
         self.requests: list[Request] = []
         self.sent = 0
         """Bytes that the second host has sent."""
+        self._changed = threading.Condition()
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -83,16 +84,26 @@ class FakeHub:
             server.server_close()
 
     def break_with(self, fault: Fault, where: str = "cdn", method: str = "GET", times: int | None = 1) -> None:
-        """From now on, `fault` changes this many of the replies; None: all."""
+        """Lets `fault` change this many replies from now on; None: all."""
         self._rules.append(_Rule(where, method, fault, times))
 
     def mend(self) -> None:
         self._rules.clear()
 
     def forget(self) -> None:
-        """Of requests and bytes: count anew."""
+        """Restarts the counts of requests and bytes."""
         self.requests.clear()
         self.sent = 0
+
+    def until_sent(self, size: int) -> None:
+        """Waits until the second host has sent this many bytes."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.sent >= size, timeout=20)
+
+    def add_sent(self, size: int) -> None:
+        with self._changed:
+            self.sent += size
+            self._changed.notify_all()
 
     def count(self, where: str = "cdn", method: str = "GET") -> int:
         return sum((request.where, request.method) == (where, method) for request in self.requests)
@@ -173,7 +184,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, *_: Any) -> None:
-        """Clients break off: that is what the tests are about."""
+        """Says nothing: clients that disconnect belong to the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -201,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             piece = reply.body[sent : max(end, sent)]
             self.wfile.write(piece)
             sent += len(piece)
-            self.hub.sent += len(piece) if self.where == "cdn" else 0
+            self.hub.add_sent(len(piece) if self.where == "cdn" else 0)
             if self._stops(reply, sent) or self.hub._end.wait(reply.slow):
                 return
 
@@ -220,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class FakeProxy:
-    """A proxy for CONNECT, which may want a password or refuse; and for SOCKS 5."""
+    """A proxy for CONNECT and for SOCKS 5, which may require a password or refuse to connect."""
 
     def __init__(self, *, password: str | None = None, refuse: bool = False) -> None:
         self.password = password
@@ -287,7 +298,7 @@ def _pipe(source: socket.socket, sink: socket.socket) -> None:
 
 
 def wrong_contents(cache: Path) -> list[Path]:
-    """Files under a final name that are not what their name says."""
+    """Files with a final name whose content has another checksum."""
     wrong = []
     for path in cache.rglob("blobs/*"):
         content = path.read_bytes()

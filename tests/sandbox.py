@@ -16,7 +16,7 @@ _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 
 needed = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() not in _NUMBERS, reason="takes Linux's seccomp"
+    sys.platform != "linux" or platform.machine() not in _NUMBERS, reason="needs Linux's seccomp"
 )
 
 

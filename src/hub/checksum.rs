@@ -1,4 +1,4 @@
-//! What the Hub names a file's content by: the SHA-256 of a large file, the hash that git gives a small one.
+//! Checksums of the Hub: SHA-256 for large files, and the hash of git for small ones.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -11,7 +11,7 @@ use super::name::is_hex;
 pub enum Checksum {
     /// 64 hexadecimal digits.
     Sha256(String),
-    /// 40 of them: SHA-1 over `blob SIZE\0` and the content.
+    /// 40 hexadecimal digits: SHA-1 over `blob SIZE\0` and the content.
     Git(String),
 }
 
@@ -31,7 +31,7 @@ impl Checksum {
         }
     }
 
-    /// What to feed a content of `size` bytes to.
+    /// The hasher for a content of `size` bytes.
     pub fn hasher(&self, size: u64) -> Hasher {
         match self {
             Checksum::Sha256(_) => Hasher::Sha256(sha2::Sha256::new()),
@@ -61,7 +61,7 @@ impl Hasher {
         }
     }
 
-    /// Feeds it what is left of a file, and says after each piece how many bytes that were.
+    /// Hashes the rest of a file, and calls `read` with the size of each piece.
     pub fn read<E: From<io::Error>>(
         &mut self,
         file: &mut File,

@@ -1,12 +1,18 @@
-//! Which file of a repository is meant, where it was not named.
+//! Which file of a repository to take if none is named.
 
-use super::name::{is_glob, matches, parts};
+use std::collections::{BTreeSet, HashSet};
 
-/// A short name, and what it stands for.
+use super::name::{is_glob, matches, parts, split};
+use crate::error::{Error, Result};
+
+/// How many files an error lists.
+const MAX_LISTED: usize = 20;
+
+/// A well-known repository and its short name.
 pub struct Known {
     pub short: &'static str,
     pub repo: &'static str,
-    /// What is meant where no file is named.
+    /// The file to take if none is named.
     pub file: &'static str,
 }
 
@@ -24,53 +30,73 @@ pub const KNOWN: &[Known] = &[
     known("phi-4-mini", "unsloth/Phi-4-mini-instruct-GGUF", "Phi-4-mini-instruct-Q4_K_M.gguf"),
 ];
 
-/// The repository that a short name stands for, else what was given.
+/// The repository that a short name stands for. Any other name is returned as it is.
 pub fn repo(name: &str) -> &str {
     KNOWN.iter().find(|known| known.short == name).map_or(name, |known| known.repo)
 }
 
-/// What to look for: the file that was named, or that a known repository is known for.
+/// The file or pattern to look for: the given one, else the default of a well-known repository.
 pub fn filename<'a>(repo: &str, given: Option<&'a str>) -> Option<&'a str> {
     given.or_else(|| KNOWN.iter().find(|known| known.repo == repo).map(|known| known.file))
 }
 
-/// All parts of the one file that is meant among those that are there, in order; or why there is no such one.
-/// `wanted` None: the only GGUF model.
-pub fn among(files: &[(String, u64)], wanted: Option<&str>) -> Result<Vec<String>, String> {
+/// The parts of the one model among `files` that `wanted` names or matches, in order. `wanted` None: the only GGUF
+/// model. `check` is called for every file, and its error ends the work.
+///
+/// The names come from a server. The cost of a name is its length, not the number of parts that it claims.
+pub fn among(
+    repo: &str,
+    files: &[(String, u64)],
+    wanted: Option<&str>,
+    check: impl Fn() -> Result<()>,
+) -> Result<Vec<String>> {
     let fits = |name: &str| match wanted {
         Some(pattern) => name == pattern || (is_glob(pattern) && matches(pattern, name)),
         None => name.ends_with(".gguf"),
     };
-    let mut found: Vec<Vec<String>> = Vec::new();
-    for (name, _) in files.iter().filter(|(name, _)| fits(name)) {
-        let parts = parts(name);
-        if !found.contains(&parts) {
-            found.push(parts);
+    let (mut names, mut models, mut one) = (HashSet::new(), BTreeSet::new(), None);
+    for (name, _) in files {
+        check()?;
+        names.insert(name.as_str());
+        if fits(name) {
+            one = Some(name);
+            models.insert(split(name).map_or((name.as_str(), None), |(stem, count)| (stem, Some(count))));
         }
     }
-    if found.len() != 1 {
-        let what = match wanted {
-            Some(pattern) if is_glob(pattern) => format!("{} files match {pattern:?}", found.len()),
-            Some(name) => format!("there is no file {name:?}"),
-            None => format!("there are {} GGUF models", found.len()),
+    let (1, Some(one)) = (models.len(), one) else {
+        let problem = match (wanted, models.len()) {
+            (Some(pattern), n) if is_glob(pattern) => format!("{n} models match {pattern:?}"),
+            (Some(name), _) => format!("there is no file {name:?}"),
+            (None, n) => format!("there are {n} GGUF models"),
         };
-        return Err(format!("{what}; its GGUF files: {}", listing(files)));
+        let listed = listing(files);
+        return Err(Error::ModelNotFound(format!(
+            "{repo}: {problem}; its GGUF files: {listed}; set filename to one of them or to a pattern"
+        )));
+    };
+    let mut found = Vec::new();
+    // ends at the first missing part, so there are at most as many steps as files
+    for part in parts(one) {
+        check()?;
+        if !names.contains(part.as_str()) {
+            return Err(Error::ModelNotFound(format!("{repo}: {part:?} is missing, and {one:?} needs it")));
+        }
+        found.push(part);
     }
-    let parts = found.remove(0);
-    match parts.iter().find(|part| !files.iter().any(|(name, _)| name == *part)) {
-        Some(missing) => Err(format!("{missing:?}, one of {} parts, is missing", parts.len())),
-        None => Ok(parts),
-    }
+    Ok(found)
 }
 
-/// The GGUF files and their sizes, on one line.
+/// The first GGUF files and their sizes, on one line.
 pub fn listing(files: &[(String, u64)]) -> String {
-    let listed: Vec<_> = files
-        .iter()
-        .filter(|(name, _)| name.ends_with(".gguf"))
-        .map(|(name, size)| format!("{name} ({})", bytes(*size)))
-        .collect();
-    if listed.is_empty() { "none".into() } else { listed.join(", ") }
+    let models = || files.iter().filter(|(name, _)| name.ends_with(".gguf"));
+    let mut listed: Vec<_> =
+        models().take(MAX_LISTED).map(|(name, size)| format!("{name} ({})", bytes(*size))).collect();
+    match models().count() {
+        0 => return "none".into(),
+        n if n > MAX_LISTED => listed.push(format!("and {} more", n - MAX_LISTED)),
+        _ => {}
+    }
+    listed.join(", ")
 }
 
 /// A size as people say it: 2.39 GB.

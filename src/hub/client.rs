@@ -1,21 +1,27 @@
-//! One agent for every request: who is trusted, which way it goes, where the token may go, how often it is tried.
+//! One agent for every request: certificates, proxies, redirects, the scope of the token, and retries.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use ureq::http::{HeaderMap, Method, Request, Response, Uri, header};
+use rustls::CertificateError;
+use ureq::config::Config;
+use ureq::http::{self, HeaderMap, Method, Uri, header};
 use ureq::tls::TlsConfig;
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 use ureq::{Agent, Body, Timeout};
 
-use super::proxy::Proxies;
-use super::{environment, tls};
+use super::proxy::{Proxies, Setting};
+use super::{environment, tls, url};
 use crate::error::{Error, Result};
 use crate::task::{Phase, Task};
 
 const MAX_REDIRECTS: usize = 10;
 /// The longest wait that a server may ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
+/// Bytes that count as progress. A connection that breaks earlier each time would need too many requests.
+const MIN_PROGRESS: u64 = 1 << 16;
 
 pub struct Client {
     agent: Agent,
@@ -27,36 +33,35 @@ pub struct Client {
     pub task: Task,
 }
 
-/// A request.
-pub struct Ask<'a> {
+pub struct Request<'a> {
     pub method: Method,
     pub url: &'a str,
-    /// The first byte that is wanted, and the last.
+    /// The first byte, and the last.
     pub range: Option<(u64, Option<u64>)>,
     pub timeout: Duration,
-    /// Whether to go where another host has the content.
-    pub away: bool,
-    /// What a browser would open in its place.
-    pub page: &'a str,
+    /// Whether to follow redirects to another scheme, host or port.
+    pub follow_cross_origin: bool,
+    /// The page for a browser, in error messages.
+    pub browser_url: &'a str,
 }
 
-pub struct Answer {
+pub struct Response {
     pub url: String,
     pub host: String,
-    pub response: Response<Body>,
+    pub inner: http::Response<Body>,
 }
 
-impl Answer {
+impl Response {
     pub fn status(&self) -> u16 {
-        self.response.status().as_u16()
+        self.inner.status().as_u16()
     }
 
     pub fn header(&self, name: &str) -> Option<&str> {
-        text(self.response.headers(), name)
+        text(self.inner.headers(), name)
     }
 }
 
-/// What went wrong, and whether another try may go better.
+/// A failed request, and whether to try again.
 #[derive(Debug)]
 pub struct Failure {
     pub error: Error,
@@ -66,7 +71,7 @@ pub struct Failure {
 #[derive(Copy, Clone, Debug, PartialEq)]
 pub enum Retry {
     No,
-    /// There is no way to the host: worth another try only if there was one.
+    /// The host cannot be reached. Another try makes sense only if it was reached before.
     Unreachable,
     Soon,
     After(Duration),
@@ -78,8 +83,32 @@ impl From<Error> for Failure {
     }
 }
 
+/// The system's resolver. Its errors name the host: that of the URL or that of a proxy.
+#[derive(Debug, Default)]
+struct NamingResolver(DefaultResolver);
+
+/// A host name without an address.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot resolve {host}: {cause}")]
+struct Unresolved {
+    host: String,
+    cause: ureq::Error,
+}
+
+impl Resolver for NamingResolver {
+    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        self.0.resolve(uri, config, timeout).map_err(|cause| match cause {
+            ureq::Error::Io(_) | ureq::Error::HostNotFound => {
+                let host = uri.host().unwrap_or_default().to_owned();
+                ureq::Error::Other(Box::new(Unresolved { host, cause }))
+            }
+            other => other,
+        })
+    }
+}
+
 impl Client {
-    /// `system`: the proxies to take where the environment names none.
+    /// `system`: the proxies if the environment names none.
     pub fn new(token: Option<String>, system: &BTreeMap<String, String>, task: &Task) -> Result<Self> {
         let tls = TlsConfig::builder().root_certs(tls::roots()?).build();
         let config = Agent::config_builder()
@@ -89,7 +118,7 @@ impl Client {
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false);
-        let agent = Agent::new_with_config(config.build());
+        let agent = Agent::with_parts(config.build(), DefaultConnector::default(), NamingResolver::default());
         task.on_cancel({
             let agent = agent.clone();
             || agent.shutdown()
@@ -105,226 +134,255 @@ impl Client {
         })
     }
 
-    /// Asks once, and follows where it is sent: as far as the endpoint's own host, or `away` to any.
-    pub fn ask(&self, ask: &Ask) -> Result<Answer, Failure> {
-        let mut url = ask.url.to_owned();
+    /// Sends a request and follows its redirects.
+    pub fn send(&self, request: &Request) -> Result<Response, Failure> {
+        let mut url = request.url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
-            let answer = self.ask_one(ask, &url)?;
-            let is_redirect = matches!(answer.status(), 301 | 302 | 303 | 307 | 308);
-            let Some(location) = answer.header("location").filter(|_| is_redirect) else { return Ok(answer) };
-            let next = join(&url, location);
+            let response = self.send_once(request, &url)?;
+            let is_redirect = matches!(response.status(), 301 | 302 | 303 | 307 | 308);
+            let Some(location) = response.header("location").filter(|_| is_redirect) else { return Ok(response) };
+            let next = url::resolve(&url, location);
+            let host = &response.host;
             let (Some(from), Some(to)) = (origin(&url), origin(&next)) else {
-                let message = format!("{} sends to {:?}, which is no web address", answer.host, clean(location));
-                return Err(self.failure(ask, message, &answer, Retry::No));
+                let message = format!("{host} redirects to {:?}, which is not an http or https URL", clean(location));
+                return Err(self.failure(request, message, &response, Retry::No));
             };
             if from.0 == "https" && to.0 != "https" {
-                let message = format!("{} sends to {}, from https to an unprotected address", answer.host, to.1);
-                return Err(self.failure(ask, message, &answer, Retry::No));
+                let message = format!("{host} redirects from https to http, which is not protected: {}", to.1);
+                return Err(self.failure(request, message, &response, Retry::No));
             }
-            if !ask.away && from != to {
-                return Ok(answer);
+            if !request.follow_cross_origin && from != to {
+                return Ok(response);
             }
             url = next;
         }
-        let host = host(&url);
-        let message = format!("{host} sends from address to address, more than {MAX_REDIRECTS} times");
-        Err(Failure { error: error(message, &url, None, ask.page), retry: Retry::No })
+        let message = format!("{} redirected more than {MAX_REDIRECTS} times", host(&url));
+        Err(Failure::from(error(message, &url, None, request.browser_url)))
     }
 
-    fn ask_one(&self, ask: &Ask, url: &str) -> Result<Answer, Failure> {
+    fn send_once(&self, request: &Request, url: &str) -> Result<Response, Failure> {
         self.task.check()?;
-        let unusable = |what: String| Failure::from(error(what, url, None, ask.page));
-        let uri: Uri = url.parse().map_err(|e| unusable(format!("{:?} is no web address: {e}", clean(url))))?;
-        let mut request = Request::builder().method(&ask.method).uri(&uri).header(header::ACCEPT_ENCODING, "identity");
-        if let Some((first, last)) = ask.range {
+        let unusable = |problem: String| Failure::from(error(problem, url, None, request.browser_url));
+        let uri: Uri = url.parse().map_err(|e| unusable(format!("{:?} is not a valid URL: {e}", clean(url))))?;
+        let mut builder =
+            http::Request::builder().method(&request.method).uri(&uri).header(header::ACCEPT_ENCODING, "identity");
+        if let Some((first, last)) = request.range {
             let last = last.map(|last| last.to_string()).unwrap_or_default();
-            request = request.header(header::RANGE, format!("bytes={first}-{last}"));
+            builder = builder.header(header::RANGE, format!("bytes={first}-{last}"));
         }
         if let Some(token) = self.token.as_ref().filter(|_| origin(url) == origin(&self.endpoint)) {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+            builder = builder.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let request = request.body(()).map_err(|e| unusable(format!("the request cannot be made: {e}")))?;
+        let built = builder.body(()).map_err(|e| unusable(format!("the request is not valid: {e}")))?;
         let setting = self.proxies.of(&uri);
-        let proxy = match setting.map(|setting| setting.proxy()).transpose() {
-            Ok(proxy) => proxy,
-            Err(_) => {
-                let (shown, source) = setting.map(|s| (s.shown(), s.source.as_str())).unwrap_or_default();
-                return Err(unusable(format!("{source} is {shown:?}, which is no proxy's address")));
-            }
-        };
-        let request = self
+        let proxy = setting.map(|setting| {
+            let (shown, source) = (setting.shown(), &setting.source);
+            setting.proxy().map_err(|_| unusable(format!("{source} is {shown:?}, which is not the URL of a proxy")))
+        });
+        let configured = self
             .agent
-            .configure_request(request)
-            .proxy(proxy)
-            .timeout_resolve(Some(ask.timeout))
-            .timeout_connect(Some(ask.timeout))
-            .timeout_recv_response(Some(ask.timeout))
+            .configure_request(built)
+            .proxy(proxy.transpose()?)
+            .timeout_resolve(Some(request.timeout))
+            .timeout_connect(Some(request.timeout))
+            .timeout_recv_response(Some(request.timeout))
             .timeout_per_read(Some(self.download_timeout))
             .timeout_per_write(Some(self.download_timeout))
             .build();
-        match self.agent.run(request) {
-            Ok(response) => Ok(Answer { url: url.to_owned(), host: host(url), response }),
+        match self.agent.run(configured) {
+            Ok(inner) => Ok(Response { url: url.to_owned(), host: host(url), inner }),
             Err(cause) => {
-                self.task.check()?; // then the cause is that the agent was shut down
-                Err(self.explain(&cause, url, setting.map(|s| (s.shown(), s.source.as_str())), ask))
+                self.task.check()?; // a cancelled task shuts the agent down
+                Err(explain(&cause, url, setting, request))
             }
         }
     }
 
-    /// A failure without an answer: who did not give it, and what the way out is.
-    fn explain(&self, cause: &ureq::Error, url: &str, proxy: Option<(String, &str)>, ask: &Ask) -> Failure {
-        let host = host(url);
-        let through = proxy.as_ref().map(|(proxy, _)| format!(" through the proxy {proxy}")).unwrap_or_default();
-        let set = proxy.as_ref().map(|(_, source)| format!(" (set by {source})")).unwrap_or_default();
-        let text = cause.to_string();
-        let is_lookup = matches!(cause, ureq::Error::HostNotFound) || text.contains("lookup");
-        let (message, retry) = match cause {
-            ureq::Error::ConnectProxyFailed(reason) if reason.contains("407") => (
-                format!(
-                    "the proxy{through_proxy}{set} wants a user name and a password to reach {host} (status 407): set \
-                     HTTPS_PROXY=http://USER:PASSWORD@PROXY:PORT",
-                    through_proxy = proxy.as_ref().map(|(proxy, _)| format!(" {proxy}")).unwrap_or_default()
-                ),
-                Retry::No,
-            ),
-            ureq::Error::ConnectProxyFailed(reason) => (
-                format!(
-                    "the proxy{through_proxy}{set} refuses to connect to {host}: {}; if it need not be used, set \
-                     NO_PROXY={host}",
-                    clean(reason),
-                    through_proxy = proxy.as_ref().map(|(proxy, _)| format!(" {proxy}")).unwrap_or_default()
-                ),
-                Retry::No,
-            ),
-            _ if text.contains("UnknownIssuer") => (
-                format!(
-                    "{host}{through} shows a certificate of an unknown issuer{}: where a company's firewall reads \
-                     along, set SSL_CERT_FILE to a file with its certificate",
-                    tls::named()
-                ),
-                Retry::No,
-            ),
-            _ if text.contains("certificate") || matches!(cause, ureq::Error::Rustls(_) | ureq::Error::Tls(_)) => {
-                (format!("{host}{through}: no trust: {}", clean(&text)), Retry::No)
-            }
-            _ if is_lookup => {
-                (format!("no network, or no such host: {host}{through}{set} cannot be looked up"), Retry::Unreachable)
-            }
-            ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
-                (format!("{host}{through} cannot be reached within {:?}", ask.timeout), Retry::Unreachable)
-            }
-            ureq::Error::Timeout(_) => {
-                (format!("{host}{through} does not answer within {:?}", ask.timeout), Retry::Soon)
-            }
-            ureq::Error::Io(cause) => {
-                let retry = match cause.kind() {
-                    ErrorKind::ConnectionRefused
-                    | ErrorKind::HostUnreachable
-                    | ErrorKind::NetworkUnreachable
-                    | ErrorKind::NetworkDown
-                    | ErrorKind::AddrNotAvailable
-                    | ErrorKind::PermissionDenied => Retry::Unreachable,
-                    _ => Retry::Soon,
-                };
-                let word = if retry == Retry::Soon { "broke off" } else { "cannot be reached" };
-                (format!("{host}{through}{set} {word}: {cause}"), retry)
-            }
-            _ => (format!("{host}{through}: {}", clean(&text)), Retry::Soon),
-        };
-        Failure { error: error(message, url, None, ask.page), retry }
-    }
-
-    /// What an answer's status means; None: it is the content.
-    pub fn refused(&self, ask: &Ask, answer: &Answer) -> Option<Failure> {
-        let (status, host) = (answer.status(), &answer.host);
+    /// The failure that a response's status means. None: the response has the content.
+    pub fn refusal(&self, request: &Request, response: &Response) -> Option<Failure> {
+        let (status, host) = (response.status(), &response.host);
         let retry = match status {
             200 | 206 => return None,
-            408 | 425 | 500 | 502 | 503 | 504 => self.retry_after(answer).unwrap_or(Retry::Soon),
-            429 => self.retry_after(answer).unwrap_or(Retry::Soon),
+            408 | 425 | 429 | 500 | 502 | 503 | 504 => retry_after(response).unwrap_or(Retry::Soon),
             _ => Retry::No,
         };
         let token = if self.token.is_some() { "the token may be wrong or expired" } else { "set HF_TOKEN" };
-        let what = match (status, answer.header("x-error-code")) {
-            (_, Some("GatedRepo")) => format!("its terms must be accepted at its page first; {token}"),
-            (_, Some("RepoNotFound")) => format!("there is no such repository, or it is private: {token}"),
+        let problem = match (status, response.header("x-error-code")) {
+            (_, Some("GatedRepo")) => {
+                format!("the terms of the repository must be accepted on its page first; {token}")
+            }
+            (_, Some("RepoNotFound")) => format!("the repository does not exist or is private; {token}"),
             (_, Some("RevisionNotFound")) => "the repository has no such revision".into(),
             (_, Some("EntryNotFound")) => "the repository has no such file".into(),
-            (401, _) => format!("there is no such repository, or it is private: {token}"),
-            (403, _) => format!("access is refused, by the host or by a firewall; {token}"),
+            (401, _) => format!("the repository does not exist or is private; {token}"),
+            (403, _) => format!("the host or a firewall refuses access; {token}"),
             (404, _) => "not found".into(),
             (429, _) => format!("too many requests; {token}"),
-            (407, _) => {
-                "a proxy wants a user name and a password: set HTTPS_PROXY=http://USER:PASSWORD@PROXY:PORT".into()
-            }
-            _ => "an error of the server".into(),
+            (407, _) => format!("a proxy requires a user name and a password; {PROXY_LOGIN}"),
+            _ => "server error".into(),
         };
-        let asks = match retry {
-            Retry::After(wait) => format!(", and asks to wait {} s", wait.as_secs()),
+        let wait = match retry {
+            Retry::After(wait) => format!(" (retry after {} s)", wait.as_secs()),
             _ => String::new(),
         };
         let retry = if matches!(retry, Retry::After(wait) if wait > MAX_RETRY_AFTER) { Retry::No } else { retry };
-        Some(self.failure(ask, format!("{host} answers {status}{asks}: {what}"), answer, retry))
+        Some(self.failure(request, format!("{host} answers {status}{wait}: {problem}"), response, retry))
     }
 
-    fn retry_after(&self, answer: &Answer) -> Option<Retry> {
-        let seconds = answer.header("retry-after")?.trim().parse::<f64>().ok().filter(|s| (0.0..1e9).contains(s))?;
-        Some(Retry::After(Duration::from_secs_f64(seconds)))
+    /// A failure with a response.
+    pub fn failure(&self, request: &Request, message: String, response: &Response, retry: Retry) -> Failure {
+        Failure { error: error(message, &response.url, Some(response.status()), request.browser_url), retry }
     }
 
-    /// A failure with the answer that it is about.
-    pub fn failure(&self, ask: &Ask, message: String, answer: &Answer, retry: Retry) -> Failure {
-        Failure { error: error(message, &answer.url, Some(answer.status()), ask.page), retry }
-    }
-
-    /// How long to go on where nothing arrives.
-    pub fn patience(&self) -> Patience {
-        Patience { timeout: self.download_timeout, since: Instant::now(), tries: 0, reached: false }
+    pub fn retry_policy(&self) -> RetryPolicy {
+        RetryPolicy { timeout: self.download_timeout, since: Instant::now(), tries: 0, was_reached: false }
     }
 }
 
-/// Tries that failed, since something arrived last.
-pub struct Patience {
-    /// How long a transfer may stand still. Pauses are parts of it: 0.25 s to 5 s of the usual 10 s, 30 s in all.
+const PROXY_LOGIN: &str = "set HTTPS_PROXY=http://USER:PASSWORD@PROXY:PORT";
+
+/// The failure of a request without a response.
+fn explain(cause: &ureq::Error, url: &str, setting: Option<&Setting>, request: &Request) -> Failure {
+    let host = host(url);
+    let proxy = setting.map(|s| format!("the proxy {} (set by {})", s.shown(), s.source)).unwrap_or_default();
+    let through = if proxy.is_empty() { String::new() } else { format!(" through {proxy}") };
+    let (message, retry) = match cause {
+        ureq::Error::ConnectProxyFailed(reason) if proxy_status(reason) == Some(407) => (
+            format!("{proxy} requires a user name and a password to connect to {host} (status 407); {PROXY_LOGIN}"),
+            Retry::No,
+        ),
+        ureq::Error::ConnectProxyFailed(reason) => (
+            format!(
+                "{proxy} refuses to connect to {host}: {}; set NO_PROXY={host} to connect without it",
+                clean(reason)
+            ),
+            Retry::No,
+        ),
+        ureq::Error::Other(other) if let Some(unresolved) = other.downcast_ref::<Unresolved>() => {
+            let name = if unresolved.host == host { &host } else { &proxy };
+            (format!("cannot resolve {name}: no network, or no such host"), Retry::Unreachable)
+        }
+        ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
+            (format!("{host}{through} cannot be reached within {:?}", request.timeout), Retry::Unreachable)
+        }
+        ureq::Error::Timeout(_) => {
+            (format!("{host}{through} does not answer within {:?}", request.timeout), Retry::Soon)
+        }
+        cause => match (tls_error(cause), cause) {
+            (Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)), _) => (
+                format!(
+                    "{host}{through}: TLS certificate rejected: unknown issuer{}; if a company's firewall inspects \
+                     TLS, set SSL_CERT_FILE to a file with its certificate",
+                    tls::trusted()
+                ),
+                Retry::No,
+            ),
+            (Some(rustls::Error::InvalidCertificate(problem)), _) => {
+                (format!("{host}{through}: TLS certificate rejected: {}", clean(&problem.to_string())), Retry::No)
+            }
+            (Some(problem), _) => {
+                (format!("{host}{through}: TLS failed: {}", clean(&problem.to_string())), Retry::Soon)
+            }
+            (None, ureq::Error::Io(cause)) if is_unreachable(cause.kind()) => {
+                (format!("{host}{through} cannot be reached: {cause}"), Retry::Unreachable)
+            }
+            (None, ureq::Error::Io(cause)) => (format!("{host}{through}: the connection broke: {cause}"), Retry::Soon),
+            _ => (format!("{host}{through}: {}", clean(&cause.to_string())), Retry::Soon),
+        },
+    };
+    Failure { error: error(message, url, None, request.browser_url), retry }
+}
+
+/// The status of a proxy that refuses CONNECT, out of ureq's only record of it: `proxy server responded 407/407`.
+fn proxy_status(reason: &str) -> Option<u16> {
+    reason.strip_prefix("proxy server responded ")?.split('/').next()?.parse().ok()
+}
+
+/// A handshake fails inside an I/O error.
+fn tls_error(cause: &ureq::Error) -> Option<&rustls::Error> {
+    match cause {
+        ureq::Error::Rustls(error) => Some(error),
+        ureq::Error::Io(error) => error.get_ref()?.downcast_ref(),
+        _ => None,
+    }
+}
+
+fn is_unreachable(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::ConnectionRefused
+            | ErrorKind::HostUnreachable
+            | ErrorKind::NetworkUnreachable
+            | ErrorKind::NetworkDown
+            | ErrorKind::AddrNotAvailable
+            | ErrorKind::PermissionDenied
+    )
+}
+
+fn retry_after(response: &Response) -> Option<Retry> {
+    let seconds = response.header("retry-after")?.trim().parse::<f64>().ok().filter(|s| (0.0..1e9).contains(s))?;
+    Some(Retry::After(Duration::from_secs_f64(seconds)))
+}
+
+/// How often and how long to retry.
+pub struct RetryPolicy {
+    /// The longest time without progress is three times this, pauses included. A pause is a 40th of it, and doubles up to
+    /// half of it: 0.25 s to 5 s, 30 s in all, with the default of 10 s.
     timeout: Duration,
+    /// The last progress.
     since: Instant,
+    /// Failures since then.
     tries: u32,
-    /// Whether anything has arrived at all.
-    reached: bool,
+    was_reached: bool,
 }
 
-impl Patience {
-    /// Something arrived.
-    pub fn renew(&mut self) {
-        *self = Patience { since: Instant::now(), tries: 0, reached: true, ..*self };
+impl RetryPolicy {
+    /// Notes what a request brought.
+    pub fn received(&mut self, bytes: u64) {
+        self.was_reached |= bytes > 0;
+        if bytes >= MIN_PROGRESS {
+            (self.since, self.tries) = (Instant::now(), 0);
+        }
     }
 
     /// Waits before the next try, or gives up with the failure's error.
     pub fn wait(&mut self, failure: Failure, task: &Task, done: u64, total: Option<u64>) -> Result<()> {
         let usual = (self.timeout / 40 * 2u32.saturating_pow(self.tries)).min(self.timeout / 2);
         let pause = match failure.retry {
-            Retry::After(asked) => {
-                self.since += asked; // that is not the network's fault
-                asked
+            Retry::After(wait) => {
+                self.since += wait; // the network is not to blame for it
+                wait
             }
             Retry::Soon => usual,
-            Retry::Unreachable if self.reached => usual,
+            Retry::Unreachable if self.was_reached => usual,
             Retry::No | Retry::Unreachable => return Err(failure.error),
         };
         if Instant::now() + pause > self.since + self.timeout * 3 {
             return Err(failure.error);
         }
-        self.tries = (self.tries + 1).min(8); // from there on the pause is as long as it gets
+        self.tries = (self.tries + 1).min(8); // the pause is at its maximum by then
         task.report(Phase::Wait, done, total);
         task.sleep(pause)
     }
 }
 
-fn error(message: String, url: &str, status: Option<u16>, page: &str) -> Error {
+/// Retries a request until it succeeds or the policy gives up.
+pub fn retry<T>(client: &Client, mut once: impl FnMut() -> Result<T, Failure>) -> Result<T> {
+    let mut policy = client.retry_policy();
+    loop {
+        match once() {
+            Ok(found) => return Ok(found),
+            Err(failure) => policy.wait(failure, &client.task, 0, None)?,
+        }
+    }
+}
+
+fn error(message: String, url: &str, status: Option<u16>, browser_url: &str) -> Error {
     let way_out = match status {
-        Some(401 | 404) => String::new(), // a browser would be told the same
-        _ => format!("; {page} opened in a browser gives the file too, and Phi('file.gguf') opens it"),
+        Some(401 | 404) => String::new(), // a browser would get the same answer
+        _ => format!("; or download the file from {browser_url} in a browser and open it with Phi('file.gguf')"),
     };
-    // what follows a ? may be a signature that is as good as a key
+    // a query may hold a signature that is as good as a key
     let url = url.split(['?', '#']).next().unwrap_or(url);
     let url = clean(&match url
         .split_once("://")
@@ -352,36 +410,13 @@ pub fn host(url: &str) -> String {
     url.parse::<Uri>().ok().and_then(|uri| uri.host().map(str::to_owned)).unwrap_or_default()
 }
 
-/// Where a redirect leads, which may be given without scheme, host or folder.
-fn join(base: &str, location: &str) -> String {
-    let (scheme, rest) = base.split_once("://").unwrap_or(("https", base));
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    if location.contains("://") {
-        location.to_owned()
-    } else if location.starts_with("//") {
-        format!("{scheme}:{location}")
-    } else if location.starts_with('/') {
-        format!("{scheme}://{authority}{location}")
-    } else {
-        let path = rest[authority.len()..].split(['?', '#']).next().unwrap_or_default();
-        let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-        format!("{scheme}://{authority}{folder}/{location}")
-    }
-}
-
 pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// A server's words, as much of them as an error should hold.
+/// Text of a server, on one line and short enough for an error.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect()
-}
-
-/// As a part of a URL's path; `keep` stays as it is.
-pub fn escape(text: &str, keep: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || keep.as_bytes().contains(&byte);
-    text.bytes().map(|byte| if plain(byte) { (byte as char).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 #[cfg(test)]
@@ -389,20 +424,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_redirects_lead() {
-        for (base, location, expected) in [
-            ("https://a/b/c?d", "https://x/y", "https://x/y"),
-            ("https://a/b/c?d", "//x/y", "https://x/y"),
-            ("https://a:1/b/c?d", "/y", "https://a:1/y"),
-            ("https://a/b/c?d/e", "y", "https://a/b/y"),
-            ("https://a", "y", "https://a/y"),
-        ] {
-            assert_eq!(join(base, location), expected);
-        }
-    }
-
-    #[test]
-    fn a_url_in_an_error_gives_nothing_away() {
+    fn a_url_in_an_error_has_no_secrets() {
         let error = error("x".into(), "https://user:key@cdn.host:8/path?Signature=secret", Some(403), "page");
         let Error::Download { url, host, message, .. } = error else { panic!() };
         assert_eq!(url.as_deref(), Some("https://cdn.host:8/path"));
@@ -411,10 +433,16 @@ mod tests {
     }
 
     #[test]
-    fn ports_and_schemes_tell_hosts_apart() {
+    fn an_origin_is_scheme_host_and_port() {
         assert_eq!(origin("https://A.b/x"), origin("https://a.B:443/"));
         assert_ne!(origin("http://a.b"), origin("https://a.b"));
         assert_ne!(origin("http://a.b"), origin("http://a.b:81"));
         assert_eq!(origin("file:///etc/passwd"), None);
+    }
+
+    #[test]
+    fn the_status_of_a_proxy() {
+        assert_eq!(proxy_status("proxy server responded 407/407"), Some(407));
+        assert_eq!(proxy_status("proxy server did not respond in 407 ms"), None);
     }
 }

@@ -1,4 +1,4 @@
-//! What the environment says about the Hub, read as `huggingface_hub` reads it.
+//! The environment variables of `huggingface_hub`, read as it reads them.
 
 use std::env::{self, VarError};
 use std::fs;
@@ -11,7 +11,7 @@ const ENDPOINT: &str = "https://huggingface.co";
 const TIMEOUT: f64 = 10.0; // seconds
 
 /// The cache folder: HF_HUB_CACHE, else `hub` in HF_HOME, else in `XDG_CACHE_HOME/huggingface`, else in
-/// `~/.cache/huggingface`. None where there is no home folder either.
+/// `~/.cache/huggingface`. None: there is no home folder either.
 pub fn cache_dir() -> Option<PathBuf> {
     path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")).or_else(|| Some(home()?.join("hub")))
 }
@@ -21,7 +21,7 @@ fn home() -> Option<PathBuf> {
     path("HF_HOME").or_else(|| Some(cache()?.join("huggingface")))
 }
 
-/// The server, without a slash at its end: HF_ENDPOINT, else Hugging Face's.
+/// The URL of the server, without a slash at its end: HF_ENDPOINT, else Hugging Face's.
 pub fn endpoint() -> Result<String> {
     let given = text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
     let endpoint = given.trim_end_matches('/');
@@ -31,7 +31,7 @@ pub fn endpoint() -> Result<String> {
     Ok(endpoint.to_owned())
 }
 
-/// The token: HF_TOKEN, else what the login of Hugging Face's tools wrote to a file.
+/// The token: HF_TOKEN, else the file that a login with Hugging Face's tools wrote.
 pub fn token() -> Option<String> {
     let clean = |token: String| Some(token.trim().to_owned()).filter(|token| !token.is_empty());
     let variable = || text("HF_TOKEN").or_else(|| text("HUGGING_FACE_HUB_TOKEN")).and_then(clean);
@@ -39,32 +39,32 @@ pub fn token() -> Option<String> {
     variable().or_else(|| clean(fs::read_to_string(file()?).ok()?))
 }
 
-/// Whether a token is only sent when it was asked for.
+/// Whether to send a token only if the caller asks for it.
 pub fn token_is_explicit() -> bool {
     is_true("HF_HUB_DISABLE_IMPLICIT_TOKEN")
 }
 
-/// The variable that forbids the network, if one does.
+/// The variable that forbids the network, if one is set.
 pub fn offline() -> Option<&'static str> {
     ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(|name| is_true(name))
 }
 
-/// How long the Hub may take to say what a file is.
+/// The longest time for the Hub to describe a file.
 pub fn etag_timeout() -> Result<Duration> {
     seconds("HF_HUB_ETAG_TIMEOUT")
 }
 
-/// How long a transfer may stand still.
+/// The longest time without a byte of a transfer.
 pub fn download_timeout() -> Result<Duration> {
     seconds("HF_HUB_DOWNLOAD_TIMEOUT")
 }
 
-/// A variable's value, if it is set and not empty.
+/// The value of a variable. None: it is not set, or empty.
 pub fn text(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// The same as a path, with its `~` and `$NAME` filled in.
+/// The value as a path, with `~` and `$NAME` expanded.
 pub fn path(name: &str) -> Option<PathBuf> {
     match env::var(name) {
         Ok(value) if !value.is_empty() => Some(expand_variables(&expand_home(value))),
@@ -95,7 +95,7 @@ fn expand_home(path: String) -> String {
     }
 }
 
-/// `$NAME` and `${NAME}`; one that is not set stays as it is.
+/// `$NAME` and `${NAME}`. A variable that is not set stays as it is.
 fn expand_variables(path: &str) -> PathBuf {
     let mut expanded = String::new();
     let mut rest = path;

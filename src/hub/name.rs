@@ -1,5 +1,5 @@
-//! Names of repositories, revisions and files. Each becomes part of a path in the cache, and some come from a server:
-//! what would lead out of the cache folder is refused here.
+//! Names of repositories, revisions and files. Each becomes part of a path in the cache, and some come from a server. Names
+//! that lead out of the cache folder are refused here.
 
 use crate::error::{Error, Result};
 
@@ -51,10 +51,10 @@ pub fn is_glob(name: &str) -> bool {
     name.contains(['*', '?', '['])
 }
 
-/// Whether `name` matches a shell pattern: `*`, `?`, `[a-z]` and `[!a-z]`, where `*` goes through slashes too.
+/// Whether `name` matches a shell pattern: `*`, `?`, `[a-z]` and `[!a-z]`, where `*` matches slashes too.
 pub fn matches(pattern: &str, name: &str) -> bool {
     let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
-    // Where the last star was, and how much of the name it has taken: a mismatch lets it take one more.
+    // The last star, and how much of the name it covers: after a mismatch it covers one character more.
     let (mut p, mut n, mut star) = (0, 0, None);
     while n < name.len() {
         match pattern.get(p) {
@@ -85,7 +85,7 @@ fn fits_one(pattern: &[char], c: char) -> (bool, usize) {
         '[' => {
             let negated = pattern.get(1) == Some(&'!');
             let start = 1 + usize::from(negated);
-            // a ] right at the start is one of the characters
+            // a leading ] belongs to the set
             let Some(end) = (start + 1..pattern.len()).find(|&i| pattern[i] == ']') else { return (c == '[', 1) };
             let set = &pattern[start..end];
             let mut found = false;
@@ -105,15 +105,25 @@ fn fits_one(pattern: &[char], c: char) -> (bool, usize) {
     }
 }
 
-/// The names of all parts of a split GGUF file, given one: `x-00001-of-00003.gguf`. A name that is not of a split
-/// file is its own only part.
-pub fn parts(name: &str) -> Vec<String> {
-    let Some((stem, count)) = split(name) else { return vec![name.to_owned()] };
-    (1..=count).map(|i| format!("{stem}-{i:05}-of-{count:05}.gguf")).collect()
+/// The names of all parts of a split GGUF file, given one: `x-00001-of-00003.gguf`. Any other file is its own only part.
+/// A name can claim 99999 parts, so they are named one by one, as they are needed.
+pub fn parts(name: &str) -> impl Iterator<Item = String> {
+    let count = split(name).map_or(1, |(_, count)| count);
+    (1..=count).map(move |i| match split(name) {
+        Some((stem, count)) => format!("{stem}-{i:05}-of-{count:05}.gguf"),
+        None => name.to_owned(),
+    })
 }
 
-fn split(name: &str) -> Option<(&str, usize)> {
-    let number = |text: &str| (text.len() == 5).then(|| text.parse().ok()).flatten();
+/// Whether two names are of one model: the same file, or parts of one split file.
+pub fn is_same_model(a: &str, b: &str) -> bool {
+    a == b || split(a).is_some_and(|model| split(b) == Some(model))
+}
+
+/// The stem of a part's name, and the number of parts.
+pub fn split(name: &str) -> Option<(&str, usize)> {
+    let digits = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+    let number = |text: &str| digits(text).then(|| text.parse().ok()).flatten();
     let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
     let (stem, index) = rest.rsplit_once('-')?;
     let (index, count): (usize, usize) = (number(index)?, number(count)?);
@@ -160,10 +170,19 @@ mod tests {
 
     #[test]
     fn parts_of_a_split_file() {
-        assert_eq!(parts("a/b-00002-of-00003.gguf").len(), 3);
-        assert_eq!(parts("a/b-00002-of-00003.gguf")[0], "a/b-00001-of-00003.gguf");
-        for whole in ["b.gguf", "b-00004-of-00003.gguf", "b-1-of-3.gguf", "b-00000-of-00000.gguf", "-of-.gguf"] {
-            assert_eq!(parts(whole), [whole]);
+        let all = ["a/b-00001-of-00003.gguf", "a/b-00002-of-00003.gguf", "a/b-00003-of-00003.gguf"];
+        assert!(parts("a/b-00002-of-00003.gguf").eq(all));
+        for whole in [
+            "b.gguf",
+            "b-00004-of-00003.gguf",
+            "b-1-of-3.gguf",
+            "b-00000-of-00000.gguf",
+            "-of-.gguf",
+            "b-+0001-of-+0003.gguf",
+        ] {
+            assert!(parts(whole).eq([whole]), "{whole}");
         }
+        assert!(is_same_model(all[0], all[2]) && is_same_model("b.gguf", "b.gguf"));
+        assert!(!is_same_model(all[0], "a/b-00001-of-00004.gguf") && !is_same_model("b.gguf", "c.gguf"));
     }
 }

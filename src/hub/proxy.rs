@@ -1,20 +1,25 @@
-//! Which proxy a request goes through: the environment's, else the system's.
+//! The proxy of a request: the environment's, else the system's.
+//!
+//! `ureq::Proxy` parses the address of a proxy, speaks to it and matches the names of NO_PROXY. `Proxy::try_from_env` does
+//! not serve: it takes ALL_PROXY before HTTPS_PROXY, sends https through HTTP_PROXY, passes over an address that is not
+//! valid, and cannot tell which variable it read.
 
 use std::collections::BTreeMap;
 use std::env;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ureq::Proxy;
 use ureq::http::Uri;
+use ureq::{Proxy, ProxyProtocol};
 
-/// The proxies that are set, by the scheme of what is asked for.
+/// The proxies by the scheme of a URL, and the hosts that need none.
 #[derive(Debug, Default)]
 pub struct Proxies {
     by_scheme: BTreeMap<&'static str, Setting>,
+    /// The entries of NO_PROXY.
     direct: Vec<String>,
 }
 
-/// A proxy, and where it was set.
+/// The URL of a proxy, and the name of the variable that has it.
 #[derive(Clone, Debug)]
 pub struct Setting {
     url: String,
@@ -22,7 +27,7 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// The proxy without its credentials.
+    /// The URL without credentials.
     pub fn shown(&self) -> String {
         match self.url.rsplit_once('@') {
             Some((before, host)) => match before.split_once("://") {
@@ -39,8 +44,8 @@ impl Setting {
 }
 
 impl Proxies {
-    /// HTTPS_PROXY, HTTP_PROXY and ALL_PROXY, and NO_PROXY, in small letters first; where none is set, `system`: what
-    /// Python's `urllib.request.getproxies()` found.
+    /// HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in small letters first. If no proxy is set: `system`, the result of
+    /// Python's `urllib.request.getproxies()`.
     pub fn new(system: &BTreeMap<String, String>) -> Self {
         let mut proxies = Proxies::default();
         for scheme in ["https", "http"] {
@@ -61,18 +66,40 @@ impl Proxies {
         proxies
     }
 
-    /// The proxy for an address; None: the direct way.
+    /// The proxy for a URL. None: connect to its host.
     pub fn of(&self, uri: &Uri) -> Option<&Setting> {
-        let host = uri.host()?.trim_matches(['[', ']']).to_lowercase();
-        let port = uri.port_u16();
-        if self.direct.iter().any(|entry| is_direct(entry, &host, port)) {
-            return None;
+        let setting = self.by_scheme.get(uri.scheme_str()?)?;
+        (!self.is_direct(uri)).then_some(setting)
+    }
+
+    /// Whether NO_PROXY covers the host of a URL.
+    fn is_direct(&self, uri: &Uri) -> bool {
+        // a list of names is a property of ureq's proxies; this one serves for nothing else
+        let mut names = Proxy::builder(ProxyProtocol::Http);
+        for entry in &self.direct {
+            let (name, port) = match entry.rsplit_once(':') {
+                Some((name, digits)) if !name.contains(':') => (name, digits.parse().ok()),
+                _ => (entry.as_str(), None),
+            };
+            if port.is_some() && port != uri.port_u16() {
+                continue;
+            }
+            if is_in_network(name, uri) {
+                return true;
+            }
+            names = match name.trim_start_matches('*').trim_start_matches('.') {
+                "" if name == "*" => names.no_proxy("*"),
+                "" => names,
+                ip if ip.parse::<Ipv6Addr>().is_ok() => names.no_proxy(&format!("[{ip}]")),
+                // a domain and every host in it, as curl and Python have it; for ureq these are two entries
+                domain => names.no_proxy(domain).no_proxy(&format!(".{domain}")),
+            };
         }
-        self.by_scheme.get(uri.scheme_str()?)
+        names.build().is_ok_and(|names| names.is_no_proxy(uri))
     }
 }
 
-/// A variable in small or capital letters, and its name. Set but empty, it says that there is none.
+/// The name and the value of a variable, in small or capital letters. An empty one means: no proxy.
 fn variable(name: &str) -> Option<(String, String)> {
     let capital = name.to_uppercase();
     let found = match env::var(name) {
@@ -84,26 +111,15 @@ fn variable(name: &str) -> Option<(String, String)> {
     Some(found).filter(|(_, value)| !value.trim().is_empty())
 }
 
-/// Whether an entry of NO_PROXY takes a host in: `*`, a domain with all below it, an address, a network.
-fn is_direct(entry: &str, host: &str, port: Option<u16>) -> bool {
-    let (name, wanted) = match entry.rsplit_once(':') {
-        Some((name, digits)) if !name.contains(':') => (name, digits.parse().ok()),
-        _ => (entry, None),
-    };
-    if wanted.is_some() && wanted != port {
+/// Whether an entry such as `10.0.0.0/8` covers the host of a URL.
+fn is_in_network(entry: &str, uri: &Uri) -> bool {
+    let bits = |address: &str| address.parse::<Ipv4Addr>().ok().map(u32::from);
+    let Some((network, length)) = entry.split_once('/') else { return false };
+    let (Some(network), Ok(length), Some(host)) = (bits(network), length.parse(), uri.host().and_then(bits)) else {
         return false;
-    }
-    if let Some((network, bits)) = name.split_once('/')
-        && let (Ok(network), Ok(bits), Ok(host)) =
-            (network.parse::<Ipv4Addr>(), bits.parse::<u32>(), host.parse::<Ipv4Addr>())
-    {
-        let mask = u32::MAX.checked_shl(32 - bits.min(32)).unwrap_or(0);
-        return u32::from(network) & mask == u32::from(host) & mask;
-    }
-    let domain = name.trim_start_matches('*').trim_start_matches('.');
-    name == "*"
-        || host == domain
-        || (!domain.is_empty() && host.strip_suffix(domain).is_some_and(|sub| sub.ends_with('.')))
+    };
+    let mask = u32::MAX.checked_shl(32 - u32::min(length, 32)).unwrap_or(0);
+    network & mask == host & mask
 }
 
 #[cfg(test)]
@@ -112,21 +128,30 @@ mod tests {
 
     #[test]
     fn hosts_that_need_no_proxy() {
-        for (entry, host, port, expected) in [
-            ("*", "a.b", None, true),
-            ("a.b", "a.b", None, true),
-            ("a.b", "x.a.b", None, true),
-            (".a.b", "x.a.b", None, true),
-            ("*.a.b", "x.a.b", None, true),
-            ("a.b", "xa.b", None, false),
-            ("a.b:80", "a.b", Some(80), true),
-            ("a.b:80", "a.b", None, false),
-            ("10.0.0.0/8", "10.1.2.3", None, true),
-            ("10.0.0.0/8", "11.1.2.3", None, false),
-            ("0.0.0.0/0", "11.1.2.3", None, true),
-            ("::1", "::1", None, true),
+        for (entry, host, expected) in [
+            ("*", "a.b", true),
+            ("a.b", "a.b", true),
+            ("a.b", "A.B", true),
+            ("a.b", "x.a.b", true),
+            (".a.b", "x.a.b", true),
+            (".a.b", "a.b", true),
+            ("*.a.b", "x.a.b", true),
+            ("a.b", "xa.b", false),
+            ("a.b:80", "a.b:80", true),
+            ("a.b:80", "a.b", false),
+            ("10.0.0.0/8", "10.1.2.3", true),
+            ("10.0.0.0/8", "11.1.2.3", false),
+            ("10.0.0.0/8", "a.b", false),
+            ("10.0.0.0/99", "10.0.0.0", true),
+            ("0.0.0.0/0", "11.1.2.3", true),
+            ("::1", "[::1]", true),
+            ("::1", "[::2]", false),
+            (".", "a.b", false),
         ] {
-            assert_eq!(is_direct(entry, host, port), expected, "{entry} {host}");
+            let setting = Setting { url: "http://proxy".into(), source: String::new() };
+            let proxies = Proxies { by_scheme: [("https", setting)].into(), direct: vec![entry.into()] };
+            let uri: Uri = format!("https://{host}/x").parse().unwrap();
+            assert_eq!(proxies.of(&uri).is_none(), expected, "{entry} {host}");
         }
     }
 

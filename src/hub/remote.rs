@@ -1,16 +1,18 @@
-//! What the Hub says of a repository and its files.
+//! Requests for the list of a repository's files, and for the checksum and the size of one.
 
-use serde_json::Value;
 use ureq::http::Method;
 
 use super::checksum::Checksum;
-use super::client::{Answer, Ask, Client, Failure, Retry, clean, escape};
-use super::name::{is_commit, is_inside};
+use super::client::{Client, Request, Response, Retry, clean, retry};
+use super::headers::{ContentRange, etag, number};
+use super::listing::Listing;
+use super::name::is_commit;
+use super::url::escape;
 use crate::error::{Error, Result};
 use crate::task::Task;
 
-/// A listing is some kilobytes.
-const MAX_LISTING: u64 = 64 << 20;
+/// Bytes of a listing. 16 MiB have room for 50 000 files; in memory they take about ten times as much.
+const MAX_LISTING: u64 = 16 << 20;
 
 /// A file of the Hub.
 #[derive(Debug)]
@@ -22,135 +24,94 @@ pub struct Remote {
     pub size: u64,
 }
 
-/// A repository at a commit.
-#[derive(Debug)]
-pub struct Listing {
-    pub commit: String,
-    pub files: Vec<ListedFile>,
-}
-
-#[derive(Debug)]
-pub struct ListedFile {
-    pub name: String,
-    pub size: u64,
-    /// None: the Hub does not say.
-    pub checksum: Option<Checksum>,
-}
-
-impl Listing {
-    pub fn sizes(&self) -> Vec<(String, u64)> {
-        self.files.iter().map(|file| (file.name.clone(), file.size)).collect()
-    }
-}
-
-/// Tries until it goes well or is no use.
-fn persist<T>(client: &Client, mut once: impl FnMut() -> Result<T, Failure>) -> Result<T> {
-    let mut patience = client.patience();
-    loop {
-        match once() {
-            Ok(found) => return Ok(found),
-            Err(failure) => patience.wait(failure, &client.task, 0, None)?,
-        }
-    }
-}
-
-/// Which content a file has.
+/// Commit, checksum and size of a file.
 pub fn metadata(client: &Client, repo: &str, revision: &str, name: &str) -> Result<Remote> {
     let url =
         |revision: &str| format!("{}/{repo}/resolve/{}/{}", client.endpoint, escape(revision, ""), escape(name, "/"));
-    let page = url(revision);
-    persist(client, || {
-        let mut ask = Ask {
+    let browser_url = url(revision);
+    retry(client, || {
+        let mut request = Request {
             method: Method::HEAD,
-            url: &page,
+            url: &browser_url,
             range: None,
             timeout: client.etag_timeout,
-            away: false,
-            page: &page,
+            follow_cross_origin: false,
+            browser_url: &browser_url,
         };
-        let mut answer = client.ask(&ask)?;
-        // Some firewalls let no HEAD through. The Hub's own refusals carry a code.
-        if matches!(answer.status(), 400 | 403 | 405 | 501) && answer.header("x-error-code").is_none() {
-            (ask.method, ask.range) = (Method::GET, Some((0, Some(0))));
-            answer = client.ask(&ask)?;
+        let mut response = client.send(&request)?;
+        // Some firewalls block HEAD. The Hub's own refusals carry a code.
+        if matches!(response.status(), 400 | 403 | 405 | 501) && response.header("x-error-code").is_none() {
+            (request.method, request.range) = (Method::GET, Some((0, Some(0))));
+            response = client.send(&request)?;
         }
-        if !(300..400).contains(&answer.status())
-            && let Some(failure) = client.refused(&ask, &answer)
+        if !(300..400).contains(&response.status())
+            && let Some(failure) = client.refusal(&request, &response)
         {
             return Err(failure);
         }
-        let missing = |what: &str| {
-            let message = format!("{} answers {} without {what}: it is no Hub", answer.host, answer.status());
-            client.failure(&ask, message, &answer, Retry::No)
+        let (host, status) = (&response.host, response.status());
+        let invalid = |problem: String| {
+            let message = format!("{host} is not a Hugging Face Hub endpoint: status {status}, {problem}");
+            client.failure(&request, message, &response, Retry::No)
         };
-        let commit = answer.header("x-repo-commit").ok_or_else(|| missing("x-repo-commit"))?;
+        let required = |name: &str| response.header(name).ok_or_else(|| invalid(format!("no header {name}")));
+        let commit = required("x-repo-commit")?;
         if !is_commit(commit) {
-            let message = format!("{}: x-repo-commit is {:?}, which is no commit", answer.host, clean(commit));
-            return Err(client.failure(&ask, message, &answer, Retry::No));
+            return Err(invalid(format!("x-repo-commit is {:?}, not a commit", clean(commit))));
         }
-        let etag =
-            answer.header("x-linked-etag").or_else(|| answer.header("etag")).ok_or_else(|| missing("an etag"))?;
-        let Some(checksum) = Checksum::parse(etag.trim_start_matches("W/").trim_matches('"')) else {
-            let message = format!("{}: the etag is {:?}, which is no checksum", answer.host, clean(etag));
-            return Err(client.failure(&ask, message, &answer, Retry::No));
-        };
-        let size = answer.header("x-linked-size").map(str::to_owned).or_else(|| content_size(&answer));
-        let size = size.and_then(|size| size.parse().ok()).ok_or_else(|| missing("a size"))?;
+        let tag = response.header("x-linked-etag").map_or_else(|| required("etag"), Ok)?;
+        let checksum = etag(tag).ok_or_else(|| invalid(format!("the etag is {:?}, not a checksum", clean(tag))))?;
+        let size = response.header("x-linked-size").map_or_else(|| content_size(&response), number);
+        let size = size.ok_or_else(|| invalid("no size of the file".into()))?;
         Ok(Remote { url: url(commit), commit: commit.to_owned(), checksum, size })
     })
 }
 
-/// The size of the whole content, of which an answer may be a part.
-fn content_size(answer: &Answer) -> Option<String> {
-    match answer.header("content-range") {
-        Some(range) => range.rsplit_once('/').map(|(_, size)| size.to_owned()),
-        None => answer.header("content-length").map(str::to_owned),
+/// The size of the whole content, of which a response may have a part.
+fn content_size(response: &Response) -> Option<u64> {
+    match response.header("content-range") {
+        Some(range) => ContentRange::parse(range)?.size,
+        None => number(response.header("content-length")?),
     }
 }
 
-/// Which files a repository has.
+/// The files of a repository.
 pub fn listing(client: &Client, repo: &str, revision: &str) -> Result<Listing> {
     let url = format!("{}/api/models/{repo}/revision/{}?blobs=true", client.endpoint, escape(revision, ""));
-    let page = format!("{}/{repo}", client.endpoint);
-    persist(client, || {
-        let ask =
-            Ask { method: Method::GET, url: &url, range: None, timeout: client.etag_timeout, away: true, page: &page };
-        let mut answer = client.ask(&ask)?;
-        if let Some(failure) = client.refused(&ask, &answer) {
+    let browser_url = format!("{}/{repo}", client.endpoint);
+    retry(client, || {
+        let request = Request {
+            method: Method::GET,
+            url: &url,
+            range: None,
+            timeout: client.etag_timeout,
+            follow_cross_origin: true,
+            browser_url: &browser_url,
+        };
+        let mut response = client.send(&request)?;
+        if let Some(failure) = client.refusal(&request, &response) {
             return Err(failure);
         }
-        let body = answer.response.body_mut().with_config().limit(MAX_LISTING).read_to_vec();
-        let wrong = |what: &str, retry| {
-            let message = format!("{}: the list of files {what}", answer.host);
-            client.failure(&ask, message, &answer, retry)
+        let body = response.inner.body_mut().with_config().limit(MAX_LISTING).read_to_vec();
+        let failed = |problem: &str, retry| {
+            let message = format!("{}: the list of files is not valid: {problem}", response.host);
+            client.failure(&request, message, &response, retry)
         };
         let body = match body {
             Ok(body) => body,
+            Err(ureq::Error::BodyExceedsLimit(limit)) => {
+                return Err(failed(&format!("it has more than {limit} bytes"), Retry::No));
+            }
             Err(error) => {
                 client.task.check()?;
-                return Err(wrong(&format!("breaks off: {error}"), Retry::Soon));
+                return Err(failed(&format!("the connection broke: {error}"), Retry::Soon));
             }
         };
-        let json: Value = serde_json::from_slice(&body).map_err(|_| wrong("is no JSON", Retry::No))?;
-        let commit = json["sha"].as_str().filter(|sha| is_commit(sha));
-        let commit = commit.ok_or_else(|| wrong("names no commit", Retry::No))?.to_owned();
-        let listed = json["siblings"].as_array().ok_or_else(|| wrong("has no `siblings`", Retry::No))?;
-        let mut files = Vec::new();
-        for entry in listed {
-            let name = entry["rfilename"].as_str().ok_or_else(|| wrong("has one without a name", Retry::No))?;
-            if !is_inside(name) {
-                return Err(wrong(&format!("has {:?}, which leads out of the cache", clean(name)), Retry::No));
-            }
-            let hash = entry["lfs"]["sha256"].as_str().or_else(|| entry["blobId"].as_str());
-            let size = entry["size"].as_u64().or_else(|| entry["lfs"]["size"].as_u64()).unwrap_or_default();
-            files.push(ListedFile { name: name.to_owned(), size, checksum: hash.and_then(Checksum::parse) });
-        }
-        files.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Listing { commit, files })
+        Listing::parse(&body, || client.task.check())?.map_err(|problem| failed(&problem, Retry::No))
     })
 }
 
-/// An error that a missing file explains, with the files that there are.
+/// Adds the files of the repository to an error about a missing file.
 pub fn with_listing(error: Error, client: &Client, repo: &str, revision: &str, task: &Task) -> Error {
     let Error::Download { message, url, status: Some(404), host } = error else { return error };
     let files = task.check().and_then(|()| listing(client, repo, revision));

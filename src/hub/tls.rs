@@ -1,4 +1,4 @@
-//! Whom to trust: what the environment names, else what the platform trusts, else the roots that are built in.
+//! Trusted certificates: those that the environment names, else the platform's, else the built-in ones.
 
 use std::env;
 use std::fs;
@@ -12,10 +12,14 @@ use crate::error::{Error, Result};
 /// Variables that name certificates, which then replace the platform's.
 const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"];
 
-/// What an error says of the variables that are set.
-pub fn named() -> String {
+/// A note on the variables that are set, for an error.
+pub fn trusted() -> String {
     let set: Vec<_> = VARIABLES.into_iter().filter(|name| env::var_os(name).is_some_and(|v| !v.is_empty())).collect();
-    if set.is_empty() { String::new() } else { format!(" (to what {} names)", set.join(" and ")) }
+    if set.is_empty() {
+        String::new()
+    } else {
+        format!(" (only the certificates of {} are trusted)", set.join(" and "))
+    }
 }
 
 pub fn roots() -> Result<RootCerts> {
@@ -37,16 +41,16 @@ pub fn roots() -> Result<RootCerts> {
                 read(&pem, &mut certificates);
             }
         }
-        // a folder may be empty where a file is given too, as on systems that set both
+        // a folder may be empty if a file is set too: some systems set both
         if certificates.len() == before && variable != "SSL_CERT_DIR" {
-            return Err(Error::download(format!("{variable}: there is no certificate in {}", value.display())));
+            return Err(Error::download(format!("{variable}: no certificate in {}", value.display())));
         }
     }
     if !given {
         return Ok(platform());
     }
     if certificates.is_empty() {
-        return Err(Error::download("SSL_CERT_DIR: there is no certificate in it".into()));
+        return Err(Error::download("SSL_CERT_DIR: no certificate in it".into()));
     }
     Ok(RootCerts::from(certificates.into_iter()))
 }
