@@ -416,7 +416,7 @@ pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 /// Text of a server, on one line and short enough for an error.
 pub fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect()
+    crate::error::one_line(text, 200)
 }
 
 #[cfg(test)]
