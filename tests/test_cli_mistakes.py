@@ -188,7 +188,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Hi -m 'my n_ctx model.gguf'", 1, "my n_ctx model.gguf: no such file"),
     ("Hi -m 'C:\\models\\phi.gguf'", 1, "C:\\models\\phi.gguf: no such file"),
     ("Hi -m models/tyni.gguf", 1, "models/tyni.gguf: no such file; did you mean models/tiny.gguf?"),
-    ("Hi -m models", 1, "models is a folder with a .gguf file; did you mean --model models/tiny.gguf?"),
+    ("Hi -m models", 1, "models is a folder with a .gguf file; did you mean --model models...tiny.gguf?"),
     ("Hi -m empty", 1, "empty is a folder without .gguf files"),
     ("Hi -m notes.txt", 1, "notes.txt... GGUF..."),
     ("Hi -m models/tiny.gguf", 1, "models/tiny.gguf..."),

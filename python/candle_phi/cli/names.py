@@ -108,4 +108,4 @@ def _about_missing_file(path: str) -> str:
     except OSError:
         files = []
     close = closest(name, files)
-    return f"{path}: no such file" + (f"; did you mean {os.path.join(folder, close)}?" if close else "")
+    return f"{path}: no such file" + (f"; did you mean {path.removesuffix(name)}{close}?" if close else "")
