@@ -53,7 +53,7 @@ def test_a_name_is_accepted(phi: Phi) -> None:
 
 def test_a_message_of_openai_is_accepted(phi: Phi) -> None:
     # ChatCompletionMessage(...).model_dump() of openai 2
-    dumped = {
+    dumped: dict[str, Any] = {
         "content": "Hello.",
         "refusal": None,
         "role": "assistant",

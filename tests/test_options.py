@@ -250,6 +250,8 @@ def test_options_of_later_versions_are_named(phi: Phi, name: str) -> None:
         Phi.demo(**options)
     with pytest.raises(NotInThisVersionError, match=name):
         Phi.from_pretrained("x/y", **options)
+    with pytest.raises(NotInThisVersionError, match=name):
+        phi.logits([1], **options)
 
 
 def test_answers_name_options_that_exist() -> None:

@@ -16,7 +16,7 @@ from .metadata import Metadata
 from .options import Device, Engine, KvCache, OptionValueError
 from .progress import OnProgress, progress_callback, token_callback, wait_for
 from .results import Result
-from .signatures import adds_options, same_options, takes_path, takes_prompt
+from .signatures import adds_options, hides_unknown, same_options, takes_path, takes_prompt
 from .stream import Stream
 
 _DEMO = "phi3-demo-q4_k_m.gguf"
@@ -452,12 +452,14 @@ class Phi:
         options.flag("skip_special", skip_special)
         return self._model.detokenize(token_ids(ids, self.n_vocab), skip_special)
 
+    @hides_unknown
     def logits(
         self,
         ids: Iterable[SupportsIndex],
         *,
         every_position: bool = False,
         on_progress: OnProgress | None = None,
+        **unknown: Never,
     ) -> "memoryview[float]":
         """The logits after the last id, float32 of shape (n_vocab,).
 
@@ -474,7 +476,7 @@ class Phi:
             TypeError, ValueError: `ids` is empty, or has an id that is not an int or is outside the vocabulary.
             MemoryError: the logits do not fit the available memory.
         """
-        options.checked(options.LOGITS, {"every_position": every_position, "on_progress": on_progress})
+        options.checked(options.LOGITS, {"every_position": every_position, "on_progress": on_progress, **unknown})
         checked = token_ids(ids, self.n_vocab)
         if not checked:
             raise ValueError("ids is empty; logits() needs at least 1")

@@ -295,7 +295,12 @@ GENERATION: dict[str, Check] = {**SAMPLING, "on_progress": _optional(_function),
 LOGITS: dict[str, Check] = {"every_position": flag, "on_progress": _optional(_function)}
 """The options of `Phi.logits`."""
 
-_OWNERS = ((MODEL, "Phi()"), (GENERATION, "stream() and generate()"), (HUB, "Phi.from_pretrained()"))
+_OWNERS = (
+    (MODEL, "Phi()"),
+    (GENERATION, "stream() and generate()"),
+    (HUB, "Phi.from_pretrained()"),
+    (LOGITS, "logits()"),
+)
 
 UNBUILT: Mapping[str, str] = {
     "prefix_cache": "prefix reuse",

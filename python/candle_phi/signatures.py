@@ -104,6 +104,12 @@ def adds_options(init: Callable[..., None], doc: str | None) -> Callable[[_Funct
     return decorate
 
 
+def hides_unknown(function: _Function) -> _Function:
+    """Leaves `**unknown` out of completion and `help()`."""
+    _set_signature(function, _without_var_keyword(inspect.signature(function)))
+    return function
+
+
 def _without_var_keyword(signature: inspect.Signature) -> inspect.Signature:
     """Leaves out `**unknown`, which collects names only to explain them."""
     return signature.replace(parameters=[p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD])
