@@ -1,4 +1,8 @@
 //! A whole model of some kilobytes: what the smallest sound file has, for tests that damage it.
+#[path = "../random/mod.rs"]
+mod random;
+pub use random::Random;
+
 use super::*;
 
 /// One layer of 32 features and one head, an SPM vocabulary of the 256 bytes and a few pieces, weights that are noise.
@@ -8,7 +12,7 @@ pub fn small_model() -> Writer {
     let (tokens, types) = vocabulary();
     let scores: Vec<u8> = (0..tokens.len()).flat_map(|id| (-(id as f32)).to_le_bytes()).collect();
     let n = tokens.len() as u64;
-    let mut noise = Noise(1);
+    let mut random = Random::new(1);
     let mut writer = Writer::new()
         .str("general.architecture", "phi3")
         .u32("phi3.block_count", 1)
@@ -41,7 +45,7 @@ pub fn small_model() -> Writer {
         let elements = dims.iter().product::<u64>() as usize;
         writer = match dims {
             [_] => writer.tensor(name, dims, 0, &1f32.to_le_bytes().repeat(elements)),
-            _ => writer.tensor(name, dims, 8, &noise.q8_0(elements)),
+            _ => writer.tensor(name, dims, 8, &q8_0(&mut random, elements)),
         };
     }
     writer
@@ -65,24 +69,8 @@ fn vocabulary() -> (Vec<String>, Vec<[u8; 4]>) {
     (tokens, types)
 }
 
-/// Numbers without a pattern (xorshift).
-pub struct Noise(pub u64);
-
-impl Noise {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Blocks of 32 elements: a scale of 2^-9 in f16, then as many bytes.
-    fn q8_0(&mut self, elements: usize) -> Vec<u8> {
-        let block = |_| [0x00, 0x18].into_iter().chain((0..32).map(|_| self.next() as u8)).collect::<Vec<u8>>();
-        (0..elements / 32).flat_map(block).collect()
-    }
+/// Blocks of 32 elements: a scale of 2^-9 in f16, then 32 random bytes.
+fn q8_0(random: &mut Random, elements: usize) -> Vec<u8> {
+    let block = |_| [0x00, 0x18].into_iter().chain((0..32).map(|_| random.bits() as u8)).collect::<Vec<u8>>();
+    (0..elements / 32).flat_map(block).collect()
 }
