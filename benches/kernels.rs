@@ -1,8 +1,8 @@
-//! How fast the kernels multiply, on one thread: `cargo bench --bench kernels`, or `-- avx2 avx512` for some of them.
+//! The speed of the kernels on one thread: `cargo bench --bench kernels`, or `-- avx2 avx512` for some of them.
 //!
-//! Decode is bound by memory: gigabytes of weights read in a second. Prefill is bound by arithmetic: billions of
-//! multiplications and additions in a second. The weights of a matrix are more than a cache holds; activations are
-//! prepared beforehand. Each figure is the best of at least three passes, and of half a second.
+//! Decode is memory-bound: gigabytes of weights per second. Prefill is compute-bound: billions of multiplications and
+//! additions per second. The weights of a matrix exceed the caches; activations are packed beforehand. Each figure is the
+//! best of at least three passes, and of half a second.
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use random::{Matrix, Random};
 const FORMATS: [Format; 6] = [Format::Q4_K, Format::Q5_K, Format::Q6_K, Format::Q8_0, Format::F16, Format::F32];
 const COLS: usize = 3072;
 const BYTES: usize = 128 << 20;
-/// Rows that prefill multiplies: enough to be measured, few enough for the slowest kernel.
+/// Rows of the matrix in prefill: few enough for the slowest kernel.
 const PREFILL_ROWS: usize = 512;
 const LONG_ENOUGH: Duration = Duration::from_millis(500);
 
@@ -23,7 +23,7 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let names: Vec<_> = kernels::available().into_iter().filter(|name| chosen(&wanted, name)).collect();
     if names.is_empty() {
-        eprintln!("no kernel of these names: {}; this CPU has {}", wanted.join(", "), kernels::available().join(", "));
+        eprintln!("unknown kernel {}; this CPU has {}", wanted.join(", "), kernels::available().join(", "));
         std::process::exit(1);
     }
     println!("{:24}{:>16}{:>24}", "", "decode, GB/s", "prefill, GOP/s");
@@ -50,7 +50,7 @@ fn chosen(wanted: &[String], name: &str) -> bool {
     wanted.is_empty() || wanted.iter().any(|wanted| wanted == name)
 }
 
-/// What the fastest pass took.
+/// The time of the fastest pass.
 fn seconds(kernel: &dyn Kernel, weights: Weights<'_>, phase: Phase, tokens: usize) -> f64 {
     let tile = kernel.tile(weights.format, weights.cols, phase);
     let mut x = vec![Line::ZERO; tokens.div_ceil(tile.tokens) * tile.lines];

@@ -9,7 +9,7 @@ use candle_phi::gguf::Gguf;
 use candle_phi::tokenizer::{Special, Tokenizer};
 
 mod gguf_writer;
-use gguf_writer::model::Noise;
+use gguf_writer::model::Random;
 use gguf_writer::{ARRAY, F32, I32, STRING, Writer, array, string, strings};
 
 /// The official Phi-3 file's: without a system branch.
@@ -380,8 +380,8 @@ fn template_text_around_user_text_makes_no_control_token_of_it() {
 /// when neutral letters stand in for the text.
 #[test]
 fn no_template_makes_control_tokens_of_user_text() {
-    let mut random = Noise(7);
-    let pick = |random: &mut Noise, from: &[&str]| from[random.below(from.len())].to_owned();
+    let mut random = Random::new(7);
+    let pick = |random: &mut Random, from: &[&str]| from[random.below(from.len())].to_owned();
     let fragments =
         ["<", "|", ">", "<|", "|>", "end", "user", "s", "/s", "<|end|>", "</s>", "im_start", " ", "\n", "é", "氷"];
     let around =

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each page of 128 positions, in order, for each query:
-//!     s  = q . K / sqrt(d)                    lanes are keys: K lies (head_dim, positions)
+//!     s  = q . K / sqrt(d)                    lanes are keys: K is (head_dim, positions)
 //!     m' = max(m, s);  p = exp(s - m');  out = out * exp(m - m') + p V;  the sum of p likewise
 //! ```
 //! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). A group of queries shares

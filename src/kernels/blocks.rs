@@ -1,10 +1,10 @@
 //! The storage formats of GGUF weights: block structs as they lie in the file, sizes asserted at compile time.
 //!
-//! Every struct is made of bytes only (alignment 1, no invalid bit pattern), so a file's bytes can be viewed as blocks
-//! wherever they lie. Layouts are ggml's (`ggml-common.h`); half floats stay two little-endian bytes until they are used.
+//! Every struct consists of bytes (alignment 1, no invalid bit pattern), so that a file's bytes can be viewed as blocks at
+//! any address. The layouts are ggml's (`ggml-common.h`). Half floats are two little-endian bytes until they are used.
 
-/// How the weights of a matrix are stored. The names are ggml's.
-#[allow(non_camel_case_types)] // Q4_0 and Q4_K are the names people know
+/// The storage format of the weights of a matrix.
+#[allow(non_camel_case_types)] // ggml's names
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Format {
     F32,
@@ -72,7 +72,7 @@ impl Format {
     }
 }
 
-/// A half float as it lies in the file.
+/// A half float as stored in the file.
 #[derive(Copy, Clone)]
 #[repr(transparent)]
 pub struct Half([u8; 2]);
@@ -87,26 +87,26 @@ impl Half {
     }
 }
 
-/// Marks the structs below.
+/// A block of weights as stored in the file.
 ///
 /// # Safety
-/// Alignment 1, no padding, every bit pattern valid.
+/// Alignment 1, no padding, every bit pattern is valid.
 pub unsafe trait Block {}
 
-/// The bytes of a row as blocks; a remainder shorter than a block is left out.
+/// The bytes of a row as blocks, without a remainder shorter than a block.
 pub fn blocks<B: Block>(bytes: &[u8]) -> &[B] {
-    // SAFETY: `Block` promises alignment 1, no padding and no invalid bit pattern; the length is rounded down.
+    // SAFETY: a `Block` has alignment 1 and no invalid bit pattern; the length is rounded down.
     unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<B>()) }
 }
 
 /// Block `i` of a row.
 ///
 /// # Safety
-/// The row has so many.
+/// The row has more than `i` blocks.
 #[inline(always)]
 pub unsafe fn block<B: Block>(bytes: &[u8], i: usize) -> &B {
     debug_assert!((i + 1) * size_of::<B>() <= bytes.len());
-    // SAFETY: as in `blocks`, and inside of the row.
+    // SAFETY: as in `blocks`, and inside of the row, by the contract of this function.
     unsafe { &*bytes.as_ptr().cast::<B>().add(i) }
 }
 
@@ -133,7 +133,7 @@ block!(Q4_K, 144, { d: Half, dmin: Half, scales: [u8; 12], qs: [u8; 128] });
 block!(Q5_K, 176, { d: Half, dmin: Half, scales: [u8; 12], qh: [u8; 32], qs: [u8; 128] });
 block!(Q6_K, 210, { ql: [u8; 128], qh: [u8; 64], scales: [i8; 16], d: Half });
 
-/// Scales and mins of Q4_K and Q5_K: 8 of 6 bits each in 12 bytes, to bytes in two u64.
+/// Scales and mins of Q4_K and Q5_K: from 8 of 6 bits each in 12 bytes to 8 bytes each.
 #[inline(always)]
 pub fn scales_and_mins(packed: &[u8; 12]) -> (u64, u64) {
     let word = |i: usize| u32::from_le_bytes([packed[i], packed[i + 1], packed[i + 2], packed[i + 3]]);

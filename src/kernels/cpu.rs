@@ -1,6 +1,6 @@
-//! What this CPU can do, as far as kernels care.
+//! The features of this CPU that kernels use.
 
-/// Instruction set extensions by their usual names, and whether this CPU and operating system offer them.
+/// Instruction set extensions by name, and whether this CPU and operating system have them.
 pub fn features() -> Vec<(&'static str, bool)> {
     #[cfg(target_arch = "x86_64")]
     {
@@ -35,8 +35,8 @@ pub fn features() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
-/// The half-precision arithmetic that an aarch64 build with `+fp16` takes for granted. Such a build cannot ask the
-/// standard library, whose answer is a constant then.
+/// Whether the CPU has half-precision arithmetic, which an aarch64 build with `+fp16` presupposes. In such a build the
+/// answer of the standard library is a constant.
 #[cfg(all(target_arch = "aarch64", target_feature = "fp16"))]
 pub fn has_fp16() -> bool {
     // The auxiliary vector's AT_HWCAP, with the bits FPHP and ASIMDHP.
@@ -48,7 +48,7 @@ pub fn has_fp16() -> bool {
         }
         getauxval(16) >> 9 & 3 == 3
     }
-    // Windows has no bit for it. No CPU has it (ARMv8.2) without the atomics of ARMv8.1, for which there is one.
+    // Windows does not report it. Every CPU that has it (ARMv8.2) has the atomics of ARMv8.1, which Windows reports.
     #[cfg(windows)]
     {
         std::arch::is_aarch64_feature_detected!("lse")
@@ -57,17 +57,17 @@ pub fn has_fp16() -> bool {
     true // every Apple CPU
 }
 
-/// Whether there are the tiles of AMX, eight of 16 rows of 64 bytes, and their bf16 products. (The standard library cannot
-/// be asked yet. The bits are those of Intel's manual, volume 1, chapter 18.)
+/// Whether the CPU has the tiles of AMX, eight of 16 rows of 64 bytes, and their bf16 products. The standard library does
+/// not report them yet. The bits are those of Intel's manual, volume 1, chapter 18.
 #[cfg(target_arch = "x86_64")]
 pub fn amx() -> (bool, bool) {
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
-    // AVX-512 is found only where XGETBV may be used.
+    // Where AVX-512 is reported, XGETBV may be used.
     if !std::arch::is_x86_feature_detected!("avx512f") || __cpuid(0).eax < 0x1d {
         return (false, false);
     }
     let extensions = __cpuid_count(7, 0).edx;
-    // SAFETY: see above.
+    // SAFETY: AVX-512 is reported, see above.
     let saved = unsafe { _xgetbv(0) } >> 17 & 3 == 3;
     let shape = __cpuid_count(0x1d, 1);
     let usual = shape.ebx == 8 << 16 | 64 && shape.ecx & 0xffff == 16;

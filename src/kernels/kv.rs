@@ -1,15 +1,15 @@
-//! Pages of the KV cache as kernels see them: what one head holds of 128 consecutive positions.
+//! Pages of the KV cache as kernels see them: one head at 128 consecutive positions.
 //!
-//! Keys lie (head_dim, PAGE), so that a vector of keys meets one feature of a query; values lie (PAGE, head_dim). As 8 bits
-//! (`Q8`), every 32 features of a position share an f16 scale, as in ggml's Q8_0.
+//! Keys are (head_dim, PAGE): a vector of keys is multiplied with one feature of a query. Values are (PAGE, head_dim). In
+//! 8-bit pages (`Q8`), each 32 features of a position share an f16 scale, as in ggml's Q8_0.
 //!
 //! Decisions: docs/design/kv.md
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-/// Positions in a page. Also the blocks in which attention walks the context: pages start at multiples of it, so that
-/// sums are split at the same places however the prompt was chunked.
+/// Positions of a page. Attention accumulates page by page, and pages start at multiples of it: sums are split at the same
+/// positions for any chunks of the prompt.
 pub const PAGE: usize = 128;
 /// Features of a position that share a scale.
 pub const SHARED: usize = 32;
@@ -83,8 +83,22 @@ impl KvSlice<'_> {
 }
 
 impl KvSliceMut<'_> {
-    /// Write the keys (head_dim) of the position `at` of the page.
+    fn check(&self, at: usize, x: &[f32]) {
+        assert!(at < PAGE, "position {at} of a page of {PAGE}");
+        let (len, scales) = match self {
+            KvSliceMut::F16(x) => (x.len(), None),
+            KvSliceMut::F32(x) => (x.len(), None),
+            KvSliceMut::Q8 { q, scales } => (q.len(), Some(scales.len())),
+        };
+        assert!(len == PAGE * x.len(), "{} features for a page of {len}", x.len());
+        let shares = PAGE * x.len().div_ceil(SHARED);
+        assert!(scales.is_none_or(|scales| scales == shares), "{scales:?} scales for a page that takes {shares}");
+    }
+
+    /// Writes the key (head_dim) of position `at` of the page. Panics if there is no such position, or if the page has another
+    /// head_dim.
     pub fn store_key(&mut self, at: usize, key: &[f32]) {
+        self.check(at, key);
         match self {
             KvSliceMut::F16(k) => {
                 for (k, x) in k.iter_mut().skip(at).step_by(PAGE).zip(key) {
@@ -107,8 +121,9 @@ impl KvSliceMut<'_> {
         }
     }
 
-    /// Write the values (head_dim) of the position `at` of the page.
+    /// Writes the value (head_dim) of position `at` of the page. Panics as `store_key` does.
     pub fn store_value(&mut self, at: usize, value: &[f32]) {
+        self.check(at, value);
         let head_dim = value.len();
         match self {
             KvSliceMut::F16(v) => v[at * head_dim..][..head_dim].convert_from_f32_slice(value),
@@ -125,14 +140,14 @@ impl KvSliceMut<'_> {
     }
 }
 
-/// Not a number, or infinite, where one of them is: so that it does not vanish.
+/// NaN or infinite if an element is, so that it shows in the result.
 fn scale_of(x: &[f32]) -> f16 {
-    // As integers, magnitudes compare as they do as numbers, and a NaN is the max.
+    // The bits of magnitudes, as integers, are ordered as the magnitudes are; NaN is above all of them.
     let max = f32::from_bits(x.iter().fold(0, |max, x| max.max(x.abs().to_bits())));
     f16::from_f32(max / 127.0)
 }
 
-/// Against the scale as it is stored, so that its rounding is made up for.
+/// By the scale as stored, which makes up for its rounding.
 fn quantized(x: f32, scale: f16) -> i8 {
     let scale = scale.to_f32();
     if scale > 0.0 { (x / scale).round_ties_even().clamp(-127.0, 127.0) as i8 } else { 0 }

@@ -76,7 +76,7 @@ unsafe impl Plain for f32 {}
 // SAFETY: arrays have no padding but that of their elements.
 unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 
-/// A struct that is `Plain`, which the compiler proves. Room for alignment takes a field of its own.
+/// Declares a struct that is `Plain`, and proves it. A struct that alignment makes longer has a field `unused`.
 macro_rules! plain {
     (
         $(#[$attribute:meta])*

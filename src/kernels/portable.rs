@@ -1,4 +1,4 @@
-//! Plain Rust: the specification that every other kernel is tested against, and the fallback.
+//! Plain Rust: the specification for the tests of every other kernel, and the fallback.
 //!
 //! ```text
 //! for each weight row:  w = dequantize(row)                      (cols)
@@ -6,8 +6,8 @@
 //! attention, for each query and each page of the context, in order:
 //!     s = q . k / sqrt(d);  m' = max(m, s);  acc = acc * exp(m - m') + exp(s - m') * v;  the sum likewise
 //! ```
-//! The same bits on every platform: Rust never contracts `a * b + c`, the order of every sum is written here, and `exp`
-//! is the `libm` crate's, not the platform's. The compiler may vectorize within that order.
+//! The bits are the same on every platform: Rust never contracts `a * b + c`, this code determines the order of every sum,
+//! and `exp` is that of the `libm` crate. The compiler may vectorize within that order.
 
 use half::slice::HalfFloatSliceExt;
 
@@ -79,16 +79,16 @@ impl Kernel for Portable {
         let scale = 1.0 / (head_dim as f32).sqrt();
         let page_len = PAGE * head_dim;
         let mut scratch = Scratch::take(Line::count(4 * 3 * page_len));
-        let (turned, rest) = view_mut::<f32>(&mut scratch).split_at_mut(page_len);
+        let (transposed, rest) = view_mut::<f32>(&mut scratch).split_at_mut(page_len);
         let (k, v) = rest.split_at_mut(page_len);
         for query in queries.iter_mut() {
             query.out.fill(0.0);
             (query.max, query.sum) = (f32::NEG_INFINITY, 0.0);
         }
         for page in pages {
-            page.k.widen_keys(turned, head_dim);
+            page.k.widen_keys(transposed, head_dim);
             for (position, k) in k.chunks_exact_mut(head_dim).enumerate() {
-                for (k, features) in k.iter_mut().zip(turned.chunks_exact(PAGE)) {
+                for (k, features) in k.iter_mut().zip(transposed.chunks_exact(PAGE)) {
                     *k = features[position];
                 }
             }
@@ -114,14 +114,14 @@ impl Kernel for Portable {
     }
 }
 
-/// Adds the keys of one page to an online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention): `scores`
-/// become weights, the query's output the weighted sum of `values` so far.
+/// Adds the keys of one page to an online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention). `scores`
+/// become weights, and the query's output the weighted sum of the values so far.
 fn softmax(query: &mut Query<'_>, scores: &mut [f32], values: &[f32]) {
     let max = scores.iter().fold(query.max, |max, &s| if s > max { s } else { max });
     if max > query.max && query.sum > 0.0 {
-        let shrink = libm::expf(query.max - max);
-        query.sum *= shrink;
-        query.out.iter_mut().for_each(|o| *o *= shrink);
+        let rescale = libm::expf(query.max - max);
+        query.sum *= rescale;
+        query.out.iter_mut().for_each(|o| *o *= rescale);
     }
     query.max = max;
     for (score, value) in scores.iter_mut().zip(values.chunks_exact(query.out.len())) {
@@ -133,7 +133,7 @@ fn softmax(query: &mut Query<'_>, scores: &mut [f32], values: &[f32]) {
     query.sum += scores.iter().sum::<f32>();
 }
 
-/// The sum of products in 16 interleaved partial sums, then pairwise: the same order whatever the vector width.
+/// The dot product: 16 interleaved partial sums, then pairwise. The order does not depend on the vector width.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let (a, a_rest) = a.as_chunks::<LANES>();
     let (b, b_rest) = b.as_chunks::<LANES>();
@@ -151,7 +151,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums[0]
 }
 
-/// A function of its own, so that the sums stay in vector registers: inlined into `dot` the loop was 15 times slower.
+/// Not inlined: inlined into `dot`, the sums leave their vector registers and the loop takes 15 times as long.
 #[inline(never)]
 fn lane_sums(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
     let mut sums = [0f32; LANES];
@@ -161,7 +161,8 @@ fn lane_sums(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
     sums
 }
 
-/// Weights of any format as f32, exactly as ggml defines them: `w = d * scale * q - dmin * min`, and its simpler kin.
+/// Weights of any format as f32, exactly as ggml defines them: `w = d * scale * q - dmin * min` and simpler formulas. Panics
+/// unless `out` is as long as the weights.
 pub fn dequantize(weights: Weights<'_>, out: &mut [f32]) {
     shapes::dequantize(weights, out);
     let bytes = weights.bytes;
@@ -172,7 +173,7 @@ pub fn dequantize(weights: Weights<'_>, out: &mut [f32]) {
             }
         }
         Format::F16 => {
-            // By slices: `half` looks up once for each whether the CPU converts, and then it converts.
+            // By slices: `half` asks once per slice whether the CPU has the conversion.
             for (out, bytes) in out.chunks_mut(64).zip(bytes.chunks(128)) {
                 let mut halves = [half::f16::ZERO; 64];
                 for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
@@ -256,7 +257,7 @@ fn q2_k(b: &blocks::Q2_K, out: &mut [f32; 256]) {
     }
 }
 
-/// As Q2_K with a third bit in `hmask` (clear: 4 is taken off) and 6-bit signed scales.
+/// As Q2_K with a third bit in `hmask` (if clear, 4 is subtracted) and 6-bit signed scales.
 fn q3_k(b: &blocks::Q3_K, out: &mut [f32; 256]) {
     let d = b.d.f32();
     for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {

@@ -12,7 +12,7 @@ use candle_phi::generate::Request;
 use candle_phi::phi3::Config;
 use candle_phi::task::Task;
 use candle_phi::tokenizer::{Special, Tokenizer};
-use gguf_writer::model::{Noise, small_model};
+use gguf_writer::model::{Random, small_model};
 
 use super::*;
 
@@ -65,7 +65,7 @@ fn timed<T>(case: &dyn std::fmt::Display, work: impl FnOnce() -> T) -> T {
 #[test]
 fn the_bundled_model_cut_at_every_byte_of_its_first_64_kib_and_at_every_tensor() {
     let demo = Demo::new();
-    let mut random = Noise(11);
+    let mut random = Random::new(11);
     let mut cuts: Vec<usize> = (0..=64 << 10).collect();
     cuts.extend((0..500).map(|_| (64 << 10) + random.below(demo.bytes.len() - (64 << 10))));
     cuts.extend(demo.starts.iter().chain(&demo.ends).flat_map(|&at| [at - 1, at, at + 1]));
@@ -91,7 +91,7 @@ fn the_bundled_model_cut_at_every_byte_of_its_first_64_kib_and_at_every_tensor()
 #[test]
 fn the_bundled_model_with_any_one_of_10_000_bytes_of_its_header_changed() {
     let mut demo = Demo::new();
-    let mut random = Noise(12);
+    let mut random = Random::new(12);
     let (mut refused, mut works) = (0, 0);
     for _ in 0..10_000 {
         let (at, change) = (random.below(demo.header()), 1 + random.below(255) as u8);
@@ -149,13 +149,13 @@ fn a_small_model_with_any_byte_changed_generates_or_says_why_not() {
     let header = small_model().data_start();
     let path = save(folder.path(), "m.gguf", &bytes);
     generate(&path).unwrap();
-    let mut random = Noise(13);
+    let mut random = Random::new(13);
     let (mut refused, mut works) = (0, 0);
     for i in 0..600 {
         let mut bytes = bytes.clone();
         for _ in 0..1 + i % 3 {
             let at = if i % 2 == 0 { random.below(header) } else { random.below(bytes.len()) };
-            bytes[at] = random.next() as u8;
+            bytes[at] = random.bits() as u8;
         }
         let path = save(folder.path(), &format!("{i}.gguf"), &bytes); // Windows may still hold the last one
         match timed(&i, || generate(&path)) {

@@ -1,4 +1,8 @@
 //! A whole model of some kilobytes: what the smallest sound file has, for tests that damage it.
+#[path = "../random/mod.rs"]
+mod random;
+pub use random::Random;
+
 use super::*;
 
 /// One layer of 32 features and one head, an SPM vocabulary of the 256 bytes and a few pieces, weights that are noise.
@@ -16,7 +20,7 @@ fn model(feed_forward: u64, context: u32) -> Writer {
     let (tokens, types) = vocabulary();
     let scores: Vec<u8> = (0..tokens.len()).flat_map(|id| (-(id as f32)).to_le_bytes()).collect();
     let n = tokens.len() as u64;
-    let mut noise = Noise(1);
+    let mut random = Random::new(1);
     let mut writer = Writer::new()
         .str("general.architecture", "phi3")
         .u32("phi3.block_count", 1)
@@ -49,7 +53,7 @@ fn model(feed_forward: u64, context: u32) -> Writer {
         let elements = dims.iter().product::<u64>() as usize;
         writer = match dims {
             [_] => writer.tensor(name, dims, 0, &1f32.to_le_bytes().repeat(elements)),
-            _ => writer.tensor(name, dims, 8, &noise.q8_0(elements)),
+            _ => writer.tensor(name, dims, 8, &q8_0(&mut random, elements)),
         };
     }
     writer
@@ -81,7 +85,7 @@ pub fn model_of(shape: Shape) -> Writer {
         .into_iter()
         .fold(writer, |writer, name| writer.tensor(name, &[hidden], 0, &1f32.to_le_bytes().repeat(hidden as usize)));
     let kv = hidden / n_head * n_head_kv;
-    let mut noise = Noise(1);
+    let mut random = Random::new(1);
     [
         ("token_embd.weight", hidden, n_vocab),
         ("blk.0.attn_qkv.weight", hidden, hidden + 2 * kv),
@@ -90,7 +94,7 @@ pub fn model_of(shape: Shape) -> Writer {
         ("blk.0.ffn_down.weight", feed_forward, hidden),
     ]
     .into_iter()
-    .fold(writer, |writer, (name, cols, rows)| writer.tensor(name, &[cols, rows], 1, &noise.f16(cols * rows)))
+    .fold(writer, |writer, (name, cols, rows)| writer.tensor(name, &[cols, rows], 1, &f16(&mut random, cols * rows)))
 }
 
 /// Texts and types.
@@ -111,29 +115,13 @@ fn vocabulary() -> (Vec<String>, Vec<[u8; 4]>) {
     (tokens, types)
 }
 
-/// Numbers without a pattern (xorshift).
-pub struct Noise(pub u64);
+/// Magnitudes from 1/4 to 1.
+fn f16(random: &mut Random, elements: u64) -> Vec<u8> {
+    (0..elements).flat_map(|_| (random.bits() as u16 & 0x87ff | 0x3400).to_le_bytes()).collect()
+}
 
-impl Noise {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Magnitudes from 1/4 to 1.
-    fn f16(&mut self, elements: u64) -> Vec<u8> {
-        (0..elements).flat_map(|_| (self.next() as u16 & 0x87ff | 0x3400).to_le_bytes()).collect()
-    }
-
-    /// Blocks of 32 elements: a scale of 2^-9 in f16, then as many bytes.
-    fn q8_0(&mut self, elements: usize) -> Vec<u8> {
-        let block = |_| [0x00, 0x18].into_iter().chain((0..32).map(|_| self.next() as u8)).collect::<Vec<u8>>();
-        (0..elements / 32).flat_map(block).collect()
-    }
+/// Blocks of 32 elements: a scale of 2^-9 in f16, then 32 random bytes.
+fn q8_0(random: &mut Random, elements: usize) -> Vec<u8> {
+    let block = |_| [0x00, 0x18].into_iter().chain((0..32).map(|_| random.bits() as u8)).collect::<Vec<u8>>();
+    (0..elements / 32).flat_map(block).collect()
 }

@@ -1,4 +1,4 @@
-//! Attention, and the pages of the cache that it reads.
+//! Attention, and the pages of the KV cache.
 use std::ops::Range;
 
 use candle_phi::kernels::{Kernel, KvPage, KvSlice, KvSliceMut, PAGE, Query};
@@ -19,7 +19,7 @@ const HEAD_DIMS: [usize; 5] = [16, 20, 64, 96, 128];
 /// Features of a position that share a scale in `Kind::Q8`.
 const SHARED: usize = 32;
 
-/// The keys and values of one head, in pages from position `start` on. What was not stored holds NaNs.
+/// The keys and values of one head, in pages from position `start` on. Positions that were not stored are NaN.
 #[derive(Clone)]
 struct Cache {
     kind: Kind,
@@ -90,7 +90,7 @@ impl Cache {
     }
 }
 
-/// Keys and values of the positions from `start` on, and a cache that holds them.
+/// Keys and values of the positions from `start` on, and a cache with them.
 struct Context {
     start: usize,
     keys: Vec<Vec<f32>>,
@@ -109,7 +109,7 @@ impl Context {
         Context { start, keys, values, cache }
     }
 
-    /// As the cache holds them.
+    /// Keys and values as rounded by the cache.
     fn stored(&self) -> Context {
         let round = |x: &Vec<f32>| rounded(self.cache.kind, x);
         let (keys, values) = (self.keys.iter().map(round).collect(), self.values.iter().map(round).collect());
@@ -149,7 +149,7 @@ fn rounded(kind: Kind, x: &[f32]) -> Vec<f32> {
     }
 }
 
-/// What attention gives for each query: the output, the maximum and the sum.
+/// The results of attention for each query: the output, the maximum and the sum.
 fn attended(kernel: &dyn Kernel, q: &[Vec<f32>], seen: &[Range<usize>], pages: &[KvPage<'_>]) -> Vec<Vec<f32>> {
     let head_dim = q[0].len();
     let mut outs: Vec<Vec<f32>> = q.iter().map(|q| vec![f32::NAN; q.len()]).collect();
@@ -183,13 +183,13 @@ fn assert_near(kernel: &dyn Kernel, context: &Context, q: &[Vec<f32>], seen: &[R
     }
 }
 
-/// Queries that follow one another, each seeing itself and at most so many keys.
+/// Consecutive queries up to position `last`; each attends to at most `window` keys, its own position included.
 fn causal(count: usize, last: usize, window: usize, start: usize) -> Vec<Range<usize>> {
     (0..count).map(|i| last + 1 - count + i).map(|at| (at + 1).saturating_sub(window).max(start)..at + 1).collect()
 }
 
 #[test]
-#[allow(clippy::single_range_in_vec_init)] // a list of one query's keys is meant
+#[allow(clippy::single_range_in_vec_init)] // a list of one range
 fn attention_is_within_a_few_units_of_the_formula() {
     for (kind, head_dim) in KINDS.into_iter().flat_map(|kind| HEAD_DIMS.map(|head_dim| (kind, head_dim))) {
         let mut random = Random::new(head_dim as u64);
@@ -209,7 +209,7 @@ fn attention_is_within_a_few_units_of_the_formula() {
             causal(9, start + 8, usize::MAX, start),              // the beginning of one
             causal(7, start + 131, 3, start),                     // small windows
             causal(6, end - 1, 200, start),                       // windows
-            vec![start..start + 3, end - 40..end, start + 250..start + 260, start..end], // with nothing in common
+            vec![start..start + 3, end - 40..end, start + 250..start + 260, start..end], // disjoint ranges
         ];
         let masks = lone.map(|keys| vec![keys; 1]).into_iter().chain(several);
         for mask in masks {
@@ -221,7 +221,7 @@ fn attention_is_within_a_few_units_of_the_formula() {
     }
 }
 
-/// Scores that differ by hundreds: weights underflow, the maximum moves up from page to page.
+/// Scores differ by hundreds: weights underflow, and the maximum grows from page to page.
 #[test]
 fn attention_is_exact_enough_where_scores_are_large() {
     for head_dim in [64, 96] {
@@ -267,7 +267,7 @@ fn a_query_has_the_same_bits_among_any_others_and_in_any_pages() {
                     .iter()
                     .zip(&seen)
                     .flat_map(|(q, seen)| {
-                        // Only the pages that it sees.
+                        // The pages that it attends to.
                         let needed = (seen.start - start) / PAGE..(seen.end - start).div_ceil(PAGE);
                         attended(&*kernel, std::slice::from_ref(q), std::slice::from_ref(seen), &pages[needed])
                     })
@@ -285,9 +285,9 @@ fn a_query_has_the_same_bits_among_any_others_and_in_any_pages() {
     }
 }
 
-/// Also where it shares its group with queries that do see the key.
+/// Also in a group with queries that do attend to the key.
 #[test]
-fn a_key_that_is_not_seen_has_no_influence_whatever_it_holds() {
+fn a_masked_key_has_no_influence_on_a_query() {
     for (kind, head_dim) in KINDS.into_iter().flat_map(|kind| HEAD_DIMS.map(|head_dim| (kind, head_dim))) {
         let mut random = Random::new(3);
         let context = Context::random(kind, head_dim, 0, 2 * PAGE, &mut random);
@@ -305,10 +305,10 @@ fn a_key_that_is_not_seen_has_no_influence_whatever_it_holds() {
                         for ((before, after), seen) in before.iter().zip(&after).zip(&seen) {
                             let case = format!("{} {kind:?}, {head_dim} features, {wrong}", kernel.name());
                             if !seen.contains(&position) {
-                                assert!(same(before, after), "{case} at {position}: seen from {seen:?}");
+                                assert!(same(before, after), "{case} at {position}: in a query of {seen:?}");
                             } else if !wrong.is_finite() {
                                 let hidden = after[..head_dim].iter().all(|out| out.is_finite());
-                                assert!(!hidden, "{case} at {position}: not to be noticed from {seen:?}");
+                                assert!(!hidden, "{case} at {position}: hidden in a query of {seen:?}");
                             }
                         }
                     }
@@ -319,12 +319,12 @@ fn a_key_that_is_not_seen_has_no_influence_whatever_it_holds() {
 }
 
 #[test]
-fn a_query_that_sees_nothing_has_a_sum_of_nothing_and_disturbs_no_other() {
+fn a_query_without_keys_has_a_sum_of_zero_and_does_not_change_the_others() {
     let mut random = Random::new(5);
     let context = Context::random(Kind::F16, 96, PAGE, 2 * PAGE, &mut random);
     let (some, all_of_them) = (PAGE + 3..PAGE + 140, PAGE..3 * PAGE);
     let q: Vec<_> = (0..4).map(|_| random.normals(96)).collect();
-    let inverted = Range { start: 4 * PAGE, end: 3 * PAGE }; // a window behind the pages
+    let inverted = Range { start: 4 * PAGE, end: 3 * PAGE }; // a window past the pages
     for nothing in [PAGE..PAGE, 3 * PAGE..3 * PAGE, PAGE + 7..PAGE + 7, inverted, 0..PAGE, 3 * PAGE..4 * PAGE] {
         let seen = [some.clone(), nothing.clone(), all_of_them.clone(), nothing.clone()];
         for kernel in all() {
@@ -340,7 +340,7 @@ fn a_query_that_sees_nothing_has_a_sum_of_nothing_and_disturbs_no_other() {
     }
 }
 
-/// Pages hold what they are given to within half a step, and what is not finite stays so.
+/// Pages have what was stored, rounded to half a step.
 #[test]
 fn pages_hold_what_is_stored() {
     let mut random = Random::new(4);
@@ -362,10 +362,10 @@ fn pages_hold_what_is_stored() {
     }
 }
 
-/// Of bell-shaped features the greatest of 32 is about 2.3 times the spread, a step 1/127 of that, and the error 0.29 steps:
-/// 0.5 % of the spread for keys and for values. Measured: 0.6 % to 0.7 % of the output.
+/// For normal features the maximum of 32 is about 2.3 standard deviations, a step is 1/127 of it, and the error 0.29 steps:
+/// 0.5% of a standard deviation for keys and for values. Measured: 0.6% to 0.7% of the output.
 #[test]
-fn attention_over_8_bit_pages_is_as_exact_as_their_steps() {
+fn attention_over_8_bit_pages_is_within_their_rounding() {
     for head_dim in HEAD_DIMS {
         let mut random = Random::new(head_dim as u64);
         let context = Context::random(Kind::Q8, head_dim, 0, 1000, &mut random);

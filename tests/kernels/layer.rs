@@ -32,7 +32,7 @@ fn a_norm_is_within_a_few_units_of_the_formula() {
 }
 
 #[test]
-fn the_norm_of_nothing_is_nothing_and_what_is_not_finite_shows() {
+fn the_norm_of_zeros_is_zero_and_a_value_that_is_not_finite_shows() {
     for kernel in all() {
         for len in [1, 15, 16, 96, 1001] {
             let weight = vec![2.0; len];
@@ -64,7 +64,7 @@ fn swiglu_is_within_a_few_units_of_the_formula() {
             let (g, u) = (*gate as f64, *up as f64);
             let expected = g / (1.0 + (-g).exp()) * u;
             let error = (out as f64 - expected).abs();
-            // e^x of a fast kernel is 0 or infinite from 88 on: silu is below 1e-36 there.
+            // From 88 on, e^x of a fast kernel is 0 or infinite, and silu is below 1e-36.
             let limit = 8.0 * UNIT * expected.abs() + 1e-36;
             assert!(error <= limit, "{}: {gate}, {up}: {out} is {error:e} off {expected:e}", kernel.name());
         }
@@ -72,7 +72,7 @@ fn swiglu_is_within_a_few_units_of_the_formula() {
 }
 
 #[test]
-fn swiglu_of_what_is_not_finite_is_what_the_formula_says() {
+fn swiglu_of_values_that_are_not_finite_follows_the_formula() {
     let cases = [
         (f32::INFINITY, 2.0, f32::INFINITY),
         (f32::INFINITY, -2.0, f32::NEG_INFINITY),
@@ -109,7 +109,7 @@ fn swiglu_of_what_is_not_finite_is_what_the_formula_says() {
 }
 
 #[test]
-fn swiglu_has_the_same_bits_however_a_row_is_cut() {
+fn swiglu_has_the_same_bits_in_any_part_of_a_row() {
     let mut random = Random::new(2);
     let (gates, ups) = (random.normals(200), random.normals(200));
     for kernel in all() {

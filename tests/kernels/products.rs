@@ -1,7 +1,7 @@
 //! Matrix products.
 //!
-//! The specification is the sum, in f64, of what `dequantize` makes of a block times the activations. A kernel may be
-//! off it by what it does to activations (`rounding`, one table for all of them) and by the rounding of f32 sums.
+//! The specification is the product, in f64, of the dequantized weights with the activations. A kernel may differ from it
+//! by its rounding of activations (`rounding`, one table for all kernels) and by the rounding of f32 sums.
 use candle_phi::kernels::{Format, Kernel, Phase, Weights, dequantize};
 use half::{bf16, f16};
 
@@ -12,10 +12,10 @@ use crate::{all, same};
 const PHASES: [Phase; 2] = [Phase::Decode, Phase::Prefill];
 const FLOATS: [Format; 3] = [Format::F32, Format::F16, Format::BF16];
 
-/// What a kernel does to activations, and to weights, before it multiplies them.
+/// The rounding of activations and weights before the product.
 #[derive(Copy, Clone, PartialEq, Debug)]
 enum Rounding {
-    /// Nothing.
+    /// None.
     F32,
     /// Activations become 8-bit integers, with a scale for each 256 features, or 32 where weights are Q8_0.
     Int8,
@@ -32,23 +32,23 @@ fn rounding(kernel: &str, format: Format, phase: Phase) -> Rounding {
     }
 }
 
-/// Of the sum of the magnitudes of all products: what rounding f32 sums may cost. Each addition costs half a unit in
-/// the last place (2^-24) of the sum so far; kernels add up in many chains, so that few of them meet the whole sum.
+/// The error of f32 sums, relative to the sum of the magnitudes of all products. Each addition rounds by half a unit in the
+/// last place (2^-24) of the sum so far; kernels have many accumulators, so that few additions are of a large sum.
 const SUMS: f64 = 16.0 / (1 << 24) as f64;
-/// What is smaller than this may count as 0 where activations become integers.
-const NOTHING: f64 = 1e-30;
+/// Activations below this may be quantized to 0.
+const UNDERFLOW: f64 = 1e-30;
 
-/// One result, and how far from it a kernel may be.
+/// One result, and the bounds of a kernel's error.
 #[derive(Copy, Clone, Default)]
 struct Expected {
     value: f64,
-    /// The sum of the magnitudes of what is added up.
+    /// The sum of the magnitudes of all terms.
     terms: f64,
-    /// Int8: at most half a step is lost of each activation, a step being 1/127 of the greatest of those that share it.
+    /// Int8: an activation is rounded by at most half a step, which is 1/127 of the maximum of those that share the scale.
     int8: f64,
-    /// What is lost is spread evenly, from minus half a step to half a step: 1/12 of the step squared.
+    /// The rounding errors are uniform, from minus half a step to half a step: their variance is 1/12 of the step squared.
     int8_variance: f64,
-    /// Bf16: at most 2^-9 is lost of each factor. Factors, products and sums that are denormal may count as 0.
+    /// Bf16: each factor is rounded by at most 2^-9. Factors, products and sums that are denormal may count as 0.
     bf16: f64,
     bf16_variance: f64,
 }
@@ -87,20 +87,20 @@ fn expected(matrix: &Matrix, x: &[f32]) -> Vec<Expected> {
             let mut sum = Expected::default();
             for start in (0..cols).step_by(share) {
                 let end = cols.min(start + share);
-                let (mut magnitude, mut squares, mut greatest) = (0.0, 0.0, 0f64);
+                let (mut magnitude, mut squares, mut max) = (0.0, 0.0, 0f64);
                 for i in start..end {
                     let (w, offset, x) = (w[i] as f64, offset[i] as f64, x[i] as f64);
                     sum.value += w * x;
-                    // `scale * q` and `min`, or 32 * scale, are multiplied apart: what cancels in w does not in them.
+                    // `scale * q` and `min`, or 32 * scale, are multiplied separately: they do not cancel as in w.
                     let has_offset = matches!(matrix.format, Format::Q4_K | Format::Q5_K | Format::Q6_K);
                     sum.terms += (w.abs() + if has_offset { 2.0 * offset.abs() } else { 0.0 }) * x.abs();
                     sum.bf16 += (w * x).abs() / 256.0 + f32::MIN_POSITIVE as f64 * (2.0 + w.abs() + x.abs());
                     sum.bf16_variance += (w * x).powi(2) * 2.0 / 12.0 / 65536.0;
                     magnitude += w.abs();
                     squares += w * w;
-                    greatest = greatest.max(x.abs());
+                    max = max.max(x.abs());
                 }
-                let step = if greatest <= NOTHING { 2.0 * greatest } else { greatest / 127.0 };
+                let step = if max <= UNDERFLOW { 2.0 * max } else { max / 127.0 };
                 sum.int8 += step / 2.0 * magnitude;
                 sum.int8_variance += step * step / 12.0 * squares;
             }
@@ -119,8 +119,8 @@ fn dequantized(weights: Weights<'_>) -> Vec<f32> {
     values
 }
 
-/// Asserts that every result is within its limit; gives the mean square of the errors, each relative to the variance
-/// that rounding the activations gives it.
+/// Asserts that every result is within its limit. Returns the mean square of the errors, each relative to the variance of
+/// the rounding.
 fn assert_near(kernel: &dyn Kernel, matrix: &Matrix, phase: Phase, x: &[f32], expected: &[Expected]) -> f64 {
     let rounding = rounding(kernel.name(), matrix.format, phase);
     let rows = matrix.weights().n_rows();
@@ -144,7 +144,7 @@ fn assert_near(kernel: &dyn Kernel, matrix: &Matrix, phase: Phase, x: &[f32], ex
     squares / results.len() as f64
 }
 
-/// Numbers of features that rows of a format may have.
+/// Row lengths of a format.
 fn widths(format: Format) -> Vec<usize> {
     let any = [1, 7, 20, 33, 100, 32, 64, 96, 256, 512, 1024, 3072, 8192];
     any.into_iter().filter(|cols| cols % format.block_len() == 0).collect()
@@ -166,7 +166,7 @@ fn products_are_as_near_as_the_rounding_of_activations_allows() {
             let tokens = if cols > 1024 { 17 } else { 35 };
             let matrix = Matrix::random(format, 35, cols, &mut random);
             let mut x = random.normals(tokens * cols);
-            // As in the real model, some features are far greater than the others.
+            // As in the real model, some features are much larger than the others.
             x.iter_mut().step_by(397).for_each(|x| *x *= 50.0);
             let expected = expected(&matrix, &x);
             for ((kernel, phase), mean) in runs.iter().zip(&mut means) {
@@ -179,22 +179,22 @@ fn products_are_as_near_as_the_rounding_of_activations_allows() {
             let name = kernel.name();
             if rounding(name, format, *phase) != Rounding::F32 {
                 assert!(mean.sqrt() < 1.1, "{name} {format:?} {phase:?}: {} times the error of rounding", mean.sqrt());
-                assert!(mean.sqrt() > 0.4, "{name} {format:?} {phase:?}: more exact than the table says");
+                assert!(mean.sqrt() > 0.4, "{name} {format:?} {phase:?}: more exact than `rounding` says");
             }
         }
     }
 }
 
-/// Activations that 8 bits hold exactly: in every 32 features the greatest is 127 times a power of two that 256 features
-/// share, the others are integers times it.
+/// Activations that 8 bits represent exactly: integers times a power of two that 256 features share. The maximum of each
+/// 32 features is 127 times it.
 fn integers(cols: usize, random: &mut Random) -> Vec<f32> {
     let mut x = vec![0f32; cols];
     for share in x.chunks_mut(256) {
         let step = 1.0 / (1 << random.below(2)) as f32;
         for part in share.chunks_mut(32) {
             part.fill_with(|| step * random.integer(15));
-            let greatest = random.below(part.len());
-            part[greatest] = step * if random.below(2) == 0 { 127.0 } else { -127.0 };
+            let max = random.below(part.len());
+            part[max] = step * if random.below(2) == 0 { 127.0 } else { -127.0 };
         }
     }
     x
@@ -212,7 +212,7 @@ fn integers_are_multiplied_exactly() {
                     Format::F32 => block.copy_from_slice(&weight.to_le_bytes()),
                     Format::F16 => block.copy_from_slice(&f16::from_f32(weight).to_le_bytes()),
                     Format::BF16 => block.copy_from_slice(&bf16::from_f32(weight).to_le_bytes()),
-                    // Small enough for f32 to hold every sum.
+                    // Small enough for exact sums in f32.
                     Format::Q6_K => {
                         block[scales(format)].iter_mut().for_each(|scale| *scale = (*scale as i8 / 8) as u8)
                     }
@@ -236,12 +236,12 @@ fn integers_are_multiplied_exactly() {
     }
 }
 
-/// The greatest and smallest quants and scales together with activations of 127 steps: 16-bit sums that are too narrow
-/// saturate or wrap here. And half floats that are 0, denormal, or the greatest there are.
+/// The largest and smallest quants and scales with activations of 127 steps: 16-bit sums of too many products saturate or
+/// wrap here. Half floats are 0, denormal, or the largest.
 #[test]
 fn extreme_blocks_are_multiplied_as_any_other() {
     const TINY: f32 = 1.0 / (1 << 24) as f32; // the smallest half float
-    const MOST: f32 = 65504.0; // the greatest
+    const LARGEST: f32 = 65504.0; // of the half floats
     let pairs = [
         (1.0, 1.0),
         (1.0, -1.0),
@@ -251,8 +251,8 @@ fn extreme_blocks_are_multiplied_as_any_other() {
         (-0.0, -0.0),
         (TINY, TINY),
         (1023.0 * TINY, -1.0),
-        (MOST, MOST),
-        (-MOST, MOST),
+        (LARGEST, LARGEST),
+        (-LARGEST, LARGEST),
     ];
     let bytes = [0x00, 0xff, 0x7f, 0x80, 0x55, 0xaa];
     for format in Format::ALL.into_iter().filter(|format| !FLOATS.contains(format)) {
@@ -273,7 +273,7 @@ fn extreme_blocks_are_multiplied_as_any_other() {
             .flat_map(|negative| (0..cols).map(move |i| if negative(i) { -127.0 } else { 127.0 }))
             .collect();
         let mut expected = expected(&matrix, &x);
-        expected.iter_mut().for_each(|expected| expected.int8 = 0.0); // these activations are held exactly
+        expected.iter_mut().for_each(|expected| expected.int8 = 0.0); // these activations are represented exactly
         for (kernel, phase) in runs() {
             assert_near(&*kernel, &matrix, phase, &x, &expected);
         }
@@ -287,7 +287,7 @@ fn extreme_activations_are_multiplied_as_any_other() {
         let cols = 512;
         let matrix = Matrix::random(format, 33, cols, &mut random);
         let mut x = Vec::new();
-        // Nothing, denormal, tiny, huge; then blocks of nothing between others, and a single feature.
+        // Zero, denormal, tiny, huge; then blocks of zeros between others, and a single feature.
         for scale in [0.0, -0.0, 1e-44, 1e-39, 1e-35, 1e-29, 1e-20, 1e20, 1e32] {
             x.extend(random.normals(cols).iter().map(|x| x * scale));
         }
@@ -306,7 +306,7 @@ fn extreme_activations_are_multiplied_as_any_other() {
 }
 
 #[test]
-fn what_is_not_finite_shows_in_its_token_and_in_no_other() {
+fn a_value_that_is_not_finite_shows_in_its_token_alone() {
     for format in Format::ALL {
         let mut random = Random::new(6);
         let (cols, tokens) = (512, 20);
@@ -332,7 +332,7 @@ fn what_is_not_finite_shows_in_its_token_and_in_no_other() {
     }
 }
 
-/// Widths at which the order of sums could depend on how the work is cut: several blocks, and an odd rest.
+/// Row lengths of several blocks and of an odd remainder: the order of sums could depend on how the work is divided.
 fn odd_widths(format: Format) -> &'static [usize] {
     match format.block_len() {
         1 => &[100, 321],
@@ -354,7 +354,7 @@ fn a_token_has_the_same_bits_among_any_others() {
             let alone: Vec<f32> = x.chunks_exact(cols).flat_map(|x| product(&*kernel, &matrix, phase, x)).collect();
             let most = if phase == Phase::Decode { 8 } else { 33 };
             for count in (1..=most).chain([100]) {
-                // From any token on: each comes to every place of a tile.
+                // From any token on: each takes every place of a tile.
                 let first = random.below(101 - count);
                 let together = product(&*kernel, &matrix, phase, &x[first * cols..(first + count) * cols]);
                 let alone = &alone[first * rows..(first + count) * rows];

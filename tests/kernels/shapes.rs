@@ -1,7 +1,7 @@
 //! Arguments of unequal lengths: every kernel panics with the numbers, and reads or writes nothing first.
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use candle_phi::kernels::{Format, Kernel, KvPage, KvSlice, Line, PAGE, Phase, Query, Weights, dequantize};
+use candle_phi::kernels::{Format, Kernel, KvPage, KvSlice, KvSliceMut, Line, PAGE, Phase, Query, Weights, dequantize};
 use half::f16;
 
 use crate::all;
@@ -21,7 +21,7 @@ fn assert_refused(kernel: &dyn Kernel, parts: &[&str], call: impl FnOnce()) {
     assert!(parts.iter().all(|part| message.contains(part)), "{}: {message:?} lacks one of {parts:?}", kernel.name());
 }
 
-/// On the heap, and no longer than said: a read or write past the end is one of memory that is not ours.
+/// On the heap, with the length of the allocation: a sanitizer sees an access past the end.
 fn ones(len: usize) -> Box<[f32]> {
     vec![1.0; len].into()
 }
@@ -199,6 +199,32 @@ fn packing_of_unequal_lengths_is_refused() {
             }
         }
     }
+}
+
+#[test]
+fn positions_and_features_that_a_page_lacks_are_refused() {
+    let refused = |parts: &[&str], features: usize, at: usize, scales: usize| {
+        let (mut f16, mut f32) = (vec![f16::ZERO; 64 * PAGE], ones(64 * PAGE));
+        let (mut q, mut s) = (vec![0i8; 64 * PAGE], vec![f16::ZERO; scales]);
+        for (i, mut slice) in
+            [KvSliceMut::F16(&mut f16), KvSliceMut::F32(&mut f32), KvSliceMut::Q8 { q: &mut q, scales: &mut s }]
+                .into_iter()
+                .enumerate()
+        {
+            if scales != 2 * PAGE && i < 2 {
+                continue;
+            }
+            for message in
+                [message(|| slice.store_key(at, &ones(features))), message(|| slice.store_value(at, &ones(features)))]
+            {
+                assert!(parts.iter().all(|part| message.contains(part)), "{message:?} lacks one of {parts:?}");
+            }
+        }
+    };
+    refused(&["position", "128"], 64, PAGE, 2 * PAGE);
+    refused(&["63", "8192"], 63, 0, 2 * PAGE);
+    refused(&["65", "8192"], 65, 0, 2 * PAGE);
+    refused(&["255", "256"], 64, 0, 2 * PAGE - 1);
 }
 
 #[test]
