@@ -197,12 +197,12 @@ impl Hub {
             Token::Environment if environment::token_is_explicit() => None,
             Token::Environment => environment::token(),
             Token::Required => Some(environment::token().ok_or_else(|| {
-                Error::option("token", "is True, and none is set: set HF_TOKEN, or log in with Hugging Face's tools")
+                Error::option("token", "is True, but there is no token: set HF_TOKEN or log in with Hugging Face's tools")
             })?),
             Token::Given(token) => Some(token.trim().to_owned()),
         };
         if token.as_ref().is_some_and(|token| token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic())) {
-            return Err(Error::option("token", "is empty, or has characters that no token has"));
+            return Err(Error::option("token", "must be printable ASCII characters without spaces"));
         }
         client::Client::new(token, &self.system_proxies, task)
     }

@@ -209,6 +209,13 @@ def test_info(server: FakeHub, home: Path) -> None:
     assert info.files[-1].sha256 == hashlib.sha256(CONTENT).hexdigest()
 
 
+def test_a_listing_that_is_too_large(server: FakeHub, home: Path) -> None:
+    server.break_with(lambda reply, _: setattr(reply, "body", b" " * ((16 << 20) + 1)), where="hub", times=None)
+    with pytest.raises(DownloadError, match="the list of files is not valid: it has more than 16777216 bytes"):
+        hub.info("org/model")
+    assert server.count("hub") == 1
+
+
 def test_a_small_file_is_checked_as_git_does(server: FakeHub, home: Path) -> None:
     assert hub.download("org/model", "README.md").read_bytes() == b"# A model"
     server.break_with(lambda reply, _: setattr(reply, "body", b"# A modem"), where="hub", times=None)

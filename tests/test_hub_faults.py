@@ -131,7 +131,7 @@ CASES = [
         for code in (401, 404, 410, 429, 500, 503)
     ],
     *[bad(f"{code} at the redirect", status(code), f"answers {code}", code, "hub") for code in (401, 403, 404, 500)],
-    bad("no content", status(204), "answers 204", 204),
+    bad("no content", status(204), "answers 204: no content", 204),
     bad("no such repository", status(401, x_error_code="RepoNotFound"), "private.*HF_TOKEN", 401, "hub", "HEAD"),
     bad("gated", status(403, x_error_code="GatedRepo"), "terms.*HF_TOKEN", 403, "hub", "HEAD"),
     bad("no such revision", status(404, x_error_code="RevisionNotFound"), "no such revision", 404, "hub", "HEAD"),
@@ -168,7 +168,7 @@ CASES = [
     bad("a redirect in a circle", status(302, location="/self"), "more than 10 times"),
     bad("a redirect to a file", status(302, location="file:///etc/passwd"), "not an http or https URL", 302),
     bad("a redirect to nowhere", status(302, location="http://"), "not an http or https URL", 302),
-    bad("a redirect without a target", status(302), "answers 302", 302),
+    bad("a redirect without a target", status(302), "answers 302: a redirect without a target", 302),
     bad("a redirect at HEAD in a circle", status(302, location="?"), "10 times", where="hub", method="HEAD"),
     bad("an unknown host", status(302, location="http://nowhere.invalid/x"), r"cannot resolve nowhere\.invalid"),
     ok("a redirect with a URL in its query", status(302, location=f"/{SHA256}?from=https://elsewhere.invalid/x")),

@@ -219,7 +219,10 @@ impl Client {
             (404, _) => "not found".into(),
             (429, _) => format!("too many requests; {token}"),
             (407, _) => format!("a proxy requires a user name and a password; {PROXY_LOGIN}"),
-            _ => "server error".into(),
+            (200..=299, _) => "no content".into(),
+            (300..=399, _) => "a redirect without a target".into(),
+            (500..=599, _) => "server error".into(),
+            _ => "the request is refused".into(),
         };
         let wait = match retry {
             Retry::After(wait) => format!(" (retry after {} s)", wait.as_secs()),

@@ -16,7 +16,7 @@ pub fn check_repo(repo: &str) -> Result<()> {
     if repo.len() <= 193 && repo.split('/').count() <= 2 && repo.split('/').all(part) {
         return Ok(());
     }
-    let wanted = "must be 'organisation/name' of letters, digits, '-', '_' and '.', or a short name";
+    let wanted = "must be 'organisation/name' (letters, digits, '-', '_' and '.') or a short name";
     Err(Error::option("repo_id", format!("{wanted}, not {repo:?}")))
 }
 
