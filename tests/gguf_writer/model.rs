@@ -1,4 +1,4 @@
-//! A whole model of some kilobytes: what the smallest sound file has, for tests that damage it.
+//! A complete model of some kilobytes, for tests that damage it.
 #[path = "../random/mod.rs"]
 mod random;
 pub use random::Random;
