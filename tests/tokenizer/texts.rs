@@ -1,8 +1,6 @@
 //! Texts to try tokenizers with: the same ones at every run.
 
-#[path = "../random/mod.rs"]
-mod random;
-pub use random::Random;
+pub use super::gguf_writer::model::Random;
 
 impl Random {
     pub fn pick<'a, T: ?Sized>(&mut self, from: &[&'a T]) -> &'a T {
