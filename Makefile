@@ -1,14 +1,14 @@
-# Every command of the project. Each makes what it needs: a virtual environment in .venv with the newest Python that it
-# finds (PYTHON=... picks another), the tools from the registries, and the build.
+# Every command of the project. Each makes what it needs: a virtual environment in .venv with the newest Python found
+# (PYTHON=... picks another), the tools from the registries, and the build.
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test asan tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing asan tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
-export VIRTUAL_ENV := $(CURDIR)/.venv# where maturin installs, whatever environment is active
+export VIRTUAL_ENV := $(CURDIR)/.venv# maturin installs here, even if another environment is active
 unexport CONDA_PREFIX
-export MATURIN_NO_MISSING_BUILD_BACKEND_WARNING := 1# ours is maturin's, in packaging
+export MATURIN_NO_MISSING_BUILD_BACKEND_WARNING := 1# the build backend is in packaging/
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 help: ## list these targets
@@ -34,12 +34,18 @@ test: engine ## the tests of the engine (cargo) and of the package (pytest), wit
 	echo "pytest: $$(tail -n 1 .venv/pytest.log | tr -d '=' | xargs)"; \
 	test $$cargo$$pytest = 00
 
-# A target that is named, even this machine's own, leaves build scripts and derive macros without the sanitizer.
+# The tests whose subject is time, and the limits of those that also check something else. One test at a time, since they
+# would slow each other down. A busy machine may fail them; it must not fail `make test`.
+test-timing: engine ## the tests that measure time, with wide limits
+	cargo test -- --ignored --test-threads 1
+	$(BIN)/python -m pytest --timing
+
+# With --target, even this machine's own, build scripts and derive macros are built without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --no-default-features \
 		--target $$(rustc --print host-tuple) --lib --test kernels --test gguf --test tokenizer --test chat
 
-# It takes a standard library that was built with the sanitizer, and so the source of the one that rustc has.
+# It needs a standard library built with the sanitizer, and so the source of rustc's standard library.
 tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustup component add rust-src`)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=thread cargo test --no-default-features -Zbuild-std \
 		--target $$(rustc --print host-tuple) --lib --test generate --test phi3
@@ -47,8 +53,8 @@ tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustu
 FUZZ_SECONDS := 60
 FUZZ_TARGETS := gguf hub listing template text tokenizer
 
-# libFuzzer's instrumentation, as `cargo fuzz` sets it, with AddressSanitizer; the versions are those of Cargo.lock. Beyond
-# 512 MiB or 5 seconds counts as a find. What was learned stays in fuzz/corpus, what was found in fuzz/artifacts.
+# libFuzzer's instrumentation, as `cargo fuzz` sets it, with AddressSanitizer and the versions of Cargo.lock. More than 512 MiB
+# or 5 seconds is a find. Inputs that reach new code are kept in fuzz/corpus, finds in fuzz/artifacts.
 fuzz: export RUSTC_BOOTSTRAP := 1
 fuzz: export RUSTFLAGS := --cfg fuzzing -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 \
 	inline-8bit-counters pc-table trace-compares) -Zsanitizer=address
@@ -70,7 +76,7 @@ SOAK_SECONDS := 60
 soak: engine ## SOAK_SECONDS (60) of generations by several threads, a fifth of them cancelled (Linux)
 	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
-lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against the compiled module
+lint: engine .venv/lint ## formats, clippy, ruff, mypy, the stubs against the compiled module, and the workflows
 	cargo fmt --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --all-targets -- -D warnings
@@ -83,13 +89,14 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, and the stubs against th
 	$(BIN)/python -m mypy.stubtest candle_phi._engine
 	$(BIN)/python packaging/third_party.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --quiet .
 
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
 
-# As .github/workflows/release.yml does it: without the flags for builds from source (.cargo/config.toml), or anyone's own.
-# zig, which maturin looks for on PATH, links against glibc 2.17.
+# As in .github/workflows/release.yml: without the flags for builds from source (.cargo/config.toml) and without RUSTFLAGS of the
+# environment. zig, which maturin looks for on PATH, links against glibc 2.17.
 MATURIN_WHEEL := RUSTFLAGS= PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release \
 	$(if $(filter Linux,$(shell uname)),--zig)
 
@@ -112,7 +119,7 @@ sdist: require .venv/build ## the source distribution, in dist, and a build from
 rust-version:
 	@echo $(RUST_VERSION)
 
-# What is missing or too old, in one line.
+# One line says what is missing or too old.
 require:
 	@command -v cargo > /dev/null && command -v rustc > /dev/null || \
 		{ echo "make: Rust is missing: install $(RUST_VERSION) or later, see https://rustup.rs" >&2; exit 1; }
@@ -120,7 +127,7 @@ require:
 	printf '%s\n' $(RUST_VERSION) "$${found%%-*}" | sort -V -C || \
 		{ echo "make: Rust $$found is too old: $(RUST_VERSION) or later is needed (rustup update)" >&2; exit 1; }
 
-# A Python counts when it is 3.11 or later and can make virtual environments (Debian packs that apart).
+# A Python counts when it is 3.11 or later and can make virtual environments (a package of its own on Debian).
 .venv/made:
 	@for python in $(or $(PYTHON),python3.15 python3.14 python3.13 python3.12 python3.11 python3 python); do \
 		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \

@@ -1,9 +1,9 @@
-# The other platforms, on Linux x86-64: built here, and run where something here plays them. CONTRIBUTING.md has the
-# table of what that leaves out. Packages are named as Debian names them.
+# The other platforms, on Linux x86-64: built here, and run where an emulator exists. The table of what that leaves out is in
+# docs/design/tests-and-benchmarks.md. Packages have Debian's names.
 
 .PHONY: wheel-aarch64 test-aarch64 tools-aarch64 test-windows test-musl check-platforms
 
-# $(call need,COMMAND,PACKAGE) and $(call target,TRIPLE): there, or what to install.
+# $(call need,COMMAND,PACKAGE) and $(call target,TRIPLE) stop with an error that names what to install.
 need = @command -v $(1) > /dev/null || { echo "make: $(1) is missing: apt install $(2)" >&2; exit 1; }
 target = @test -d "$$(rustc --print target-libdir --target $(1))" || \
 	{ echo "make: Rust's library for $(1) is missing: rustup target add $(1)" >&2; exit 1; }
@@ -13,7 +13,7 @@ target = @test -d "$$(rustc --print target-libdir --target $(1))" || \
 AARCH64 := aarch64-unknown-linux-gnu
 PLAYED := target/aarch64# a virtual environment
 PLAYED_SITE := $(PLAYED)/lib/python3.11/site-packages
-# CPython, and the libraries that it and its standard library load
+# CPython and the libraries that it loads
 PLAYED_PACKAGES := python3.11-minimal libpython3.11-minimal libpython3.11-stdlib libc6 libgcc-s1 zlib1g libexpat1 \
 	libffi8 libssl3 liblzma5 libbz2-1.0 libsqlite3-0 libuuid1 libcrypt1 libncursesw6 libtinfo6 libreadline8
 
@@ -22,8 +22,8 @@ wheel-aarch64: require .venv/wheel ## the wheel for Linux on aarch64 as a releas
 	rm -f dist/*_aarch64.whl
 	$(MATURIN_WHEEL) --target $(AARCH64) --out dist
 
-# What takes minutes under emulation is left to x86-64, and so are fork(), which qemu does not survive in a process with
-# threads, and a panic for want of memory: it passes no limit of memory on.
+# Not run: tests that take minutes under emulation; fork(), which qemu does not survive in a process with threads; and a panic
+# for lack of memory, since qemu ignores memory limits.
 test-aarch64: tools-aarch64 $(PLAYED)/made wheel-aarch64 engine ## the same text, goldens and more on emulated aarch64 CPUs
 	rm -rf $(PLAYED)/fp16 $(PLAYED)/from-source $(PLAYED_SITE)/candle_phi*
 	$(AARCH64_CARGO) $(BIN)/maturin build --target $(AARCH64) --auditwheel skip --out $(PLAYED)/from-source
@@ -37,7 +37,7 @@ test-aarch64: tools-aarch64 $(PLAYED)/made wheel-aarch64 engine ## the same text
 	CPU=cortex-a76 $(PLAYED)/bin/python -m pytest -p no:cacheprovider $(PLAYED_TESTS) -k "not fork and not a_panic"
 	$(AARCH64_CARGO) cargo test --target $(AARCH64) --lib --test kernels --test demo
 
-# Debian's compiler links what is built from source, as it would there. Not the wheel: that is zig's, for its old glibc.
+# Debian's compiler links the build from source, as it would there. zig links the wheel, for its old glibc.
 AARCH64_CARGO = env CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu max -L $(CURDIR)/$(PLAYED)/root"
 PLAYED_TESTS := $(addprefix tests/test_,options.py errors.py messages.py results.py api_contract.py)
@@ -82,7 +82,7 @@ target/windows/%.dll: tests/platforms/%.c
 
 MUSL := x86_64-unknown-linux-musl
 
-# Static, so that any Linux runs it; the wheels for musl are not.
+# Static, so that any Linux runs it. The wheels for musl are not static.
 test-musl: require ## the engine's tests for musl
 	$(call need,musl-gcc,musl-tools)
 	$(call target,$(MUSL))
@@ -90,7 +90,7 @@ test-musl: require ## the engine's tests for musl
 
 CHECKED := aarch64-apple-darwin x86_64-apple-darwin aarch64-pc-windows-msvc x86_64-pc-windows-msvc
 
-# Without the feature `hub`, whose TLS is the one thing that takes a C compiler for the platform.
+# Without the feature `hub`: its TLS is the only part that needs a C compiler for the platform.
 check-platforms: require ## type-checks the module for Python as macOS and Windows compile it
 	$(foreach triple,$(CHECKED),$(call target,$(triple))$(newline))
 	for triple in $(CHECKED); do \

@@ -1,30 +1,18 @@
 """llama.cpp for tokens_per_second.py, in an environment that has llama-cpp-python: one figure at a time.
 
-What is asked and answered is as in `our_speed.py`. Nothing is sampled, which is to this peer's advantage.
+Questions and answers are those of `our_speed.py`. No token is sampled, which is to the advantage of llama.cpp.
 """
 
 import ctypes
 import random
-import re
 import time
-from pathlib import Path
 
 import llama_cpp
 
-from worker import parser, serve
+from worker import parser, private_bytes, serve
 
 DECODED = 16
 BATCH = 512
-
-
-def private_bytes() -> int | None:
-    """As `candle-phi bench` counts it."""
-    try:
-        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return None
-    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE))
-    return 1024 * max(int(kilobytes["Private_Dirty"]), int(kilobytes["Anonymous"]))
 
 
 class Context:
@@ -36,7 +24,7 @@ class Context:
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
         context = llama_cpp.llama_init_from_model(model, params)
-        assert context is not None, f"llama.cpp makes no context of {positions} positions"
+        assert context is not None, f"llama.cpp cannot make a context of {positions} positions"
         self.context = context
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.ids = random.Random(0)
@@ -47,7 +35,7 @@ class Context:
         self.length = 0
 
     def seconds(self, *passes: int) -> float:
-        """What passes over so many tokens each take."""
+        """The time of passes over these numbers of tokens."""
         start = time.perf_counter()
         for tokens in passes:
             ids = (ctypes.c_int32 * tokens)(*(self.ids.randrange(self.n_vocab) for _ in range(tokens)))
@@ -60,19 +48,19 @@ class Context:
 
 def load(file: str) -> llama_cpp.llama_model_p:
     model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
-    assert model is not None, f"llama.cpp does not load {file}"
+    assert model is not None, f"llama.cpp cannot load {file}"
     return model
 
 
 def pieces(tokens: int) -> list[int]:
-    """As passes of at most a batch."""
+    """The lengths of passes of at most a batch."""
     return [min(BATCH, tokens - done) for done in range(0, tokens, BATCH)]
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--flash-attention", action="store_true")
-    typed = options.parse_args()
+    arguments = options.parse_args()
 
     @llama_cpp.llama_log_callback
     def quiet(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
@@ -80,12 +68,12 @@ def main() -> None:
 
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    model = load(typed.model)
+    model = load(arguments.model)
 
     def context(model: llama_cpp.llama_model_p, positions: int) -> Context:
-        return Context(model, positions, typed.n_threads, typed.flash_attention)
+        return Context(model, positions, arguments.n_threads, arguments.flash_attention)
 
-    room = max([*typed.prompts, 2 * DECODED])
+    room = max([*arguments.prompts, 2 * DECODED])
     empty = context(model, room)
     loaded, decoding = private_bytes(), None
     empty.seconds(min(32, BATCH), 1, 1)  # the first passes touch everything once
@@ -112,7 +100,7 @@ def main() -> None:
 
     def load_again(_: int) -> dict[str, float]:
         start = time.perf_counter()
-        again = load(typed.model)
+        again = load(arguments.model)
         another = context(again, room)
         seconds = time.perf_counter() - start
         llama_cpp.llama_free(another.context)

@@ -1,19 +1,19 @@
-"""Ours, or Candle's own loop, for tokens_per_second.py: one figure at a time, as `candle-phi bench` measures it."""
+"""candle-phi or Candle's own loop for tokens_per_second.py: one figure at a time, measured as by `candle-phi bench`."""
 
 from typing import Any
 
 from candle_phi import Phi, _engine
-from candle_phi.bench import Bench, load_seconds, machine
+from candle_phi._bench import Bench, load_seconds, machine
 from worker import parser, serve
 
 
 def main() -> None:
-    given = parser(__doc__)
-    given.add_argument("--kernel")
-    given.add_argument("--engine", choices=["native", "candle"])
-    typed = vars(given.parse_args())
-    model, prompts, contexts = (typed.pop(name) for name in ("model", "prompts", "contexts"))
-    options: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
+    arguments = parser(__doc__)
+    arguments.add_argument("--kernel")
+    arguments.add_argument("--engine", choices=["native", "candle"])
+    values = vars(arguments.parse_args())
+    model, prompts, contexts = (values.pop(name) for name in ("model", "prompts", "contexts"))
+    options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
 
     def open_model() -> Phi:
         return Phi(model, **options)

@@ -1,19 +1,19 @@
-"""What tokens_per_second.py found, as tables and as a chart."""
+"""The results of tokens_per_second.py as tables and as a chart."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
 
 Figures = Mapping[str, Mapping[str, float]]
-"""An engine's name to what was measured of it ("prefill 512", "decode 0", "load", ...), the medians."""
+"""From the name of an engine to its medians by name ("prefill 512", "decode 0", "load", ...)."""
 
 
 def speeds(figures: Iterable[str]) -> list[str]:
-    """Of the names of what was measured, those of speeds."""
+    """The names of speeds among the names of figures."""
     return [name for name in figures if name.startswith(("prefill", "decode"))]
 
 
 def tables(engines: Figures, ours: list[str], reads: Mapping[int, int]) -> str:
-    """Markdown: what each engine does, then how ours compares. `reads`: context to the bytes a token there takes."""
+    """Markdown: each engine's figures, then ours compared with others. `reads`: bytes read per token, by context."""
     bandwidth = engines[ours[0]]["bandwidth"]
     shown = speeds(engines[ours[0]])
     columns = [*map(heading, shown), *(["of the bandwidth"] if reads else []), "load", "private memory"]
@@ -55,7 +55,7 @@ def alike(name: str) -> str:
 
 
 def figure(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three significant digits, and never fewer than those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -98,7 +98,7 @@ def chart(engines: Figures, ours: list[str], reads: Mapping[int, int], caption: 
         if limit:
             x = label + limit * scale
             drawn.append(f'<path class="limit" d="M{x:.1f} {top}V{y + 6}" stroke-width="1.5" stroke-dasharray="4 3"/>')
-            words = f"all that the memory gives: {figure(limit)}"
+            words = f"the limit of memory: {figure(limit)}"
             drawn.append(f'<text class="small limit-text" x="{x:.1f}" y="{top - 4}" text-anchor="end">{words}</text>')
         y += step
     drawn.append(f'<text class="small" x="16" y="{y + 4}">{escape(caption)}</text>')

@@ -2,12 +2,13 @@
 
     make bench MODEL=path/to/Phi-3-mini-4k-instruct-q4.gguf
 
-Each engine has a process that lives as long as the comparison, and they take turns figure by figure, so that what slows
-the machine for some seconds slows them alike. All are in memory at once (14 GB with Phi-3-mini and two builds of
-llama.cpp); Candle's loop, which takes most, comes alone at the end. The file is read before: the page cache is warm.
-llama.cpp is PyPI's llama-cpp-python, compiled into environments of its own, once for each set of instructions that it
-is compared on. Other work on the machine spoils the figures.
+Each engine has a process for the whole comparison. They take turns figure by figure, so a slow phase of the machine
+affects all of them. All are in memory at once (14 GB with Phi-3-mini and two builds of llama.cpp). Candle's loop takes
+most and runs alone at the end. The file is read before, so the page cache is warm. llama.cpp is PyPI's
+llama-cpp-python, compiled into environments of its own, once for each set of instructions. Other work on the machine
+spoils the figures.
 """
+# Decisions: docs/design/tests-and-benchmarks.md
 
 import argparse
 import json
@@ -27,7 +28,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-from candle_phi import Phi, _engine
+from candle_phi import Phi, _engine, hub
 from report import chart, heading, speeds, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +36,9 @@ BENCHES = ROOT / "benches"
 OURS = [sys.executable, str(BENCHES / "our_speed.py")]
 ALONE = "one thread"
 TURNS = 3
-"""Turns in a round of what is short: memory's speed changes within seconds."""
+"""Turns in a round for short measurements: the speed of memory changes within seconds."""
 SHORT = 64
-"""Tokens of a prompt that is."""
+"""Tokens of a prompt whose measurement is short."""
 LLAMA = "llama-cpp-python==0.3.36"
 AVX2 = ["AVX", "AVX2", "FMA", "F16C", "BMI2"]
 AVX512 = ["AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16"]
@@ -51,7 +52,7 @@ def cmake(on: list[str]) -> str:
 
 
 BUILDS = {"native": "-DGGML_NATIVE=ON", "avx512": cmake([*AVX2, *AVX512]), "avx2": cmake(AVX2)}
-"""What llama.cpp is compiled for: this processor, or a named set of instructions."""
+"""The instructions that llama.cpp is compiled for: those of this processor, or a named set."""
 
 
 @dataclass
@@ -61,13 +62,13 @@ class Runner:
     name: str
     command: list[str]
     asked: list[str]
-    """The questions it gets in each round."""
+    """The questions of each round."""
     setting: str = ""
     """Runners of one name are settings of one engine: the best of them counts, figure by figure."""
     is_peer: bool = False
     env: dict[str, str] = field(default_factory=dict)
     ready: dict[str, Any] = field(default_factory=dict)
-    """What the process said of itself at its start."""
+    """The line that the process printed at its start."""
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -99,12 +100,12 @@ class Runner:
         raise RuntimeError(f"{self.name} {self.setting} ended with {status}: {self.errors.read().strip()[-500:]}")
 
     def ask(self, question: str) -> None:
-        """Has something measured, and keeps the samples."""
+        """Requests a measurement and keeps the samples."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{question}\n")
             self.process.stdin.flush()
-        except OSError:  # it has ended: its last words are more to the point
+        except OSError:  # the process has ended: `answer` raises with its last output
             pass
         for name, value in self.answer().items():
             if value is not None:
@@ -112,7 +113,7 @@ class Runner:
 
 
 def medians(runners: Iterable[Runner]) -> dict[str, dict[str, float]]:
-    """Each engine's medians; where it ran in several settings, of the best of them."""
+    """The medians of each engine, of the best setting if there are several."""
     engines: dict[str, dict[str, float]] = {}
     for runner in runners:
         best = engines.setdefault(runner.name, {})
@@ -124,7 +125,7 @@ def medians(runners: Iterable[Runner]) -> dict[str, dict[str, float]]:
 
 
 def llama_python(build: str, folder: Path) -> Path:
-    """The interpreter of an environment with llama-cpp-python compiled as `build` says; made when it is not there."""
+    """The interpreter of an environment with llama-cpp-python compiled for `build`. It is made if missing."""
     home = folder / f"llama-{build}"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     made = home / "made"
@@ -140,7 +141,7 @@ def llama_python(build: str, folder: Path) -> Path:
 
 
 def compilers() -> dict[str, str]:
-    """Clang, where there is one: what GCC 12 makes of llama.cpp's AMX code crashes."""
+    """Clang, if it is installed: llama.cpp's AMX code crashes when GCC 12 compiles it."""
     for suffix in ["", *(f"-{version}" for version in range(25, 13, -1))]:
         c, cxx = shutil.which(f"clang{suffix}"), shutil.which(f"clang++{suffix}")
         if c and cxx:
@@ -149,7 +150,7 @@ def compilers() -> dict[str, str]:
 
 
 def usual_builds() -> list[str]:
-    """One for the whole processor, and one for each lesser set of instructions that ours has a kernel for."""
+    """One for this processor, and one for each smaller set of instructions that has a kernel here."""
     try:
         flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8")))
     except OSError:
@@ -165,11 +166,17 @@ def arguments() -> argparse.Namespace:
     builds = ", ".join(BUILDS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a GGUF file, or demo (default: the one that candle-phi runs)")
-    add("--n-threads", type=int, metavar="N", help="default: what candle-phi takes")
-    add("--kernels", metavar="NAME,...", help="ours to compare, best first (default: all but portable)")
-    add("--llama", action="append", metavar="BUILD", help=f"{builds}, or none; several times (default: as the CPU is)")
-    add("--llama-python", action="append", default=[], metavar="BUILD=PATH", help="an environment that has it already")
+    add("--model", help="a GGUF file, or demo (default: phi-3-mini-4k from the cache)")
+    add("--n-threads", type=int, metavar="N", help="default: those of candle-phi")
+    add("--kernels", metavar="NAME,...", help="kernels of candle-phi, best first (default: all but portable)")
+    add("--llama", action="append", metavar="BUILD", help=f"{builds}, or none; may be repeated (default: by the CPU)")
+    add(
+        "--llama-python",
+        action="append",
+        default=[],
+        metavar="BUILD=PATH",
+        help="the Python of an environment that has it",
+    )
     add("--rounds", type=int, default=5, metavar="N", help="default: 5")
     add("--candle-rounds", type=int, default=2, metavar="N", help="of Candle, which is slow (default: 2; 0: without)")
     add("--quick", action="store_true", help="one round of everything")
@@ -179,7 +186,7 @@ def arguments() -> argparse.Namespace:
     typed = parser.parse_args()
     for build in [*(typed.llama or []), *(entry.partition("=")[0] for entry in typed.llama_python)]:
         if build not in (*BUILDS, "none"):
-            parser.error(f"no build {build!r} of llama.cpp is known here: {builds}")
+            parser.error(f"unknown build of llama.cpp {build!r}; expected one of: {builds}")
     if min(typed.rounds, typed.candle_rounds + 1, *typed.prompts, *(n + 1 for n in typed.contexts)) < 1:
         parser.error("rounds and prompts are at least 1, contexts at least 0")
     if typed.quick:
@@ -189,7 +196,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass
 class Work:
-    """The file, and what is measured on it."""
+    """The file and the measurements."""
 
     model: Path
     prompts: list[int]
@@ -197,13 +204,13 @@ class Work:
     rounds: int
 
     def command(self, *program: str) -> list[str]:
-        """A process that can measure all of it."""
+        """The command of a process for these measurements."""
         given = {"--prompts": self.prompts, "--contexts": self.contexts}
         lengths = [f"{name}={','.join(map(str, lengths))}" for name, lengths in given.items()]
         return [*program, str(self.model), *lengths]
 
     def questions(self) -> list[str]:
-        """What everyone is asked in a round, in order; "passes" only ours."""
+        """The questions of a round, in order. "passes" is for candle-phi only."""
         prefill = [f"prefill {n}" for n in self.prompts for _ in range(TURNS if n <= SHORT else 1)]
         return ["load", *prefill, *TURNS * self.decoding(), *TURNS * ["passes"]]
 
@@ -247,7 +254,7 @@ def candle_runner(work: Work, n_threads: int) -> Runner:
 
 
 def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runner]:
-    """Starts the engines, and has each question answered by all of them in turn. Returns those that lasted."""
+    """Starts the engines and asks each question of all of them in turn. Returns those that did not fail."""
 
     def attempt(runner: Runner, step: Callable[..., object], *given: str) -> bool:
         try:
@@ -273,7 +280,7 @@ def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runn
         for number in range(1, work.rounds + 1):
             say(f"{time.strftime('%H:%M:%S')}  round {number} of {work.rounds}")
             for i, question in enumerate(runners[0].asked if runners else []):
-                turn = i % len(runners)  # nobody always comes after the same one
+                turn = i % len(runners)  # so that no engine always follows the same one
                 for runner in runners[turn:] + runners[:turn]:
                     if question in runner.asked and not attempt(runner, Runner.ask, question):
                         runners.remove(runner)
@@ -282,11 +289,12 @@ def compare(work: Work, runners: list[Runner], left_out: list[str]) -> list[Runn
 
 def main() -> None:
     typed = arguments()
-    path = typed.model or _engine.default_model()
+    path = typed.model or hub.cached(_engine.DEFAULT_REPO, _engine.DEFAULT_FILE)
     if path is None:
         sys.exit(
-            "there is no model to measure: make bench MODEL=path/to/file.gguf, where "
-            f"`hf download {_engine.DEFAULT_REPO} {_engine.DEFAULT_FILE}` gets the usual one (2.4 GB)"
+            f"there is no model to measure: {_engine.DEFAULT_FILE} is not in the cache. "
+            "candle-phi pull phi-3-mini-4k downloads it (2.4 GB); "
+            "make bench MODEL=path/to/file.gguf measures another file, MODEL=demo the bundled model"
         )
     with Phi.demo() if path == "demo" else Phi(path) as phi:
         model, best, n_threads = Path(phi.path).resolve(), phi.kernel, typed.n_threads or phi.n_threads

@@ -1,32 +1,39 @@
-"""What the engines' processes have in common: they answer questions about one figure at a time.
+"""The protocol of an engine's process: it measures one figure at a time.
 
-A process prints a line of JSON when it is ready, and one for each question: the figures that were measured, by name.
-The others wait meanwhile.
+A process prints a line of JSON when it is ready, and one for each question: the measured figures by name. The other
+processes wait meanwhile.
 """
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1] / "python" / "candle_phi"
+
+private_bytes: Callable[[], int | None] = runpy.run_path(str(_PACKAGE / "_private_memory.py"))["private_bytes"]
+"""As `candle-phi bench` counts it. The file is read here: llama.cpp's environment does not have the package."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Takes the file, and what will be asked about it."""
+    """Arguments: the file, and the prompts and contexts of the questions to come."""
 
     def counts(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]
 
-    found = argparse.ArgumentParser(description=description)
-    found.add_argument("model")
-    found.add_argument("--prompts", type=counts, required=True)
-    found.add_argument("--contexts", type=counts, required=True)
-    found.add_argument("--n-threads", type=int)
-    return found
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("model")
+    arguments.add_argument("--prompts", type=counts, required=True)
+    arguments.add_argument("--contexts", type=counts, required=True)
+    arguments.add_argument("--n-threads", type=int)
+    return arguments
 
 
 def serve(ready: Mapping[str, Any], answers: Mapping[str, Callable[[int], Mapping[str, float | None]]]) -> None:
-    """Answers questions like "prefill 512" or "load" until there are no more."""
+    """Answers questions like "prefill 512" or "load" until the end of stdin."""
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         question, _, n = line.strip().partition(" ")

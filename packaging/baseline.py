@@ -1,5 +1,5 @@
-"""Which code goes beyond plain x86-64? `python packaging/baseline.py UNSTRIPPED [WHEEL]`: a wheel whose library has its
-symbols, and the one to be published, whose code must be the same to the byte.
+"""Lists the code that needs more than plain x86-64: `python packaging/baseline.py UNSTRIPPED [WHEEL]`. UNSTRIPPED is a
+wheel whose library has its symbols; WHEEL is the one to be published, whose code must be the same to the byte.
 
 A wheel runs on every x86-64 CPU if each function with newer instructions is called after the CPU was asked. So every
 function with an instruction in the VEX or EVEX encoding (AVX and all that came after) has to be in

@@ -1,19 +1,21 @@
-"""maturin as the build backend, and in words what a build from source lacks.
+"""maturin as the build backend, with one sentence that says what a build from source lacks.
 
-Where there is a network, maturin installs a missing Rust itself, for the build; a C compiler it cannot.
+With a network, maturin itself installs a missing Rust for the build. It cannot install a C compiler.
 """
+# Decisions: docs/design/packaging.md
 
 import functools
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-import maturin
+import maturin  # type: ignore[import-untyped]  # it has no annotations
 
 C_COMPILERS = ("cc", "gcc", "clang")
 
-os.environ["MATURIN_NO_MISSING_BUILD_BACKEND_WARNING"] = "1"  # it looks for its own name in pyproject.toml
+os.environ["MATURIN_NO_MISSING_BUILD_BACKEND_WARNING"] = "1"  # maturin looks for its own name in pyproject.toml
 
 
 def explained(hook: Callable[..., object]) -> Callable[..., object]:
@@ -33,8 +35,8 @@ def explained(hook: Callable[..., object]) -> Callable[..., object]:
     return explaining
 
 
-def fail(reason: str) -> None:
-    sys.exit(f"candle-phi: no wheel was taken, and a build from source does not work here: {reason}")
+def fail(reason: str) -> NoReturn:
+    sys.exit(f"candle-phi: there is no wheel for this platform, and a build from source fails: {reason}")
 
 
 get_requires_for_build_sdist = maturin.get_requires_for_build_sdist

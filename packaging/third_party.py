@@ -1,7 +1,7 @@
-"""Writes THIRD_PARTY.md: what is compiled into the wheels, with the licences that ask to be passed on.
+"""Writes THIRD_PARTY.md: the crates in the wheels, with the licences that must be passed on.
 
-`python packaging/third_party.py` writes it, `--check` says whether it is what Cargo.lock asks for. The texts are those
-that the crates carry. Of several licences to choose from, the first in `CHOICE` is taken.
+`python packaging/third_party.py` writes it; `--check` compares it with Cargo.lock. The texts come from the crates. Of
+several licences to choose from, the first in `CHOICE` is taken.
 """
 
 import json
@@ -23,7 +23,7 @@ SHIPPED = [  # what .github/workflows/release.yml builds
     "x86_64-apple-darwin",
     "aarch64-apple-darwin",
 ]
-CHOICE = {  # SPDX: what its text is known by
+CHOICE = {  # SPDX name: words that identify its text
     "MIT": "Permission is hereby granted, free of charge",
     "Apache-2.0": "Apache License",
     "BSD-3-Clause": "Redistribution and use in source",
@@ -31,7 +31,7 @@ CHOICE = {  # SPDX: what its text is known by
     "Zlib": "This software is provided 'as-is'",
     "Unicode-3.0": "UNICODE LICENSE V3",
     "CDLA-Permissive-2.0": "Community Data License Agreement",  # Mozilla's certificates
-    "MPL-2.0": "Mozilla Public License",  # asks for the way to the source: the heading names it
+    "MPL-2.0": "Mozilla Public License",  # requires a pointer to the source: the heading gives it
 }
 HEAD = """\
 # Third-party software in the wheels
@@ -47,7 +47,7 @@ def main() -> int:
     if sys.argv[1:] != ["--check"]:
         TARGET.write_text(written, encoding="utf-8", newline="\n")
     elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != written:
-        print("THIRD_PARTY.md is not what Cargo.lock asks for: run python packaging/third_party.py", file=sys.stderr)
+        print("THIRD_PARTY.md does not match Cargo.lock: run python packaging/third_party.py", file=sys.stderr)
         return 1
     return 0
 
@@ -93,7 +93,7 @@ def licence_files(crate: dict[str, Any]) -> list[Path]:
 
 
 def licences(crate: dict[str, Any], files: list[Path]) -> list[str]:
-    """The texts that a crate's licence expression asks for, and its notices."""
+    """The texts that a crate's licence expression requires, and its notices."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     texts = ["\n".join(line.rstrip() for line in text.splitlines()) for text in texts]
     needed = [text for path, text in zip(files, texts, strict=True) if path.name.upper().startswith("NOTICE")]
@@ -103,7 +103,7 @@ def licences(crate: dict[str, Any], files: list[Path]) -> list[str]:
         carried = [[text for text in texts if CHOICE[name] in text] for name in offered]
         if any(carried):
             needed += next(filter(None, carried))
-        elif "Apache-2.0" in offered:  # the one text that names nobody
+        elif "Apache-2.0" in offered:  # the one text without a copyright holder
             needed.append((ROOT / "LICENSE-APACHE").read_text(encoding="utf-8"))
         else:
             raise SystemExit(f"{crate['name']} {crate['version']}: no text for its licence {crate['license']!r}")

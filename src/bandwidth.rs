@@ -1,4 +1,4 @@
-//! How fast this machine reads memory: the ceiling of decoding, since each token reads every weight once.
+//! The memory bandwidth of this machine. It bounds decoding, since each token reads every weight once.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -8,15 +8,16 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::memory;
 
-/// The first pass brings the file into memory; the median of the others counts.
+/// The first pass loads the file into memory. The result is the median of the others.
 const PASSES: usize = 4;
-/// What a thread takes at a time: long enough for the memory's prefetchers to run in.
+/// Bytes that a thread takes at a time: long enough for the hardware prefetchers.
 const CHUNK: usize = 16 << 20;
-/// A model below this may lie in a processor's cache; a buffer of this size is read in its place.
+/// A smaller model may fit a processor's cache. A buffer of this size is read instead.
 const SMALLEST: usize = 1 << 30;
 
-/// The file's weights, read by `n_threads` threads as fast as they can: bytes per second, of the median pass.
+/// Bytes per second at which `n_threads` threads read the file's weights: the median of the passes.
 pub fn measure(gguf: &Gguf, n_threads: usize) -> Result<f64> {
     let files: Vec<&[u8]> = gguf.parts().map(|(_, bytes)| bytes).collect();
     let filled;
@@ -33,21 +34,23 @@ pub fn measure(gguf: &Gguf, n_threads: usize) -> Result<f64> {
     Ok(chunks.iter().map(|chunk| chunk.len()).sum::<usize>() as f64 / seconds[seconds.len() / 2])
 }
 
-/// Bytes of weights that one decoded token reads: all but the embedding table, which is one row, unless it is the head.
+/// Bytes of weights that one decoded token reads: all tensors, but the embedding table only if it is the head too.
 pub fn weight_bytes(gguf: &Gguf) -> usize {
     let tied = gguf.tensor("output.weight").is_none();
     gguf.tensors().filter(|tensor| tied || tensor.name != "token_embd.weight").map(|tensor| tensor.bytes().len()).sum()
 }
 
-/// Memory that is really there: untouched pages are all the same page of zeros.
+/// Written memory: unwritten pages would all be the same page of zeros.
 fn filled_buffer(length: usize) -> Result<MmapMut> {
-    let mut buffer = MmapMut::map_anon(length)
-        .map_err(|error| Error::Internal(format!("no {length} bytes of memory for the bandwidth probe: {error}")))?;
+    memory::check(length as u64, "the buffer of the bandwidth measurement")?;
+    let mut buffer = MmapMut::map_anon(length).map_err(|error| {
+        Error::Memory(format!("the buffer of the bandwidth measurement needs {length} bytes of memory: {error}"))
+    })?;
     buffer.fill(1);
     Ok(buffer)
 }
 
-/// Seconds of one pass over everything. The threads take chunks in turn: a core that others use too holds nobody up.
+/// Seconds of one pass over all chunks. The threads take chunks in turn, so that a slow core takes fewer.
 fn pass(chunks: &[&[u8]], n_threads: usize, read: impl Fn(&[u8]) -> u64 + Sync) -> f64 {
     let next = AtomicUsize::new(0);
     let work = || {
@@ -58,7 +61,7 @@ fn pass(chunks: &[&[u8]], n_threads: usize, read: impl Fn(&[u8]) -> u64 + Sync) 
     let start = Instant::now();
     std::thread::scope(|scope| {
         for _ in 1..n_threads {
-            // Where the system refuses a thread, the others do its share.
+            // If the system refuses a thread, the others take its chunks.
             let _ = std::thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
@@ -66,8 +69,8 @@ fn pass(chunks: &[&[u8]], n_threads: usize, read: impl Fn(&[u8]) -> u64 + Sync) 
     start.elapsed().as_secs_f64()
 }
 
-/// Reads both halves side by side, which keeps more reads under way than one run of addresses does. A compiler makes
-/// vector loads of it; the result only keeps it from making nothing.
+/// Reads both halves side by side, which keeps more loads in flight than one run of addresses. The compiler vectorizes
+/// it; the result keeps the compiler from dropping the loads.
 fn read(bytes: &[u8]) -> u64 {
     const LINE: usize = 64;
     let (lines, _) = bytes.as_chunks::<LINE>();

@@ -1,15 +1,18 @@
-//! The KV cache of one sequence: pages that are allocated as the sequence grows, and given back as a sliding window
-//! moves on. The full context is never allocated.
+//! The KV cache of one sequence: pages that are allocated as the sequence grows, and reused as a sliding window moves
+//! on. The full context is never allocated.
+//!
+//! Decisions: docs/design/kv.md
 
 use std::collections::VecDeque;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use half::f16;
 
 use crate::error::{Error, Result};
 use crate::kernels::KvSlice;
 pub use crate::kernels::PAGE;
 use crate::kernels::kv::SHARED;
+use crate::memory;
 
 /// How keys and values are stored.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -21,13 +24,13 @@ pub enum KvType {
 }
 
 impl KvType {
-    /// By the name that the Python API has for it.
+    /// By its name in the Python API.
     pub fn named(name: &str) -> Result<Self> {
         match name {
             "f16" => Ok(KvType::F16),
             "f32" => Ok(KvType::F32),
             "q8_0" => Ok(KvType::Q8_0),
-            other => Err(Error::Value(format!("kv_cache must be 'f16', 'f32' or 'q8_0', not {other:?}"))),
+            other => Err(Error::option("kv_cache", format!("must be 'f16', 'f32' or 'q8_0', not '{other}'"))),
         }
     }
 
@@ -42,15 +45,15 @@ impl KvType {
     }
 }
 
-/// What every layer of a cache is like.
+/// The shape and storage of every layer of a cache.
 #[derive(Clone, Debug)]
 pub struct KvShape {
     pub n_head_kv: usize,
     pub head_dim: usize,
     pub kv_type: KvType,
-    /// Only so many of the newest positions will be looked at; None: all of them.
+    /// Attention reads this number of the newest positions; None: all of them.
     pub window: Option<usize>,
-    /// Where Candle computes; None: the kernels do.
+    /// Candle computes on this device; None: the kernels compute.
     pub device: Option<Device>,
 }
 
@@ -76,33 +79,34 @@ pub enum KvBuffer {
 
 impl KvBuffer {
     fn zeros(shape: &KvShape) -> Result<Self> {
-        let KvShape { n_head_kv, head_dim, kv_type, .. } = shape;
+        let &KvShape { n_head_kv, head_dim, kv_type, .. } = shape;
         let values = n_head_kv * PAGE * head_dim;
+        let what = format_args!("a KV cache page of {n_head_kv} heads, {PAGE} positions and {head_dim} features");
         if let Some(device) = &shape.device {
-            let dtype = match kv_type {
-                KvType::F16 => DType::F16,
-                KvType::F32 => DType::F32,
+            let shape = (n_head_kv, PAGE, head_dim);
+            return Ok(KvBuffer::Candle(match kv_type {
+                KvType::F16 => Tensor::from_vec(memory::filled(f16::ZERO, values, what)?, shape, device)?,
+                KvType::F32 => Tensor::from_vec(memory::filled(0f32, values, what)?, shape, device)?,
                 KvType::Q8_0 => return Err(Error::Value("kv_cache 'q8_0' is for the device 'cpu'".into())),
-            };
-            return Ok(KvBuffer::Candle(Tensor::zeros((*n_head_kv, PAGE, *head_dim), dtype, device)?));
+            }));
         }
         Ok(match kv_type {
-            KvType::F16 => KvBuffer::F16(vec![f16::ZERO; values]),
-            KvType::F32 => KvBuffer::F32(vec![0.0; values]),
+            KvType::F16 => KvBuffer::F16(memory::filled(f16::ZERO, values, what)?),
+            KvType::F32 => KvBuffer::F32(memory::filled(0.0, values, what)?),
             KvType::Q8_0 => {
                 let scales = n_head_kv * PAGE * head_dim.div_ceil(SHARED);
-                KvBuffer::Q8 { q: vec![0; values], scales: vec![f16::ZERO; scales] }
+                KvBuffer::Q8 { q: memory::filled(0, values, what)?, scales: memory::filled(f16::ZERO, scales, what)? }
             }
         })
     }
 
-    /// What one head of `heads` holds, for the kernels.
+    /// The part of one head of `heads`, for the kernels.
     pub fn head(&self, head: usize, heads: usize) -> Result<KvSlice<'_>> {
         Ok(match self {
             KvBuffer::F16(x) => KvSlice::F16(share(x, head, heads)),
             KvBuffer::F32(x) => KvSlice::F32(share(x, head, heads)),
             KvBuffer::Q8 { q, scales } => KvSlice::Q8 { q: share(q, head, heads), scales: share(scales, head, heads) },
-            KvBuffer::Candle(_) => return Err(elsewhere()),
+            KvBuffer::Candle(_) => return Err(Error::Internal("a KV page of Candle passed to a kernel".into())),
         })
     }
 
@@ -110,7 +114,7 @@ impl KvBuffer {
     pub fn tensor(&self) -> candle_core::Result<&Tensor> {
         match self {
             KvBuffer::Candle(tensor) => Ok(tensor),
-            _ => candle_core::bail!("a KV page of the kernels met Candle"),
+            _ => candle_core::bail!("a KV page of the kernels passed to Candle"),
         }
     }
 }
@@ -120,17 +124,13 @@ fn share<T>(all: &[T], part: usize, parts: usize) -> &[T] {
     &all[part * length..][..length]
 }
 
-fn elsewhere() -> Error {
-    Error::Internal("a KV page of Candle met the kernels".into())
-}
-
 /// The cache of one layer.
 pub struct KvLayer {
     shape: KvShape,
     pages: VecDeque<Page>,
-    /// Given back, to be used again.
+    /// Pages for reuse.
     spare: Vec<Page>,
-    /// Positions appended so far, those behind the window included.
+    /// Appended positions, those behind the window included.
     len: usize,
 }
 
@@ -147,22 +147,22 @@ impl KvLayer {
         self.len == 0
     }
 
-    /// The first position that is still held.
+    /// The first held position.
     pub fn start(&self) -> usize {
         self.pages.front().map_or(self.len, |page| page.start)
     }
 
-    /// The page of a position that is held.
+    /// The page of a held position.
     pub fn page_of(&self, position: usize) -> &Page {
         &self.pages[(position - self.start()) / PAGE]
     }
 
-    /// The pages held, oldest first.
+    /// The held pages, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Page> {
         self.pages.iter()
     }
 
-    /// Give back the pages that no query from position `len` on will see.
+    /// Frees, for reuse, the pages that no query from position `len` on sees.
     pub fn forget_behind_window(&mut self) {
         let Some(window) = self.shape.window else { return };
         let first_seen = (self.len + 1).saturating_sub(window);
@@ -171,7 +171,16 @@ impl KvLayer {
         }
     }
 
-    /// The page of position `len`, the place in it, and how many positions it has room for from there.
+    /// Bytes of the pages that `positions` more would add.
+    pub fn growth(&self, positions: usize) -> u64 {
+        let KvShape { n_head_kv, head_dim, kv_type, window, .. } = self.shape;
+        let first_seen = window.map_or(0, |window| (self.len + 1).saturating_sub(window)).max(self.start());
+        let pages = (self.len + positions).div_ceil(PAGE) - first_seen / PAGE;
+        let more = pages.saturating_sub(self.pages.len() + self.spare.len()) as u64;
+        more.saturating_mul((2 * PAGE * kv_type.bytes(n_head_kv, head_dim)) as u64)
+    }
+
+    /// The page of position `len`, the offset of the position in it, and its room from there.
     pub fn next_page(&mut self) -> Result<(&mut Page, usize, usize)> {
         let at = self.len % PAGE;
         if at == 0 {
@@ -237,5 +246,22 @@ mod tests {
             assert!(layer.start() <= first_seen && first_seen - layer.start() < PAGE, "{len}: {}", layer.start());
             assert!(layer.iter().count() + layer.spare.len() <= 2, "{len}");
         }
+    }
+
+    #[test]
+    fn the_growth_is_that_of_the_pages_which_are_allocated() {
+        const PAGE_BYTES: u64 = 2 * 2 * 2 * PAGE as u64;
+        for window in [None, Some(9), Some(3 * PAGE)] {
+            let mut layer = layer(window);
+            for positions in [1, PAGE - 1, 1, 2 * PAGE, 5, 300] {
+                let pages = |layer: &KvLayer| (layer.pages.len() + layer.spare.len()) as u64;
+                let (before, growth) = (pages(&layer), layer.growth(positions));
+                fill(&mut layer, positions);
+                assert_eq!(growth, (pages(&layer) - before) * PAGE_BYTES, "{window:?}, {positions} more");
+            }
+            layer.clear();
+            assert_eq!(layer.growth(1), 0, "pages are reused");
+        }
+        assert_eq!(layer(None).growth(1 << 28), (1 << 28) * 8);
     }
 }

@@ -9,6 +9,8 @@
 //!    [`Rendered::literal`] says where they stand.
 //! 2. *A system message is never dropped.* Each ends in a character of its own, which must come out again.
 //! 3. *A last message of the assistant is continued.* It ends in a character after which everything is cut off.
+//!
+//! Decisions: docs/design/text.md
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
@@ -107,7 +109,7 @@ impl Template {
         };
         let mut template = Template { source: built_in(family).to_owned(), tokenizer, tokens, broken: None };
         if let Some(source) = source {
-            jinja::check(source).map_err(|what| Error::Value(format!("chat_template: {what}")))?;
+            jinja::check(source).map_err(|what| Error::option("chat_template", format!("is not valid: {what}")))?;
             template.source = source.to_owned();
             return Ok(template);
         }

@@ -1,10 +1,13 @@
-//! Ids one at a time to text, as soon as its bytes are whole characters.
+//! Turns ids, one at a time, into text as soon as their bytes are whole characters.
+//!
+//! Decisions: docs/design/text.md
+
 use std::sync::Arc;
 
 use crate::tokenizer::Tokenizer;
 
-/// The text of a stream of ids. What the pushes return, joined, is [`Tokenizer::decode`] of the same ids without the
-/// special ones, up to an incomplete character at the end: that is never shown.
+/// The text of a stream of ids. The texts of all pushes joined are [`Tokenizer::decode`] of the same ids without the
+/// special ones, except for an incomplete character at the end, which is dropped.
 #[derive(Debug, Clone)]
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
@@ -14,13 +17,13 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// `strip_leading_space`: the first space of the text, if that is what it begins with, is left out
-    /// ([`Tokenizer::strips_leading_space_after`] the prompt).
+    /// `strip_leading_space`: drops a space at the beginning of the text ([`Tokenizer::strips_leading_space_after`] the
+    /// prompt).
     pub fn new(tokenizer: Arc<Tokenizer>, strip_leading_space: bool) -> Self {
         Self { tokenizer, pending: Vec::new(), strip_leading_space }
     }
 
-    /// The characters that are complete now; None if there are none. An invalid byte becomes one U+FFFD.
+    /// The characters that this id completes; None if there are none. An invalid byte becomes one U+FFFD.
     pub fn push(&mut self, id: u32) -> Option<String> {
         if self.tokenizer.is_special(id) {
             return None;
@@ -39,7 +42,7 @@ impl Detokenizer {
     }
 }
 
-/// How many bytes at the end begin a character that more bytes could complete.
+/// The number of bytes at the end that begin a character which more bytes could complete.
 fn incomplete_tail(bytes: &[u8]) -> usize {
     // A character has at most 4 bytes, so only the last 3 can be the beginning of one.
     let starts = (1..=bytes.len().min(3)).filter(|&n| bytes[bytes.len() - n] >= 0xc0);

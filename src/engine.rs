@@ -1,4 +1,6 @@
-//! A loaded model with all that it takes to talk to it: file, tokenizer, chat template, weights, and its compute thread.
+//! A loaded model: file, tokenizer, chat template, weights and compute thread.
+//!
+//! Decisions: docs/design/engine.md
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -14,6 +16,7 @@ use crate::generate::{Generation, Request};
 use crate::gguf::Gguf;
 use crate::kernels::{self, Kernel};
 use crate::logits::Logits;
+use crate::memory;
 use crate::model::{self, Model, Want};
 use crate::ops::Backend;
 use crate::phi3::Phi3;
@@ -21,10 +24,10 @@ use crate::schedule::Scheduler;
 use crate::stock::Stock;
 use crate::stream::{Stream, TextStream};
 use crate::task::{Phase, Task};
-use crate::threads::{self, Cancel, Pool, lock};
+use crate::threads::{self, Cancel, Pool, drop_in_background, lock};
 use crate::tokenizer::{Special, Tokenizer};
 
-/// How to load. The names and defaults are the Python API's.
+/// Options of loading, with the names and defaults of the Python API.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
     pub n_ctx: Option<usize>,
@@ -58,15 +61,15 @@ impl Default for LoadOptions {
     }
 }
 
-/// One model, usable from any thread.
+/// One model, for any number of threads.
 pub struct Engine {
     pub info: Info,
     scheduler: Scheduler,
-    /// None once it is closed.
+    /// None after `close`.
     parts: Mutex<Option<Arc<Parts>>>,
 }
 
-/// What stays known after closing.
+/// Facts that stay available after `close`.
 pub struct Info {
     pub path: PathBuf,
     pub n_ctx: usize,
@@ -81,7 +84,7 @@ pub struct Info {
     pub system_fingerprint: String,
 }
 
-/// What holds the file.
+/// The owners of the file.
 pub struct Parts {
     pub gguf: Gguf,
     pub tokenizer: Arc<Tokenizer>,
@@ -90,11 +93,11 @@ pub struct Parts {
 }
 
 impl Engine {
-    /// Open a file. `task` is told of bytes, and asked whether to go on.
+    /// Opens a file. Reports bytes to `task`, and ends when it is cancelled.
     pub fn load(path: &Path, options: &LoadOptions, task: &Task) -> Result<Self> {
         task.report(Phase::Load, 0, None);
         let gguf = Gguf::open_for(task, path, options.mmap)?;
-        let model = load_model(&gguf, options, task)?; // first: it says what kind of file this is
+        let model = load_model(&gguf, options, task)?; // first: its errors name the kind of file
         task.check()?;
         let tokenizer = match &options.tokenizer {
             Some(json) => Tokenizer::from_json(json, &gguf)?,
@@ -114,9 +117,8 @@ impl Engine {
         let most = model.context_length();
         let n_ctx = options.n_ctx.unwrap_or(most);
         if !(1..=most).contains(&n_ctx) {
-            return Err(Error::Value(format!(
-                "n_ctx must be from 1 to {most}, the context length of the file, not {n_ctx}"
-            )));
+            let problem = format!("must be from 1 to {most}, the context length of the file, not {n_ctx}");
+            return Err(Error::option("n_ctx", problem));
         }
         let info = Info {
             path: path.to_owned(),
@@ -134,27 +136,27 @@ impl Engine {
         task.check()?;
         let size = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
         task.report(Phase::Load, size, Some(size));
-        // Candle's loop keeps its one cache with the weights.
+        // Candle has one cache, beside the weights.
         let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
         let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX));
         let parts = Parts { gguf, tokenizer, template, model };
         Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }
 
-    /// The parts, unless the model is closed or this is a forked child.
+    /// The parts. An error after `close` and in a forked child.
     pub fn parts(&self) -> Result<Arc<Parts>> {
         self.scheduler.fork_guard().check()?;
         lock(&self.parts).clone().ok_or(Error::Closed)
     }
 
-    /// End every stream and let go of the file. Any thread, any number of times; returns at once.
+    /// Ends every stream and unmaps the file. Safe from any thread, repeatedly; returns at once.
     pub fn close(&self) {
         if self.scheduler.fork_guard().is_forked() {
             return;
         }
         self.scheduler.close();
         let parts = lock(&self.parts).take();
-        drop(parts); // outside the lock: unmapping takes a moment
+        drop(parts); // outside the lock: unmapping takes time
     }
 
     pub fn is_closed(&self) -> bool {
@@ -166,14 +168,14 @@ impl Engine {
         Ok(self.parts()?.template.render(messages)?.text)
     }
 
-    /// The ids of a conversation: exactly what would be prefilled.
+    /// The ids of a conversation, as a generation prefills them.
     pub fn tokenize_messages(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let parts = self.parts()?;
         let prompt = parts.template.render(messages)?;
         parts.tokenizer.encode(&prompt.text, Special::Except(&prompt.literal))
     }
 
-    /// The ids of a text as it stands.
+    /// The ids of a text without a template.
     pub fn tokenize_text(&self, text: &str, parse_special: bool, add_bos: bool) -> Result<Vec<u32>> {
         let parts = self.parts()?;
         let mut ids = Vec::new();
@@ -182,7 +184,7 @@ impl Engine {
                 parts
                     .tokenizer
                     .bos_id()
-                    .ok_or_else(|| Error::Value("add_bos: this tokenizer has no BOS token".into()))?,
+                    .ok_or_else(|| Error::option("add_bos", "needs a BOS token, and this tokenizer has none"))?,
             );
         }
         ids.extend(parts.tokenizer.encode(text, if parse_special { Special::All } else { Special::None })?);
@@ -193,8 +195,8 @@ impl Engine {
         self.parts()?.tokenizer.decode(ids, skip_special)
     }
 
-    /// Start a generation. `max_tokens` None: to the context's end; `timeout`: from now on. Nothing is computed before
-    /// the first read.
+    /// Starts a generation. `max_tokens` None: up to the end of the context; `timeout` counts from this call. Nothing is
+    /// computed before the first read.
     pub fn stream(
         &self,
         mut request: Request,
@@ -208,7 +210,7 @@ impl Engine {
         if room == 0 {
             return Err(Error::ContextLength { prompt_tokens: request.prompt.len(), n_ctx: self.info.n_ctx });
         }
-        // Without a limit of the caller's, an engine that cannot go to the end says so when it comes to its own.
+        // Without `max_tokens`, an engine with a shorter limit raises when it reaches that limit.
         let asked = max_tokens.map_or(1, |n| n.min(room));
         parts.model.check_length(request.prompt.len() + asked - 1)?;
         parts.gguf.check_length()?;
@@ -219,7 +221,7 @@ impl Engine {
     }
 
     /// The logits after the last of `ids`, (n_vocab), or after each, (ids, n_vocab): a stream of one item. It takes a
-    /// slot, since it has a KV cache.
+    /// slot, since it has a KV cache. `Error::Memory` if the logits do not fit the available memory.
     pub fn logits(&self, ids: Vec<u32>, want: Want) -> Result<Stream<Logits>> {
         let parts = self.parts()?;
         self.check_ids(&ids)?;
@@ -228,27 +230,28 @@ impl Engine {
         }
         parts.model.check_length(ids.len())?;
         parts.gguf.check_length()?;
-        Ok(Stream::new(Logits::new(parts.model.clone(), ids, want), self.scheduler.clone(), None))
+        Ok(Stream::new(Logits::new(parts.model.clone(), ids, want)?, self.scheduler.clone(), None))
     }
 
-    /// Bytes per second at which `n_threads` threads read the weights and do nothing else. Takes about a second.
+    /// Bytes per second at which `n_threads` threads read the weights. Takes about a second.
     pub fn bandwidth(&self) -> Result<f64> {
         bandwidth::measure(&self.parts()?.gguf, self.info.n_threads)
     }
 
-    /// Seconds of a decode pass over so many tokens at once, with the logits of each. It waits for no turn.
+    /// Seconds of a decode pass over `tokens` tokens, with the logits of each. Runs at once, outside the scheduler.
     pub fn decode_pass(&self, tokens: usize) -> Result<f64> {
         let mut sequence = self.parts()?.model.clone().sequence()?;
+        let ids = memory::filled(0u32, tokens, format_args!("{tokens} token ids"))?;
         let mut pass = || -> Result<f64> {
             let start = Instant::now();
-            sequence.forward(&vec![0; tokens], model::Phase::Decode, Want::Every, &Cancel::default())?;
+            sequence.forward(&ids, model::Phase::Decode, Want::Every, &Cancel::default())?;
             Ok(start.elapsed().as_secs_f64())
         };
-        pass()?; // makes room for the activations
+        pass()?; // allocates the activations
         pass()
     }
 
-    /// Bytes that decoding the last of so many positions reads: of weights, and of keys and values.
+    /// Bytes of weights, and of keys and values, that a decoded token reads at a context of `positions`.
     pub fn bytes_per_token(&self, positions: usize) -> Result<(usize, usize)> {
         let parts = self.parts()?;
         Ok((bandwidth::weight_bytes(&parts.gguf), parts.model.kv_bytes(positions)))
@@ -256,7 +259,7 @@ impl Engine {
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
         if ids.is_empty() {
-            return Err(Error::Value("the prompt has no tokens; at least one is due".into()));
+            return Err(Error::Value("the prompt has no tokens; it must have at least one".into()));
         }
         match ids.iter().position(|&id| id as usize >= self.info.n_vocab) {
             Some(i) => Err(Error::Value(format!(
@@ -268,29 +271,40 @@ impl Engine {
     }
 }
 
+impl Drop for Engine {
+    /// Returns at once: Python drops its objects with the interpreter's lock held. A forked child starts no threads.
+    fn drop(&mut self) {
+        if !self.scheduler.fork_guard().is_forked()
+            && let Some(parts) = lock(&self.parts).take()
+        {
+            drop_in_background(parts);
+        }
+    }
+}
+
 fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn Model>> {
     let kv_type = KvType::named(&options.kv_cache)?;
     match options.engine.as_str() {
         "native" => {
             let backend = backend(options)?;
             if kv_type == KvType::Q8_0 && matches!(backend, Backend::Candle(_)) {
-                return Err(Error::Value(format!("kv_cache 'q8_0' is for device 'cpu', not '{}'", options.device)));
+                return Err(Error::option("kv_cache", format!("'q8_0' needs device 'cpu', not '{}'", options.device)));
             }
             Ok(Arc::new(Phi3::load(gguf, backend, kv_type)?))
         }
         "candle" => {
-            let taken = [
-                (options.kernel.is_some(), "kernel: it has its own kernels"),
-                (options.n_threads.is_some(), "n_threads: it computes on Candle's global pool (CANDLE_NUM_THREADS)"),
-                (options.kv_cache != LoadOptions::default().kv_cache, "kv_cache: its cache is f32"),
-                (!matches!(options.device.as_str(), "auto" | "cpu"), "device: it runs on the CPU here"),
+            let refused = [
+                (options.kernel.is_some(), "kernel", "which has its own kernels"),
+                (options.n_threads.is_some(), "n_threads", "which computes on Candle's pool (CANDLE_NUM_THREADS)"),
+                (options.kv_cache != LoadOptions::default().kv_cache, "kv_cache", "whose cache is f32"),
+                (!matches!(options.device.as_str(), "auto" | "cpu"), "device", "which runs on the CPU"),
             ];
-            if let Some((_, what)) = taken.into_iter().find(|(given, _)| *given) {
-                return Err(Error::Value(format!("engine 'candle' takes no {what}")));
+            if let Some((_, name, reason)) = refused.into_iter().find(|(given, ..)| *given) {
+                return Err(Error::option(name, format!("does not go with engine 'candle', {reason}")));
             }
             Ok(Arc::new(Stock::load(gguf, task)?))
         }
-        other => Err(Error::Value(format!("engine must be 'native' or 'candle', not {other:?}"))),
+        other => Err(Error::option("engine", format!("must be 'native' or 'candle', not '{other}'"))),
     }
 }
 
@@ -308,7 +322,10 @@ fn backend(options: &LoadOptions) -> Result<Backend> {
         "metal" if cfg!(feature = "metal") => Device::new_metal(0),
         "cuda" => return Err(missing("cuda")),
         "metal" => return Err(missing("metal")),
-        other => return Err(Error::Value(format!("device must be 'auto', 'cpu', 'cuda' or 'metal', not {other:?}"))),
+        other => {
+            let problem = format!("must be 'auto', 'cpu', 'cuda' or 'metal', not '{other}'");
+            return Err(Error::option("device", problem));
+        }
     };
     let device = found
         .map_err(|error| Error::UnsupportedModel(format!("device '{}' does not answer: {error}", options.device)))?;
@@ -320,27 +337,24 @@ fn backend(options: &LoadOptions) -> Result<Backend> {
     })
 }
 
-/// The kernel of this name; None: what `CANDLE_PHI_KERNEL` names, else the best that this CPU can run.
+/// The kernel of this name. None: the kernel that `CANDLE_PHI_KERNEL` names, else the best one for this CPU.
 pub fn choose_kernel(name: Option<&str>) -> Result<Box<dyn Kernel>> {
     const VARIABLE: &str = "CANDLE_PHI_KERNEL";
     let variable = std::env::var_os(VARIABLE).filter(|name| !name.is_empty());
     let variable = variable.map(|name| name.to_string_lossy().into_owned());
     let available = kernels::available();
-    let (from, name) = match (name, &variable) {
-        (Some(name), _) => ("kernel", name),
-        (None, Some(name)) => (VARIABLE, name.as_str()),
-        (None, None) => ("kernel", available[available.len() - 1]),
-    };
-    kernels::by_name(name).ok_or_else(|| {
-        Error::Value(format!(
-            "{from} is {name:?}; the kernels of this build that this CPU can run are: {}",
-            available.join(", ")
-        ))
+    let chosen = name.or(variable.as_deref()).unwrap_or(available[available.len() - 1]);
+    kernels::by_name(chosen).ok_or_else(|| {
+        let runs = format!("this CPU can run {}", available.join(", "));
+        match name {
+            Some(name) => Error::option("kernel", format!("'{name}' is not available: {runs}")),
+            None => Error::Value(format!("{VARIABLE} names the kernel '{chosen}', which is not available: {runs}")),
+        }
     })
 }
 
-/// A short string over what decides the text besides prompt, options and seed: the file, this version, engine, kernel
-/// and KV type. The file is known by its size, by its first bytes, where the metadata is, and by those of each tensor.
+/// A hash of everything besides prompt, options and seed that decides the text: the file, this version, engine, kernel
+/// and KV type. Of the file it covers the size, the first bytes, which are the metadata, and the first bytes of each tensor.
 fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
     const HEADER: usize = 1 << 16;
     const SAMPLE: usize = 256;
@@ -359,7 +373,7 @@ fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
     format!("phi_{:012x}", hash.0 >> 16)
 }
 
-/// Fowler, Noll and Vo's hash (1a, 64 bits): an identity that is the same everywhere, not a defence.
+/// Fowler, Noll and Vo's hash (1a, 64 bits): the same on every machine, and no protection against forgery.
 struct Fnv(u64);
 
 impl Default for Fnv {
@@ -373,5 +387,83 @@ impl Fnv {
         for &byte in bytes {
             self.0 = (self.0 ^ byte as u64).wrapping_mul(0x100_0000_01b3);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread::{ThreadId, current};
+
+    /// A model that tells which thread drops it.
+    struct Weights(Sender<ThreadId>);
+
+    impl Drop for Weights {
+        fn drop(&mut self) {
+            self.0.send(current().id()).unwrap();
+        }
+    }
+
+    impl Model for Weights {
+        fn engine(&self) -> &'static str {
+            "none"
+        }
+        fn kernel(&self) -> &'static str {
+            "none"
+        }
+        fn device(&self) -> &'static str {
+            "cpu"
+        }
+        fn n_threads(&self) -> usize {
+            1
+        }
+        fn name(&self) -> String {
+            "none".into()
+        }
+        fn n_vocab(&self) -> usize {
+            9
+        }
+        fn context_length(&self) -> usize {
+            9
+        }
+        fn kv_bytes(&self, _: usize) -> usize {
+            0
+        }
+        fn sequence(self: Arc<Self>) -> Result<Box<dyn model::Sequence>> {
+            Err(Error::Closed)
+        }
+    }
+
+    fn engine() -> (Engine, Receiver<ThreadId>) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain.gguf");
+        let mut engine = Engine::load(&path, &LoadOptions::default(), &Task::default()).unwrap();
+        let parts = lock(&engine.parts).take().and_then(Arc::into_inner).unwrap();
+        let (sender, dropped_on) = channel();
+        engine.parts = Mutex::new(Some(Arc::new(Parts { model: Arc::new(Weights(sender)), ..parts })));
+        (engine, dropped_on)
+    }
+
+    #[test]
+    fn closing_unmaps_on_this_thread_and_dropping_on_another() {
+        let (closed, dropped_on) = engine();
+        closed.close();
+        assert_eq!(dropped_on.try_recv(), Ok(current().id()), "it is unmapped when `close` returns");
+        let (dropped, dropped_on) = engine();
+        drop(dropped);
+        assert_ne!(dropped_on.recv().unwrap(), current().id());
+    }
+
+    #[test]
+    fn a_stream_that_was_never_read_unmaps_on_another_thread() {
+        let (engine, dropped_on) = engine();
+        let request = Request { prompt: vec![1], ..Request::default() };
+        let streams = [engine.stream(request.clone(), None, None), engine.stream(request, None, None)];
+        engine.close();
+        assert!(dropped_on.try_recv().is_err());
+        let [last, first] = streams.map(Result::unwrap);
+        first.cancel();
+        drop(last);
+        assert_ne!(dropped_on.recv().unwrap(), current().id());
     }
 }

@@ -1,5 +1,7 @@
 //! The one error type. Every message names the thing that was wrong and the number; `python.rs` maps each variant to
 //! the exception class of the same name.
+//!
+//! Decisions: docs/design/engine.md
 
 /// What can go wrong, by what the caller can do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,7 +19,7 @@ pub enum Error {
     #[error("{0}")]
     NotInThisVersion(String),
     /// The prompt does not fit the context (`ContextLengthError`).
-    #[error("{prompt_tokens} tokens do not fit n_ctx {n_ctx}; a prompt must leave room for at least 1 more")]
+    #[error("the prompt has {prompt_tokens} tokens, the context {n_ctx}; generating needs room for at least 1 more")]
     ContextLength { prompt_tokens: usize, n_ctx: usize },
     /// All places are taken (`BusyError`).
     #[error("{0}")]
@@ -37,6 +39,13 @@ pub enum Error {
     /// The caller passed a value out of range (`ValueError`).
     #[error("{0}")]
     Value(String),
+    /// The same for an option of the Python API, by its name (`OptionValueError`): each front end spells the name its
+    /// own way.
+    #[error("{name} {problem}")]
+    Option { name: &'static str, problem: String },
+    /// The machine has less memory than the request needs (`MemoryError`).
+    #[error("{0}")]
+    Memory(String),
     /// A bug of ours, caught (`InternalError`).
     #[error("internal error: {0}")]
     Internal(String),
@@ -48,6 +57,10 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    pub fn option(name: &'static str, problem: impl Into<String>) -> Self {
+        Error::Option { name, problem: problem.into() }
+    }
+
     /// A download that failed for a reason that is nobody's answer, such as a full disk.
     pub fn download(message: String) -> Self {
         Error::Download { message, url: None, status: None, host: None }

@@ -1,4 +1,6 @@
-//! One generation: a prompt is prefilled once, then ids are sampled one at a time and turned into text.
+//! One generation: prefills its prompt once, then samples ids one at a time and turns them into text.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,34 +14,34 @@ use crate::threads::Cancel;
 use crate::tokenizer::Tokenizer;
 use crate::work::{FinishReason, Status, Step, Work};
 
-/// What to generate. The caller has checked the ranges.
-#[derive(Clone, Debug)]
+/// The options of a generation. The caller has checked the ranges.
+#[derive(Clone, Debug, Default)]
 pub struct Request {
     /// At least one id, and fewer than the context holds.
     pub prompt: Vec<u32>,
-    /// Ids to generate at most: prompt and these fit the context.
+    /// The number of ids to generate at most: the context has room for the prompt and these.
     pub max_tokens: usize,
-    /// Whether that is a limit of the caller's, and so the measure of progress.
+    /// True if the caller set that limit: progress then has a total.
     pub limited: bool,
     pub sampling: Sampling,
     pub seed: u64,
     pub stop: Vec<String>,
-    /// Stop ids are ids like any other.
+    /// Treats stop ids like any other id.
     pub ignore_eos: bool,
-    /// None: no log probabilities; else how many of the most probable ids come along.
+    /// The number of most probable ids reported with each log probability; None: no log probabilities.
     pub top_logprobs: Option<usize>,
 }
 
-/// New text and the ids it took. Only the last piece of a generation may lack text: it has the ids that made none.
+/// New text and its ids. Only the last piece of a generation may lack text: it has the ids that made none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Piece {
     pub text: String,
     pub ids: Vec<u32>,
-    /// Of each id, if they were asked for.
+    /// One for each id if the request has `top_logprobs`.
     pub logprobs: Vec<TokenLogprob>,
 }
 
-/// How probable an id was, in the model's own distribution.
+/// The log probability of an id in the model's own distribution.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
     pub id: u32,
@@ -47,7 +49,7 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// A generation under way.
+/// The state of a generation.
 pub struct Generation {
     request: Request,
     model: Arc<dyn Model>,
@@ -56,19 +58,19 @@ pub struct Generation {
     sampler: Sampler,
     detokenizer: Detokenizer,
     stops: StopStrings,
-    /// Ids that no text has been handed out for yet.
+    /// The ids and text since the last piece.
     pending: Piece,
-    /// Sampled, and not appended yet.
+    /// The sampled id that is not appended yet.
     next: Option<u32>,
     status: Status,
 }
 
 impl Generation {
     pub fn new(model: Arc<dyn Model>, tokenizer: Arc<Tokenizer>, request: Request) -> Self {
-        let strips = tokenizer.strips_leading_space_after(&request.prompt);
+        let strip_leading_space = tokenizer.strips_leading_space_after(&request.prompt);
         Generation {
             sampler: Sampler::new(request.sampling.clone(), request.seed, tokenizer.stop_ids()),
-            detokenizer: Detokenizer::new(tokenizer.clone(), strips),
+            detokenizer: Detokenizer::new(tokenizer.clone(), strip_leading_space),
             stops: StopStrings::new(request.stop.clone()),
             model,
             tokenizer,
@@ -93,11 +95,11 @@ impl Generation {
     fn end(&mut self, reason: FinishReason) -> Step<Piece> {
         let held = self.stops.finish();
         self.pending.text.push_str(&held);
-        Step::End(self.rest(), reason)
+        Step::End(self.take_pending(), reason)
     }
 
-    /// Everything up to here that was not handed out yet.
-    fn rest(&mut self) -> Option<Piece> {
+    /// Takes the pending piece, if there is any.
+    fn take_pending(&mut self) -> Option<Piece> {
         let piece = std::mem::take(&mut self.pending);
         Some(piece).filter(|piece| !piece.ids.is_empty() || !piece.text.is_empty())
     }
@@ -106,7 +108,7 @@ impl Generation {
 impl Work for Generation {
     type Item = Piece;
 
-    /// A turn of the prompt, or the next id.
+    /// Computes one turn of the prompt, or samples the next id.
     fn step(&mut self, cancel: &Cancel) -> Result<Step<Piece>> {
         let start = Instant::now();
         let sequence = match &mut self.sequence {
@@ -131,7 +133,7 @@ impl Work for Generation {
         let logits = sequence.logits();
         let id = self.sampler.sample(logits).ok_or_else(|| {
             let name = self.model.name();
-            Error::InvalidModel(format!("{name}: it computed no logit that is a number: its weights are damaged"))
+            Error::InvalidModel(format!("{name}: every logit is NaN or -inf: the weights are damaged"))
         })?;
         if !self.request.ignore_eos && self.tokenizer.stop_ids().contains(&id) {
             return Ok(self.end(FinishReason::Stop));
@@ -148,14 +150,14 @@ impl Work for Generation {
             let (text, stopped) = self.stops.push(&text);
             self.pending.text.push_str(&text);
             if stopped {
-                return Ok(Step::End(self.rest(), FinishReason::Stop));
+                return Ok(Step::End(self.take_pending(), FinishReason::Stop));
             }
         }
         if self.status.generated == self.request.max_tokens {
             return Ok(self.end(FinishReason::Length));
         }
         let has_text = !self.pending.text.is_empty();
-        Ok(Step::More(if has_text { self.rest() } else { None }))
+        Ok(Step::More(if has_text { self.take_pending() } else { None }))
     }
 
     fn status(&self) -> Status {

@@ -9,6 +9,8 @@
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.) A file is somebody else's input: every count, length,
 //! type and offset is checked once, against the bytes that are there, before anything is allocated for it, so that what
 //! [`Gguf::open`] returns can be used without further checks. Nothing of the tensors is copied.
+//!
+//! Decisions: docs/design/files.md
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -12,6 +12,8 @@
 //! ```
 //!
 //! Without the cargo feature `hub` the build has no network code, and all the rest.
+//!
+//! Decisions: docs/design/hub.md
 
 pub mod cache;
 pub mod checksum;
@@ -195,12 +197,12 @@ impl Hub {
             Token::Environment if environment::token_is_explicit() => None,
             Token::Environment => environment::token(),
             Token::Required => Some(environment::token().ok_or_else(|| {
-                Error::Value("token=True, and there is none: set HF_TOKEN, or log in with Hugging Face's tools".into())
+                Error::option("token", "is True, and no token is set: set HF_TOKEN or log in with Hugging Face's tools")
             })?),
             Token::Given(token) => Some(token.trim().to_owned()),
         };
         if token.as_ref().is_some_and(|token| token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic())) {
-            return Err(Error::Value("the token is empty, or has characters that no token has".into()));
+            return Err(Error::option("token", "must be printable ASCII characters without spaces"));
         }
         client::Client::new(token, &self.system_proxies, task)
     }
@@ -348,7 +350,7 @@ fn check_file(name: &str) -> Result<()> {
     if name::is_inside(name) {
         return Ok(());
     }
-    Err(Error::Value(format!("filename must be the name of a file in the repository, not {name:?}")))
+    Err(Error::option("filename", format!("must be the name of a file in the repository, not {name:?}")))
 }
 
 #[cfg(not(feature = "hub"))]

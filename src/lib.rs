@@ -1,28 +1,36 @@
 //! candle-phi: Phi-3-family GGUF models as a stream of text.
 //!
-//! The engine behind the Python package of the same name. It knows nothing of Python: `python.rs` is the one file that
-//! does, and is compiled with the feature `python` only. The data's way through one call:
+//! The engine behind the Python package of the same name. Only `python.rs` knows Python. It is compiled with the feature
+//! `python` alone. The modules in the order of one call:
 //!
 //! ```text
-//! Engine::load            engine      file, tokenizer, template, weights, compute thread
-//!   Gguf::open            gguf        the file, mapped and checked; its bytes are the weights
-//! Engine::stream          engine      prompt ids checked; nothing is computed yet
+//! Engine::load            engine      opens file, tokenizer, template and weights
+//!   Gguf::open            gguf        maps and checks the file; its bytes are the weights
+//! Engine::stream          engine      checks the prompt ids; computes nothing yet
 //!   Template::render      chat        messages -> prompt text, user text marked as text
 //!   Tokenizer::encode     tokenizer   text -> ids
-//! Stream::next            stream      the reader waits at an outbox; the compute thread takes a step
-//!   Scheduler             schedule    whose turn it is, and who waits for a slot
+//! Stream::next            stream      submits the work at the first read, then waits at an outbox
+//!   Scheduler             schedule    chooses the next step among the jobs that have a slot, on the compute thread
 //!   Generation::step      generate    the prompt in turns, then an id at a time (or logits: the prompt alone)
 //!     Sequence::advance   phi3        the model, over ops, rope and cache (or stock: Candle's own)
-//!       Ops::norm_linear  ops         a Candle custom op: tasks for the thread pool
+//!       Ops::norm_linear  ops         a Candle custom op: tasks for the thread pool (threads)
 //!         Kernel::matmul  kernels     plain slices; portable, avx2, avx512, amx or neon: chosen for this CPU
 //!     Sampler::sample     sampling    logits -> id
 //!     Detokenizer::push   detokenizer ids -> text, once its bytes are whole
-//!     StopStrings::push   stop        what may become a stop string waits
-//! Engine::bandwidth       bandwidth   how fast the weights can be read at all: for benchmarks
+//!     StopStrings::push   stop        holds back text that may become a stop string
+//! Engine::bandwidth       bandwidth   measures how fast the weights can be read: for benchmarks
 //! ```
 //!
-//! Beside it: `hub` finds or fetches the file, `task` waits for what takes long, `memory` says what a model needs, `ready`
-//! says which of many streams have something to read.
+//! Beside these: `hub` finds or downloads the file, `memory` estimates the memory of a model, `ready` is the queue of
+//! streams that have something to read, `panic` turns panics into errors.
+//!
+//! Work has a word for each of its owners:
+//!
+//! - A `Work` (work) is what a stream computes, step by step: a `Generation` or `Logits`. It knows no threads.
+//! - A `Job` (schedule) is what the scheduler runs in turn: a `Work` with the outbox of its reader.
+//! - A task of the pool (threads) is the part of one operation that one thread computes.
+//! - A `BackgroundTask` (task) is a load or a download on a thread of its own, and `Task` is what that work sees of its
+//!   caller: cancellation and progress.
 //!
 //! Imports go down this list, never up.
 

@@ -1,4 +1,6 @@
-//! What generation needs of a model, whichever engine computes it.
+//! The interface of a model to generation, for every engine.
+//!
+//! Decisions: docs/design/model.md
 
 use std::sync::Arc;
 
@@ -11,7 +13,7 @@ pub trait Model: Send + Sync {
     /// "native" or "candle".
     fn engine(&self) -> &'static str;
 
-    /// The kernel's name, as `doctor` shows it.
+    /// The kernel's name in the report of `doctor`.
     fn kernel(&self) -> &'static str;
 
     /// "cpu", "cuda" or "metal".
@@ -19,19 +21,19 @@ pub trait Model: Send + Sync {
 
     fn n_threads(&self) -> usize;
 
-    /// What errors call it: its file.
+    /// Its file, for errors.
     fn name(&self) -> String;
 
     /// Rows of the head: ids are below this.
     fn n_vocab(&self) -> usize;
 
-    /// Positions the file was made for.
+    /// The context length of the file.
     fn context_length(&self) -> usize;
 
-    /// Bytes of keys and values that the last of so many positions reads.
+    /// Bytes of keys and values that a token reads at a context of `positions`.
     fn kv_bytes(&self, positions: usize) -> usize;
 
-    /// What goes wrong, if anything, when a sequence of so many positions is asked for.
+    /// An error if a sequence of `positions` is not supported.
     fn check_length(&self, _positions: usize) -> Result<()> {
         Ok(())
     }
@@ -40,22 +42,25 @@ pub trait Model: Send + Sync {
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>>;
 }
 
-/// One sequence of tokens and its KV cache. After an error or a cancellation it is of no more use.
+/// One sequence of tokens and its KV cache. It cannot be used after an error or a cancellation.
 pub trait Sequence: Send {
-    /// Hand over ids; nothing is computed yet. Prompts are prefilled, generated ids decoded: within a phase the logits
-    /// have the same bits however ids are grouped.
+    /// Adds ids, and computes nothing yet. Prompts are prefilled, generated ids are decoded: within a phase the logits
+    /// have the same bits however the ids are grouped. `Error::Memory` if the system has too little for them.
     fn append(&mut self, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
 
-    /// Compute for a turn, so that other sequences get theirs: true as long as there is more to do.
+    /// Computes one turn; other sequences may take theirs before the next. True if more turns follow.
     fn advance(&mut self, cancel: &Cancel) -> Result<bool>;
 
-    /// How many of the ids last appended are computed; inside a pass, by the layers that are.
+    /// Computed ids of the last `append`. Within a pass the computed layers count in proportion.
     fn computed(&self) -> usize;
 
-    /// Once all is computed: the logits of the last of the ids appended, (n_vocab), or of each, (ids, n_vocab).
+    /// After the last turn: the logits of the last appended id, (n_vocab), or of each, (ids, n_vocab).
     fn logits(&self) -> &[f32];
 
-    /// All of it, without turns.
+    /// The same without a copy. `logits` is empty afterwards.
+    fn take_logits(&mut self) -> Vec<f32>;
+
+    /// `append`, and all turns.
     fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
         self.append(ids, phase, want)?;
         while self.advance(cancel)? {}
@@ -63,7 +68,7 @@ pub trait Sequence: Send {
     }
 }
 
-/// The positions whose logits are wanted.
+/// The positions that get logits.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Want {
     Last,

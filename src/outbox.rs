@@ -1,4 +1,6 @@
-//! Where the compute thread leaves what it makes, and a reader finds it: the one state that both look at.
+//! The queue between the compute thread and a reader: the one state that both share.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -10,10 +12,10 @@ use crate::task::{Phase, Progress};
 use crate::threads::{Cancel, lock};
 use crate::work::{FinishReason, Status, Step};
 
-/// Items that are computed ahead of the reader.
+/// The number of items computed ahead of the reader.
 const AHEAD: usize = 4;
 
-/// Called once, from whatever thread, when there may be something to read.
+/// Called once, on any thread, when there may be something to read.
 pub type Hook = Box<dyn FnOnce() + Send>;
 
 pub struct Outbox<T> {
@@ -27,7 +29,7 @@ struct State<T> {
     /// Token ids of the items that were read.
     ids: Vec<u32>,
     finish: Option<FinishReason>,
-    /// The reader was told. Only then it shows: when it came about depends on who was faster.
+    /// True once the reader has seen the end. Until then `finish_reason` is None, so that it does not depend on timing.
     end_read: bool,
     /// Delivered once, after the items.
     error: Option<Error>,
@@ -35,15 +37,15 @@ struct State<T> {
     status: Option<Status>,
     queue: Duration,
     first_token: Option<Duration>,
-    /// Threads that wait for something to read.
+    /// Threads inside `wait`.
     readers: usize,
-    /// Of readers that want to be called.
+    /// Hooks of readers that poll.
     hooks: Vec<Hook>,
-    /// When a reader was here last.
+    /// The time of the last read.
     read_at: Instant,
 }
 
-/// Where the time went.
+/// Durations of the phases.
 #[derive(Copy, Clone, Debug, Default, PartialEq)]
 pub struct Timings {
     /// From the first read to the first step.
@@ -52,12 +54,12 @@ pub struct Timings {
     pub decode: Duration,
     /// From the first read to the first id.
     pub first_token: Option<Duration>,
-    /// Passes that `decode` took.
+    /// Passes within `decode`.
     pub decode_passes: usize,
 }
 
 impl<T> State<T> {
-    /// The first end counts.
+    /// Sets the end. Only the first one counts.
     fn end(&mut self, reason: FinishReason, error: Option<Error>) {
         if self.finish.is_none() {
             self.finish = Some(reason);
@@ -106,7 +108,7 @@ impl<T> Outbox<T> {
         Outbox { state: Mutex::new(state), changed: Condvar::new(), cancel }
     }
 
-    /// Changes the state, and wakes who waits for that.
+    /// Changes the state and wakes the readers if there is something to read.
     fn change<R>(&self, change: impl FnOnce(&mut State<T>) -> R) -> R {
         let mut state = lock(&self.state);
         let result = change(&mut state);
@@ -119,18 +121,18 @@ impl<T> Outbox<T> {
         result
     }
 
-    // The compute thread's side.
+    // For the compute thread.
 
     pub fn wants_more(&self) -> bool {
         lock(&self.state).items.len() < AHEAD
     }
 
-    /// The first step is about to be taken.
+    /// Records the start of the first step.
     pub fn begin(&self, queue: Duration, status: Status) {
         self.change(|state| (state.queue, state.status) = (queue, Some(status)));
     }
 
-    /// What a step brought; false when it was the last. `elapsed`: since the first read.
+    /// Records the result of a step; false after the last one. `elapsed`: since the first read.
     pub fn deliver(&self, step: Result<Step<T>>, status: Status, elapsed: Duration) -> bool {
         self.change(|state| {
             state.status = Some(status);
@@ -141,12 +143,12 @@ impl<T> Outbox<T> {
                 Ok(Step::More(item)) => (item, None),
                 Ok(Step::End(item, reason)) => (item, Some((reason, None))),
                 Err(Error::Cancelled) if self.cancel.is_late() => (None, Some((FinishReason::Timeout, None))),
-                // By the reader, who has set the end already, or else because the model was closed.
+                // Either the reader cancelled, and has set the end already, or the model was closed.
                 Err(Error::Cancelled) => (None, Some((FinishReason::Error, Some(Error::Closed)))),
                 Err(error) => (None, Some((FinishReason::Error, Some(error)))),
             };
             if state.finish.is_none() {
-                state.items.extend(item); // nothing follows an end
+                state.items.extend(item);
             }
             if let Some((reason, error)) = end {
                 state.end(reason, error);
@@ -159,15 +161,15 @@ impl<T> Outbox<T> {
         self.change(|state| state.end(reason, error));
     }
 
-    /// Since when nobody has read; None while somebody waits for something to read.
+    /// The time of the last read; None while a reader waits.
     pub fn unread_since(&self) -> Option<Instant> {
         let state = lock(&self.state);
         Some(state.read_at).filter(|_| state.readers == 0 && state.hooks.is_empty())
     }
 
-    // The reader's side.
+    // For the reader.
 
-    /// The next item, the end, or nothing yet. The error is told once, where the end is.
+    /// The next item, None at the end, or pending. The error comes once, in place of the end.
     pub fn take(&self, ids: impl FnOnce(&T) -> &[u32]) -> Poll<Result<Option<T>>> {
         let mut state = lock(&self.state);
         state.read_at = Instant::now();
@@ -185,7 +187,7 @@ impl<T> Outbox<T> {
         Poll::Ready(state.error.take().map_or(Ok(None), Err))
     }
 
-    /// Ends it, with nothing more to read; false where the end was read already.
+    /// Ends the stream for its reader and drops unread items; false if the end was read already.
     pub fn abandon(&self, reason: FinishReason) -> bool {
         self.change(|state| {
             if state.end_read {
@@ -199,7 +201,7 @@ impl<T> Outbox<T> {
         })
     }
 
-    /// Waits until there is something to read, or so long. Meanwhile somebody is reading.
+    /// Waits until there is something to read, for at most `duration`. The stream does not count as unread meanwhile.
     pub fn wait(&self, duration: Duration) {
         let mut state = lock(&self.state);
         if !state.is_readable() {
@@ -210,7 +212,7 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// Calls `hook` once there is something to read, perhaps at once. Until then somebody is reading.
+    /// Calls `hook` once there is something to read, perhaps at once. Until then the stream does not count as unread.
     pub fn on_change(&self, hook: Hook) {
         let mut state = lock(&self.state);
         if state.is_readable() {
@@ -242,14 +244,182 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// How far the phase is that it is in, and before that how those ended that came since the phase `told`, that one
-    /// included: of the wait there is nothing to tell twice.
-    pub fn progress(&self, told: Option<Phase>) -> Vec<Progress> {
+    /// The progress reports due when phase `reported` was the last one in a report: the end of each phase from that one
+    /// on, then the current phase. The end of the wait is no news.
+    pub fn progress(&self, reported: Option<Phase>) -> Vec<Progress> {
         let state = lock(&self.state);
-        let (since, now) = (told.unwrap_or(Phase::Wait), state.phase());
-        let phases =
-            [Phase::Wait, Phase::Prefill, Phase::Decode].into_iter().filter(|phase| (since..=now).contains(phase));
-        let waited = |phase: &Phase| *phase == Phase::Wait && now > Phase::Wait && told.is_some();
-        phases.filter(|phase| !waited(phase)).map(|phase| state.progress(phase)).collect()
+        let (first, current) = (reported.unwrap_or(Phase::Wait), state.phase());
+        let is_due = |phase: &Phase| {
+            let is_news = *phase != Phase::Wait || *phase == current || reported.is_none();
+            (first..=current).contains(phase) && is_news
+        };
+        let phases = [Phase::Wait, Phase::Prefill, Phase::Decode].into_iter();
+        phases.filter(is_due).map(|phase| state.progress(phase)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    type Texts = Outbox<&'static str>;
+
+    fn outbox() -> Texts {
+        Outbox::new(Cancel::default())
+    }
+
+    fn status(prefilled: usize, generated: usize) -> Status {
+        Status { prompt: 3, prefilled, generated, limit: Some(9), ..Status::default() }
+    }
+
+    fn deliver(outbox: &Texts, step: Result<Step<&'static str>>) -> bool {
+        outbox.deliver(step, status(3, 1), Duration::from_secs(1))
+    }
+
+    fn more(text: &'static str) -> Result<Step<&'static str>> {
+        Ok(Step::More(Some(text)))
+    }
+
+    fn take(outbox: &Texts) -> Poll<Result<Option<&'static str>>> {
+        outbox.take(|_| &[7])
+    }
+
+    #[test]
+    fn items_come_in_order_and_the_reason_shows_with_the_end() {
+        let outbox = outbox();
+        assert_eq!(take(&outbox), Poll::Pending);
+        assert!(deliver(&outbox, more("a")));
+        assert!(deliver(&outbox, Ok(Step::More(None))));
+        assert!(!deliver(&outbox, Ok(Step::End(Some("b"), FinishReason::Stop))));
+        for text in ["a", "b"] {
+            assert_eq!(take(&outbox), Poll::Ready(Ok(Some(text))));
+            assert_eq!(outbox.finish_reason(), None);
+        }
+        for _ in 0..2 {
+            assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
+            assert_eq!(outbox.finish_reason(), Some(FinishReason::Stop));
+        }
+        assert_eq!(outbox.ids(), [7, 7]);
+    }
+
+    #[test]
+    fn the_first_end_counts_and_its_error_comes_once() {
+        let outbox = outbox();
+        deliver(&outbox, more("a"));
+        assert!(!deliver(&outbox, Err(Error::Value("first".into()))));
+        assert!(!deliver(&outbox, more("late")));
+        outbox.end(FinishReason::Stop, Some(Error::Value("second".into())));
+        assert_eq!(take(&outbox), Poll::Ready(Ok(Some("a"))));
+        assert_eq!(take(&outbox), Poll::Ready(Err(Error::Value("first".into()))));
+        assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
+        assert_eq!(outbox.finish_reason(), Some(FinishReason::Error));
+    }
+
+    #[test]
+    fn it_wants_no_more_when_it_is_full() {
+        let outbox = outbox();
+        for _ in 0..AHEAD {
+            assert!(outbox.wants_more());
+            deliver(&outbox, more("a"));
+        }
+        assert!(!outbox.wants_more());
+        assert!(take(&outbox).is_ready());
+        assert!(outbox.wants_more());
+    }
+
+    #[test]
+    fn abandoning_drops_the_items_and_is_too_late_after_the_end() {
+        let abandoned = outbox();
+        deliver(&abandoned, more("a"));
+        deliver(&abandoned, Err(Error::Value("unread".into())));
+        assert!(abandoned.abandon(FinishReason::Cancelled));
+        assert_eq!(take(&abandoned), Poll::Ready(Ok(None)));
+        assert_eq!(abandoned.finish_reason(), Some(FinishReason::Cancelled));
+        let complete = outbox();
+        deliver(&complete, Ok(Step::End(None, FinishReason::Length)));
+        assert_eq!(take(&complete), Poll::Ready(Ok(None)));
+        assert!(!complete.abandon(FinishReason::Cancelled));
+        assert_eq!(complete.finish_reason(), Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn the_deadline_ends_it_for_the_reader_and_for_the_compute_thread() {
+        let late = || Texts::new(Cancel::at(Some(Instant::now())));
+        let outbox = late();
+        assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
+        assert_eq!(outbox.finish_reason(), Some(FinishReason::Timeout));
+        let outbox = late();
+        deliver(&outbox, more("a"));
+        assert!(!deliver(&outbox, Err(Error::Cancelled)));
+        assert_eq!(take(&outbox), Poll::Ready(Ok(Some("a"))));
+        assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
+        assert_eq!(outbox.finish_reason(), Some(FinishReason::Timeout));
+    }
+
+    #[test]
+    fn a_step_that_the_reader_did_not_cancel_means_a_closed_model() {
+        let outbox = outbox();
+        deliver(&outbox, Err(Error::Cancelled));
+        assert_eq!(take(&outbox), Poll::Ready(Err(Error::Closed)));
+    }
+
+    #[test]
+    fn a_hook_is_called_once_and_counts_as_a_reader_until_then() {
+        let outbox = outbox();
+        let (sender, called) = channel();
+        let hook = || {
+            let sender = sender.clone();
+            Box::new(move || sender.send(()).unwrap())
+        };
+        let read_at = outbox.unread_since().expect("no reader waits");
+        outbox.on_change(hook());
+        assert_eq!(outbox.unread_since(), None);
+        deliver(&outbox, Ok(Step::More(None)));
+        assert_eq!(called.try_iter().count(), 0, "there is nothing to read");
+        deliver(&outbox, more("a"));
+        deliver(&outbox, more("b"));
+        assert_eq!(called.try_iter().count(), 1);
+        assert_eq!(outbox.unread_since(), Some(read_at));
+        outbox.on_change(hook());
+        assert_eq!(called.try_iter().count(), 1, "there is something to read");
+        assert!(take(&outbox).is_ready());
+        assert!(outbox.unread_since() >= Some(read_at));
+    }
+
+    #[test]
+    fn a_waiting_thread_is_a_reader_and_wakes_for_an_item() {
+        let outbox = outbox();
+        std::thread::scope(|scope| {
+            scope.spawn(|| outbox.wait(Duration::from_secs(3600)));
+            while outbox.unread_since().is_some() {
+                std::thread::yield_now();
+            }
+            deliver(&outbox, more("a"));
+        });
+        assert!(outbox.unread_since().is_some());
+        outbox.wait(Duration::from_secs(3600)); // there is something to read
+    }
+
+    #[test]
+    fn progress_leaves_no_phase_out() {
+        let outbox = outbox();
+        let of = |phase, done, total| Progress { phase, done, total };
+        let wait = of(Phase::Wait, 0, None);
+        assert_eq!(outbox.progress(None), [wait]);
+        assert_eq!(outbox.progress(Some(Phase::Wait)), [wait]);
+        outbox.begin(Duration::from_secs(2), status(0, 0));
+        outbox.deliver(Ok(Step::More(None)), status(2, 0), Duration::from_secs(3));
+        assert_eq!(outbox.progress(None), [wait, of(Phase::Prefill, 2, Some(3))]);
+        assert_eq!(outbox.progress(Some(Phase::Wait)), [of(Phase::Prefill, 2, Some(3))]);
+        assert_eq!(outbox.timings().first_token, None);
+        outbox.deliver(more("a"), status(3, 1), Duration::from_secs(4));
+        outbox.deliver(more("b"), status(3, 2), Duration::from_secs(5));
+        let both = [of(Phase::Prefill, 3, Some(3)), of(Phase::Decode, 2, Some(9))];
+        assert_eq!(outbox.progress(Some(Phase::Wait)), both);
+        assert_eq!(outbox.progress(Some(Phase::Prefill)), both);
+        assert_eq!(outbox.progress(Some(Phase::Decode)), both[1..]);
+        let timings = outbox.timings();
+        assert_eq!((timings.queue, timings.first_token), (Duration::from_secs(2), Some(Duration::from_secs(4))));
     }
 }

@@ -1,27 +1,45 @@
-//! Panics are bugs of ours. They are caught where they would leave the engine, and become errors that say where they
-//! were; nothing is printed.
+//! Panics are bugs of the engine. They are caught before they leave it and become errors that name the place. Nothing is
+//! printed.
 
 use std::any::Any;
-use std::sync::Mutex;
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use crate::threads::lock;
+use crate::error::{Error, Result};
 
-/// Where the last panic was. The payload that is caught does not say.
-static PLACE: Mutex<String> = Mutex::new(String::new());
+thread_local! {
+    /// The place of this thread's last panic, which the payload lacks.
+    static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
+}
 
-/// Keep panics off stderr, for as long as the process lives. An extension module has a panic hook of its own: no other
-/// module's panics are touched.
+/// Keeps panics off stderr and notes their places, for the rest of the process. An extension module has a panic hook of
+/// its own, so no other module is affected.
 pub fn silence() {
     std::panic::set_hook(Box::new(|panic| {
-        *lock(&PLACE) = panic.location().map(|place| format!(" at {place}")).unwrap_or_default();
+        let place = panic.location().map(|place| format!(" at {place}")).unwrap_or_default();
+        let _ = PLACE.try_with(|last| last.replace(place)); // fails where the thread's locals are gone
     }));
 }
 
-/// What a caught panic said, and where, if `silence` was called before.
-pub fn message(payload: Box<dyn Any + Send>) -> String {
-    let text = match payload.downcast::<String>() {
-        Ok(text) => *text,
-        Err(payload) => payload.downcast_ref::<&str>().map_or("a panic without words".into(), |text| text.to_string()),
+/// Calls `work`. A panic becomes `Error::Internal` with its message, and its place if `silence` was called before.
+pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| Err(to_error(payload)))
+}
+
+/// Continues on this thread a panic that `catch` caught on another.
+pub fn resume(error: Error) -> ! {
+    resume_unwind(Box::new(error))
+}
+
+fn to_error(payload: Box<dyn Any + Send>) -> Error {
+    let text = match payload.downcast::<Error>() {
+        Ok(error) => return *error, // from `resume`
+        Err(payload) => match payload.downcast::<String>() {
+            Ok(text) => *text,
+            Err(payload) => {
+                payload.downcast_ref::<&str>().map_or("a panic without a message".into(), ToString::to_string)
+            }
+        },
     };
-    text + &lock(&PLACE)
+    Error::Internal(text + &PLACE.take())
 }

@@ -1,32 +1,33 @@
-//! Phi-3 and its family (mini, medium, 3.5-mini, Phi-4, Phi-4-mini), read top to bottom like the paper.
+//! Phi-3 and its family (mini, medium, 3.5-mini, Phi-4, Phi-4-mini), from embedding to head.
 //!
 //! Where implementations differ, this one does what Hugging Face's `modeling_phi3.py` does: the sliding window is
 //! exactly `w` keys, and a LongRoPE sequence that outgrows the original context is computed anew with the long factors.
+//!
+//! Decisions: docs/design/model.md
 
+mod chunks;
 mod config;
 
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{DType, Storage, Tensor};
+use candle_core::{Storage, Tensor};
 
 use crate::cache::{KvLayer, KvShape, KvType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::kernels::{Phase, Weights};
+use crate::memory;
 use crate::model::{Model, Sequence, Want};
 use crate::ops::{AttentionShape, Backend, Matrix, Norm, Ops};
 use crate::rope::{Angles, Rope};
 use crate::threads::Cancel;
 
+pub use chunks::Chunks;
 pub use config::Config;
 
-/// Prompt tokens that go through the model together. They share one unpacking of the weights, 4 % of the work at 256 and
-/// 2 % at 512, and their activations stay small: 512 x 16384 floats are 34 MB.
-const PREFILL_CHUNK: usize = 512;
-
-/// The model: its weights, and where they are computed.
+/// The weights of a model, and the backend that computes with them.
 pub struct Phi3 {
     pub config: Config,
     file: PathBuf,
@@ -34,26 +35,27 @@ pub struct Phi3 {
     kv_type: KvType,
     rope: Rope,
     attention: AttentionShape,
+    chunks: Chunks,
     token_embd: Matrix,
     layers: Vec<Layer>,
     output_norm: Norm,
-    /// None: tied to `token_embd`.
+    /// None: `token_embd` is the head too.
     output: Option<Matrix>,
 }
 
 struct Layer {
     attn_norm: Norm,
-    /// q, k and v, one after the other.
+    /// Rows of q, then k, then v.
     attn_qkv: Matrix,
     attn_output: Matrix,
     ffn_norm: Norm,
-    /// gate, then up.
+    /// Rows of gate, then up.
     ffn_up: Matrix,
     ffn_down: Matrix,
 }
 
 impl Phi3 {
-    /// Take the weights where they lie.
+    /// Uses the weights in place, in the mapped file.
     pub fn load(gguf: &Gguf, backend: Backend, kv_type: KvType) -> Result<Self> {
         let config = Config::read(gguf)?;
         let matrix = |name: &str| Matrix::load(config::tensor(gguf, name)?, &backend);
@@ -70,7 +72,9 @@ impl Phi3 {
                 })
             })
             .collect::<Result<_>>()?;
+        let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
         Ok(Phi3 {
+            chunks: Chunks::new(&config, weights),
             rope: Rope::new(config.rope_dims, config.rope_base, config.long_rope.as_ref()),
             attention: AttentionShape {
                 n_head: config.n_head,
@@ -89,9 +93,9 @@ impl Phi3 {
         })
     }
 
-    /// A pass over some positions begins with their embeddings.
+    /// The first step of a pass: the embeddings and the rope angles of its positions.
     fn embed(&self, ids: &[u32], start: usize, long: bool, buffers: &mut Buffers, ops: Ops<'_>) -> Result<()> {
-        self.rope.fill(&mut buffers.angles, start..start + ids.len(), long);
+        self.rope.fill(&mut buffers.angles, start..start + ids.len(), long)?;
         ops.embed(&self.token_embd, ids, &mut buffers.x)
     }
 
@@ -110,14 +114,9 @@ impl Phi3 {
         ops.check()
     }
 
-    /// The logits of its last position, or of each, are added to `logits`.
-    fn head(
-        &self,
-        want: Want,
-        Buffers { x, out, .. }: &mut Buffers,
-        ops: Ops<'_>,
-        logits: &mut Vec<f32>,
-    ) -> Result<()> {
+    /// Appends the logits of the last position of the pass, or of each, to `logits`, which has room for them.
+    fn head(&self, want: Want, buffers: &mut Buffers, ops: Ops<'_>, logits: &mut Vec<f32>) -> Result<()> {
+        let Buffers { x, pass_logits, .. } = buffers;
         let tokens = x.dim(0)?;
         let last; // (1, hidden)
         let x = if want == Want::Last && tokens > 1 {
@@ -126,20 +125,20 @@ impl Phi3 {
         } else {
             x
         };
-        if out.dim(0)? != x.dim(0)? {
-            *out = Tensor::zeros((x.dim(0)?, self.config.n_vocab), DType::F32, x.device())?;
+        if pass_logits.dim(0)? != x.dim(0)? {
+            *pass_logits = zeros(x.dim(0)?, self.config.n_vocab, &self.backend, "logits")?;
         }
-        ops.norm_linear(x, &self.output_norm, self.output.as_ref().unwrap_or(&self.token_embd), out)?;
+        ops.norm_linear(x, &self.output_norm, self.output.as_ref().unwrap_or(&self.token_embd), pass_logits)?;
         ops.check()?;
-        match &*out.storage_and_layout().0 {
+        match &*pass_logits.storage_and_layout().0 {
             Storage::Cpu(storage) => logits.extend_from_slice(storage.as_slice()?),
-            _ => logits.extend(out.flatten_all()?.to_vec1::<f32>()?),
+            _ => logits.extend(pass_logits.flatten_all()?.to_vec1::<f32>()?),
         }
         Ok(())
     }
 }
 
-/// What the operations of a pass write to. Passes over as many tokens, as those of decoding are, use the same memory.
+/// The results of the operations of a pass. Passes over the same number of tokens, as in decoding, use the same memory.
 struct Buffers {
     angles: Angles,
     /// (tokens, hidden)
@@ -150,28 +149,35 @@ struct Buffers {
     heads: Tensor,
     /// (tokens, 2 * feed_forward)
     gate_up: Tensor,
-    /// Logits: (tokens or 1, n_vocab)
-    out: Tensor,
+    /// (tokens or 1, n_vocab); no rows before the first head.
+    pass_logits: Tensor,
 }
 
 impl Buffers {
     fn new(model: &Phi3, tokens: usize) -> Result<Self> {
         let Config { hidden, feed_forward, n_vocab, .. } = model.config;
         let (q_dim, kv_dim) = (model.attention.q_dim(), model.attention.kv_dim());
-        let zeros = |features| Tensor::zeros((tokens, features), DType::F32, model.backend.device());
+        let zeros = |features, what| zeros(tokens, features, &model.backend, what);
         Ok(Buffers {
             angles: Angles::default(),
-            x: zeros(hidden)?,
-            qkv: zeros(q_dim + 2 * kv_dim)?,
-            heads: zeros(q_dim)?,
-            gate_up: zeros(2 * feed_forward)?,
-            out: Tensor::zeros((1, n_vocab), DType::F32, model.backend.device())?,
+            x: zeros(hidden, "hidden states")?,
+            qkv: zeros(q_dim + 2 * kv_dim, "queries, keys and values")?,
+            heads: zeros(q_dim, "attention outputs")?,
+            gate_up: zeros(2 * feed_forward, "feed-forward activations")?,
+            pass_logits: self::zeros(0, n_vocab, &model.backend, "logits")?,
         })
     }
 
     fn tokens(&self) -> Result<usize> {
         Ok(self.x.dim(0)?)
     }
+}
+
+/// A tensor for activations.
+fn zeros(tokens: usize, features: usize, backend: &Backend, what: &str) -> Result<Tensor> {
+    let length = tokens.saturating_mul(features);
+    let values = memory::filled(0f32, length, format_args!("{tokens} tokens of {features} {what}"))?;
+    Ok(Tensor::from_vec(values, (tokens, features), backend.device())?)
 }
 
 impl Model for Phi3 {
@@ -213,7 +219,7 @@ impl Model for Phi3 {
     }
 
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
-        let (cache, buffers) = (Cache::new(&self), Buffers::new(&self, 1)?);
+        let (cache, buffers) = (Cache::new(&self), Buffers::new(&self, 0)?);
         let asked = Asked { from: 0, phase: Phase::Prefill, want: Want::Last };
         Ok(Box::new(Phi3Sequence {
             cache,
@@ -248,9 +254,14 @@ impl Cache {
         Cache { layers: model.layers.iter().map(|_| KvLayer::new(shape.clone())).collect(), long: false }
     }
 
-    /// Positions computed so far.
+    /// Computed positions.
     fn len(&self) -> usize {
         self.layers[0].len()
+    }
+
+    /// Bytes of the pages that `positions` more would add.
+    fn growth(&self, positions: usize) -> u64 {
+        self.layers.iter().map(|layer| layer.growth(positions)).fold(0, u64::saturating_add)
     }
 
     fn restart(&mut self, long: bool) {
@@ -263,68 +274,67 @@ struct Phi3Sequence {
     model: Arc<Phi3>,
     cache: Cache,
     buffers: Buffers,
-    /// Every id so far: a sequence that outgrows the short rope factors is computed anew.
+    /// All ids: a sequence that outgrows the short rope factors is computed anew.
     ids: Vec<u32>,
     asked: Asked,
-    /// Under way.
+    /// The current pass, between two of its turns.
     pass: Option<Pass>,
     logits: Vec<f32>,
 }
 
-/// What was last appended.
+/// The last call of `append`.
 #[derive(Copy, Clone)]
 struct Asked {
-    /// Positions before it are only computed again.
+    /// Its first position. Earlier ones are computed again at most.
     from: usize,
     phase: Phase,
     want: Want,
 }
 
-/// Some tokens on their way through the layers.
+/// Tokens that go through the layers together.
 struct Pass {
     positions: Range<usize>,
     phase: Phase,
     want: Option<Want>,
-    /// Layers that are done.
+    /// Computed layers.
     layers: usize,
 }
 
 impl Phi3Sequence {
-    /// The next positions that go through the model together.
+    /// The next positions that go through the model together, with memory for them.
     fn next_pass(&mut self) -> Result<Pass> {
         let (start, Asked { from, phase, want }) = (self.cache.len(), self.asked);
         let (border, phase) = if start < from { (from, Phase::Prefill) } else { (self.ids.len(), phase) };
-        let end = border.min(start + PREFILL_CHUNK);
-        let wanted = match want {
-            Want::Every => start >= from,
-            Want::Last => end == self.ids.len(),
-        };
-        if self.buffers.tokens()? != end - start {
-            self.buffers = Buffers::new(&self.model, end - start)?;
+        let every = want == Want::Every && start >= from;
+        let end = border.min(start + self.model.chunks.length(start, every));
+        let wanted = every || want == Want::Last && end == self.ids.len();
+        let tokens = end - start;
+        let growth = self.cache.growth(tokens);
+        if self.buffers.tokens()? != tokens {
+            self.buffers = Buffers::new(&self.model, 0)?; // frees the old ones first
+            let activations = self.model.chunks.bytes(tokens, every);
+            memory::check(growth + activations, format_args!("a pass over {tokens} tokens at position {start}"))?;
+            self.buffers = Buffers::new(&self.model, tokens)?;
+        } else {
+            memory::check(growth, format_args!("the KV cache at position {start}"))?;
         }
         Ok(Pass { positions: start..end, phase, want: wanted.then_some(want), layers: 0 })
     }
-}
 
-impl Sequence for Phi3Sequence {
-    fn append(&mut self, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
-        let n_vocab = self.model.config.n_vocab;
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= n_vocab) {
-            return Err(Error::Value(format!("token id {id} is outside the vocabulary of {n_vocab}")));
+    /// Keys, values and logits for all of the prompt are compared with the available memory before it is computed.
+    fn check_memory(&self, ids: usize, want: Want) -> Result<()> {
+        let positions = self.ids.len() + ids;
+        let cache = self.cache.growth(positions.saturating_sub(self.cache.len()));
+        memory::check(cache, format_args!("the KV cache of {positions} tokens"))?;
+        if want == Want::Every {
+            let logits = (ids as u64).saturating_mul(4 * self.model.config.n_vocab as u64);
+            let what = format_args!("{ids} x {} logits with the KV cache", self.model.config.n_vocab);
+            memory::check(logits.saturating_add(cache), what)?;
         }
-        self.asked = Asked { from: self.ids.len(), phase, want };
-        self.ids.extend_from_slice(ids);
-        let long = self.model.rope.is_long(self.ids.len());
-        if long != self.cache.long {
-            self.cache.restart(long);
-        }
-        self.logits.clear();
         Ok(())
     }
 
-    /// A layer of a chunk of the prompt, which is some 200 ms where a token is as much; or a token. What others do in
-    /// between changes no bit of it.
-    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+    fn turn(&mut self, cancel: &Cancel) -> Result<bool> {
         let model = self.model.clone();
         let mut pass = match self.pass.take() {
             Some(pass) => pass,
@@ -349,6 +359,37 @@ impl Sequence for Phi3Sequence {
         }
         Ok(self.cache.len() < self.ids.len())
     }
+}
+
+impl Sequence for Phi3Sequence {
+    fn append(&mut self, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
+        let n_vocab = self.model.config.n_vocab;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= n_vocab) {
+            return Err(Error::Value(format!("token id {id} is outside the vocabulary of {n_vocab}")));
+        }
+        self.check_memory(ids.len(), want)?;
+        self.logits.clear();
+        let rows = if want == Want::Every { ids.len() } else { 1 };
+        let what = format_args!("{rows} x {n_vocab} logits");
+        memory::reserve(&mut self.logits, rows.saturating_mul(n_vocab), what)?;
+        if self.ids.capacity() < self.ids.len() + ids.len() {
+            let more = ids.len().max(self.ids.len()); // room for as many again
+            memory::reserve(&mut self.ids, more, format_args!("{more} token ids"))?;
+        }
+        self.asked = Asked { from: self.ids.len(), phase, want };
+        self.ids.extend_from_slice(ids);
+        let long = self.model.rope.is_long(self.ids.len());
+        if long != self.cache.long {
+            self.cache.restart(long);
+        }
+        Ok(())
+    }
+
+    /// One turn: one layer of a chunk of the prompt, or one decoded token. The turns of other sequences in between do
+    /// not affect the result.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+        memory::catch(|| self.turn(cancel))
+    }
 
     fn computed(&self) -> usize {
         let reached = match &self.pass {
@@ -361,6 +402,10 @@ impl Sequence for Phi3Sequence {
     fn logits(&self) -> &[f32] {
         &self.logits
     }
+
+    fn take_logits(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.logits)
+    }
 }
 
 /// A one-dimensional tensor of the file as f32.
@@ -368,7 +413,7 @@ fn vector(gguf: &Gguf, name: &str, backend: &Backend) -> Result<Tensor> {
     let tensor = config::tensor(gguf, name)?;
     let cols = tensor.shape.iter().product();
     let weights = Weights { format: crate::ops::format(tensor)?, cols, bytes: tensor.bytes() };
-    let mut values = vec![0f32; cols];
+    let mut values = memory::filled(0f32, cols, format_args!("tensor `{name}`"))?;
     crate::kernels::dequantize(weights, &mut values);
     Ok(Tensor::from_vec(values, cols, backend.device())?)
 }

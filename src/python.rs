@@ -1,14 +1,15 @@
-//! The Python module `candle_phi._engine`: classes, exceptions, and the interpreter's lock. Nothing is decided here.
+//! The Python module `candle_phi._engine`: classes, exceptions and the interpreter's lock. It holds no logic of its own.
+//!
+//! Decisions: docs/design/python.md
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
@@ -20,7 +21,7 @@ use crate::gguf::Value;
 use crate::model::Want;
 use crate::sampling::Sampling;
 use crate::stream::TextStream;
-use crate::task::{self, Progress, Running};
+use crate::task::{self, BackgroundTask, Progress};
 use crate::tokenizer::Tokenizer;
 use crate::work::FinishReason;
 use crate::{hub, kernels, logits, memory, panic, ready, stream, threads};
@@ -38,6 +39,7 @@ mod raised {
     import_exception!(candle_phi.errors, NotInThisVersionError);
     import_exception!(candle_phi.errors, OfflineError);
     import_exception!(candle_phi.errors, UnsupportedModelError);
+    import_exception!(candle_phi.options, OptionValueError);
 }
 
 impl From<Error> for PyErr {
@@ -57,89 +59,43 @@ impl From<Error> for PyErr {
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
             Error::Value(_) => PyValueError::new_err(message),
+            Error::Option { name, problem } => raised::OptionValueError::new_err((name, problem)),
+            Error::Memory(_) => PyMemoryError::new_err(message),
             Error::Internal(_) | Error::Cancelled => raised::InternalError::new_err(message),
         }
     }
 }
 
-/// Runs the engine without the interpreter's lock; a panic of ours becomes an `InternalError`. Nothing that is done here
-/// calls Python: what waits does so in pieces of some 75 ms, between which Python handles signals and calls callbacks.
+/// Runs `work` without the interpreter's lock. A panic becomes an `InternalError`.
+///
+/// `work` never calls Python, and it waits in pieces of at most 75 ms: between them Python handles signals and calls
+/// callbacks. A daemon thread that comes back while the interpreter finalizes stays in `PyEval_RestoreThread` for ever:
+/// PyO3 parks it there before Python 3.14, and Python itself from then on. Until finalization begins it passes, so that
+/// an `atexit` handler can join it.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
-    let caught = py.detach(|| {
-        let caught = catch_unwind(AssertUnwindSafe(work));
-        exit::enter();
-        caught
-    });
-    exit::leave();
-    Ok(caught.unwrap_or_else(|panic| Err(Error::Internal(panic::message(panic))))?)
+    Ok(py.detach(|| panic::catch(work))?)
 }
 
-/// The interpreter's end, which a daemon thread of the application may see from inside the engine. Coming back, it would
-/// be unwound by the interpreter, right through our frames, and that aborts the process. So it stays where it is. One
-/// that is in a callback has no frames of ours.
-mod exit {
-    use std::sync::OnceLock;
-    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-    use std::thread::{self, ThreadId};
-    use std::time::{Duration, Instant};
+/// A progress report: phase, done, total.
+type Report = (&'static str, u64, Option<u64>);
 
-    use pyo3::prelude::*;
-
-    /// The thread that ends the interpreter.
-    static ENDING: OnceLock<ThreadId> = OnceLock::new();
-    /// Threads that were let through: they wait for the interpreter's lock.
-    static INSIDE: AtomicUsize = AtomicUsize::new(0);
-    /// How long that may take.
-    const PATIENCE: Duration = Duration::from_millis(500);
-
-    /// Before a thread takes the interpreter's lock. `leave` follows once it has it.
-    pub fn enter() {
-        INSIDE.fetch_add(1, SeqCst);
-        if ENDING.get().is_some_and(|ending| *ending != thread::current().id()) {
-            leave();
-            loop {
-                thread::park();
-            }
-        }
-    }
-
-    pub fn leave() {
-        INSIDE.fetch_sub(1, SeqCst);
-    }
-
-    /// `atexit` calls it: the threads that may still use the interpreter come back now, the others never.
-    #[pyfunction]
-    pub fn end(py: Python<'_>) {
-        let _ = ENDING.set(thread::current().id());
-        let begin = Instant::now();
-        py.detach(|| {
-            while INSIDE.load(SeqCst) > 0 && begin.elapsed() < PATIENCE {
-                thread::sleep(Duration::from_millis(1));
-            }
-        });
-    }
-}
-
-/// What Python is told of progress: phase, how much is done, of how much.
-type Told = (&'static str, u64, Option<u64>);
-
-fn told(progress: Progress) -> Told {
+fn report(progress: Progress) -> Report {
     (progress.phase.name(), progress.done, progress.total)
 }
 
-/// Work in a thread of its own. What it returns becomes Python's when that asks for it.
+/// A background task. Its result is converted when Python polls.
 #[pyclass(frozen, module = "candle_phi._engine")]
-struct Task(Running<Returned>);
+struct Task(BackgroundTask<Convert>);
 
-type Returned = Box<dyn for<'py> FnOnce(Python<'py>) -> PyResult<Bound<'py, PyAny>> + Send>;
+type Convert = Box<dyn for<'py> FnOnce(Python<'py>) -> PyResult<Bound<'py, PyAny>> + Send>;
 
 impl Task {
     fn start<T>(work: impl FnOnce(&task::Task) -> Result<T, Error> + Send + 'static) -> PyResult<Self>
     where
         T: for<'py> IntoPyObject<'py> + Send + 'static,
     {
-        let returned = |value: T| -> Returned { Box::new(move |py| value.into_bound_py_any(py)) };
-        Ok(Task(Running::start(move |task| work(task).map(returned))?))
+        let convert = |value: T| -> Convert { Box::new(move |py| value.into_bound_py_any(py)) };
+        Ok(Task(BackgroundTask::start(move |task| work(task).map(convert))?))
     }
 }
 
@@ -147,7 +103,7 @@ impl Task {
 impl Task {
     fn poll<'py>(&self, py: Python<'py>) -> PyResult<(bool, Option<Bound<'py, PyAny>>)> {
         match detached(py, || self.0.poll())? {
-            Poll::Ready(returned) => Ok((true, Some(returned(py)?))),
+            Poll::Ready(convert) => Ok((true, Some(convert(py)?))),
             Poll::Pending => Ok((false, None)),
         }
     }
@@ -156,9 +112,9 @@ impl Task {
         detached(py, || self.0.wait())
     }
 
-    fn progress(&self, end: bool) -> PyResult<[Told; 1]> {
-        let _ = end; // it is due each time that somebody looks
-        Ok([told(self.0.progress()?)])
+    fn progress(&self, end: bool) -> PyResult<[Report; 1]> {
+        let _ = end; // a report is due at every call
+        Ok([report(self.0.progress()?)])
     }
 
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
@@ -228,6 +184,10 @@ impl Model {
         for (key, value) in parts.gguf.metadata().iter() {
             dict.set_item(key, to_python(py, value)?)?;
         }
+        detached(py, || {
+            drop(parts); // the last hold on the file if another thread has closed the model meanwhile
+            Ok(())
+        })?;
         Ok(dict)
     }
 
@@ -312,8 +272,8 @@ impl Model {
         detached(py, || self.0.decode_pass(tokens))
     }
 
-    fn bytes_per_token(&self, positions: usize) -> PyResult<(usize, usize)> {
-        Ok(self.0.bytes_per_token(positions)?)
+    fn bytes_per_token(&self, py: Python<'_>, positions: usize) -> PyResult<(usize, usize)> {
+        detached(py, || self.0.bytes_per_token(positions))
     }
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
@@ -353,20 +313,19 @@ impl Model {
         };
         let prompt_tokens = prompt.len();
         let top_logprobs = logprobs.then_some(top_logprobs);
-        // what is too long for a Duration is no limit
+        // a timeout too long for a Duration is no limit
         let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         detached(py, || {
             let seed = seed.map_or_else(random_seed, Ok)?;
-            let request =
-                Request { prompt, max_tokens: 0, limited: false, sampling, seed, stop, ignore_eos, top_logprobs };
+            let request = Request { prompt, sampling, seed, stop, ignore_eos, top_logprobs, ..Request::default() };
             let stream = self.0.stream(request, max_tokens, timeout)?;
-            let tokenizer = self.0.parts()?.tokenizer.clone();
-            Ok(Stream { stream, tokenizer, seed, prompt_tokens, logprobs })
+            let tokenizer = if logprobs { Some(self.0.parts()?.tokenizer.clone()) } else { None };
+            Ok(Stream { stream, tokenizer, seed, prompt_tokens })
         })
     }
 }
 
-/// A short number is enough to tell runs apart, and easy to pass back.
+/// 32 bits are enough to tell runs apart and easy to pass back.
 fn random_seed() -> Result<u64, Error> {
     getrandom::u32().map(u64::from).map_err(|error| Error::Internal(format!("no random seed: {error}")))
 }
@@ -402,11 +361,10 @@ fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>>
 #[pyclass(frozen, module = "candle_phi._engine")]
 struct Stream {
     stream: TextStream,
-    /// To spell out the ids of log probabilities.
-    tokenizer: Arc<Tokenizer>,
+    /// For the texts of log probabilities, if they were asked for.
+    tokenizer: Option<Arc<Tokenizer>>,
     seed: u64,
     prompt_tokens: usize,
-    logprobs: bool,
 }
 
 #[pymethods]
@@ -435,8 +393,8 @@ impl Stream {
         self.stream.time_left().map(|left| left.as_secs_f64())
     }
 
-    fn progress(&self, end: bool) -> PyResult<Vec<Told>> {
-        Ok(self.stream.progress(end)?.into_iter().map(told).collect())
+    fn progress(&self, end: bool) -> PyResult<Vec<Report>> {
+        Ok(self.stream.progress(end)?.into_iter().map(report).collect())
     }
 
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
@@ -444,6 +402,10 @@ impl Stream {
             self.stream.cancel();
             Ok(())
         })
+    }
+
+    fn check_process(&self) -> PyResult<()> {
+        Ok(self.stream.finish_reason().map(drop)?)
     }
 
     #[getter]
@@ -480,26 +442,27 @@ impl Stream {
     }
 }
 
-/// Text, its ids, and their log probabilities, if they were asked for.
+/// Text, its ids and, if asked for, their log probabilities.
 type Read<'py> = (String, Vec<u32>, Option<Vec<Bound<'py, PyAny>>>);
 
 impl Stream {
     fn read<'py>(&self, py: Python<'py>, piece: Piece) -> PyResult<Read<'py>> {
-        let entries = || piece.logprobs.iter().map(|entry| self.spell(py, entry)).collect::<PyResult<_>>();
-        let entries = if self.logprobs { Some(entries()?) } else { None };
+        let entries = |tokenizer: &Arc<Tokenizer>| {
+            piece.logprobs.iter().map(|entry| to_entry(py, tokenizer, entry)).collect::<PyResult<Vec<_>>>()
+        };
+        let entries = self.tokenizer.as_ref().map(entries).transpose()?;
         Ok((piece.text, piece.ids, entries))
     }
+}
 
-    fn spell<'py>(&self, py: Python<'py>, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
-        let top = |id: u32, logprob: f32| -> PyResult<_> {
-            let bytes = self.tokenizer.bytes(id);
-            let text = String::from_utf8_lossy(bytes).into_owned();
-            Ok((id, text, PyBytes::new(py, bytes), logprob))
-        };
-        let (id, text, bytes, logprob) = top(entry.id, entry.logprob)?;
-        let others = entry.top.iter().map(|&(id, logprob)| top(id, logprob)).collect::<PyResult<Vec<_>>>()?;
-        Ok((id, text, bytes, logprob, others).into_pyobject(py)?.into_any())
-    }
+fn to_entry<'py>(py: Python<'py>, tokenizer: &Tokenizer, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
+    let token = |id: u32, logprob: f32| {
+        let bytes = tokenizer.bytes(id);
+        (id, String::from_utf8_lossy(bytes).into_owned(), PyBytes::new(py, bytes), logprob)
+    };
+    let (id, text, bytes, logprob) = token(entry.id, entry.logprob);
+    let top: Vec<_> = entry.top.iter().map(|&(id, logprob)| token(id, logprob)).collect();
+    (id, text, bytes, logprob, top).into_bound_py_any(py)
 }
 
 #[pyclass(frozen, module = "candle_phi._engine")]
@@ -511,8 +474,8 @@ impl Logits {
         let Poll::Ready(logits) = detached(py, || self.0.poll())? else { return Ok((false, None)) };
         let logits = logits.ok_or(Error::Closed)?;
         let bytes = PyBytes::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
-            for (place, logit) in bytes.as_chunks_mut().0.iter_mut().zip(logits) {
-                *place = logit.to_ne_bytes();
+            for (chunk, logit) in bytes.as_chunks_mut().0.iter_mut().zip(logits) {
+                *chunk = logit.to_ne_bytes();
             }
             Ok(())
         })?;
@@ -523,8 +486,8 @@ impl Logits {
         detached(py, || self.0.wait())
     }
 
-    fn progress(&self, end: bool) -> PyResult<Vec<Told>> {
-        Ok(self.0.progress(end)?.into_iter().map(told).collect())
+    fn progress(&self, end: bool) -> PyResult<Vec<Report>> {
+        Ok(self.0.progress(end)?.into_iter().map(report).collect())
     }
 
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
@@ -577,8 +540,16 @@ fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 }
 
 #[pyfunction]
-fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64)> {
-    detached(py, || memory::needed(&path, n_ctx, kv_cache))
+fn memory_needed(py: Python<'_>, path: PathBuf, n_ctx: Option<usize>, kv_cache: &str) -> PyResult<(u64, u64, u64)> {
+    detached(py, || {
+        let needed = memory::needed(&path, n_ctx, kv_cache)?;
+        Ok((needed.weights, needed.context, needed.activations))
+    })
+}
+
+#[pyfunction]
+fn memory_available() -> Option<u64> {
+    memory::available()
 }
 
 #[pyclass(frozen, module = "candle_phi._engine")]
@@ -640,13 +611,13 @@ fn cached_files(files: Vec<hub::cache::CachedFile>) -> Vec<CachedFile> {
     files.into_iter().map(|file| (file.repo, file.name, file.commit, file.revisions, file.path, file.size)).collect()
 }
 
-/// The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values.
+/// The compiled engine. `candle_phi.Phi` checks options and messages before they come here.
 #[pymodule]
 mod _engine {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_needed};
+    use super::{Hub, Logits, Model, ReadyQueue, Stream, Task, doctor, memory_available, memory_needed};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -659,8 +630,6 @@ mod _engine {
             ));
         }
         crate::panic::silence();
-        let end = wrap_pyfunction!(super::exit::end, module)?;
-        module.py().import("atexit")?.call_method1("register", (end,))?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
         module.add("KNOWN_MODELS", known.collect::<Vec<_>>())?;

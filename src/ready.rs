@@ -1,4 +1,4 @@
-//! One place where one thread waits for many streams at once, such as that which wakes event loops.
+//! A queue on which one thread waits for many streams, such as the thread that wakes event loops.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -23,14 +23,14 @@ impl ReadyQueue {
         self.changed.notify_one();
     }
 
-    /// Waits for tickets, and takes all that there are; None once it is closed.
+    /// Waits for tickets and takes all of them; None once the queue is closed.
     pub fn take(&self) -> Option<Vec<u64>> {
         let waiting = |state: &mut State| state.tickets.is_empty() && !state.closed;
         let mut state = self.changed.wait_while(lock(&self.state), waiting).unwrap_or_else(PoisonError::into_inner);
         if state.closed { None } else { Some(std::mem::take(&mut state.tickets)) }
     }
 
-    /// Lets the waiting thread go.
+    /// Ends every `take`, now and later.
     pub fn close(&self) {
         lock(&self.state).closed = true;
         self.changed.notify_all();

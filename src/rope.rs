@@ -1,14 +1,17 @@
 //! Rotary position embedding tables: plain RoPE and LongRoPE (Ding et al., 2024), as Hugging Face computes them.
 //!
-//! `inv_freq[i] = 1 / (factor[i] * base^(2i / d))`; cos and sin are multiplied by the attention factor. Which set of
-//! factors holds is the sequence's business: `phi3.rs` asks for either.
+//! `inv_freq[i] = 1 / (factor[i] * base^(2i / d))`; cos and sin are multiplied by the attention factor. `phi3.rs` chooses
+//! the set of factors by the length of the sequence.
 
-/// LongRoPE: what a file with two sets of factors says.
+use crate::error::Result;
+use crate::memory;
+
+/// The parameters of LongRoPE, of a file with two sets of factors.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LongRope {
-    /// (rotated / 2): holds while a sequence has at most `original_context` positions.
+    /// (rotated / 2): for sequences of at most `original_context` positions.
     pub short: Vec<f32>,
-    /// (rotated / 2): holds for every position of a longer one.
+    /// (rotated / 2): for every position of a longer sequence.
     pub long: Vec<f32>,
     pub original_context: usize,
     pub attn_factor: f32,
@@ -30,7 +33,7 @@ struct Long {
 }
 
 impl Rope {
-    /// `rotated` features of each head turn, in pairs.
+    /// `rotated` features of each head are rotated, in pairs.
     pub fn new(rotated: usize, base: f32, long_rope: Option<&LongRope>) -> Self {
         let plain = vec![1.0; rotated / 2];
         match long_rope {
@@ -43,13 +46,13 @@ impl Rope {
         }
     }
 
-    /// Does a sequence of so many positions take the long factors?
+    /// Whether a sequence of this length takes the long factors.
     pub fn is_long(&self, positions: usize) -> bool {
         self.long.as_ref().is_some_and(|long| positions > long.original_context)
     }
 
-    /// cos and sin for `positions`.
-    pub fn fill(&self, angles: &mut Angles, positions: std::ops::Range<usize>, long: bool) {
+    /// Computes cos and sin for `positions`.
+    pub fn fill(&self, angles: &mut Angles, positions: std::ops::Range<usize>, long: bool) -> Result<()> {
         let inv_freq = match &self.long {
             Some(l) if long => &l.inv_freq,
             _ => &self.short,
@@ -57,6 +60,10 @@ impl Rope {
         angles.half = inv_freq.len();
         angles.cos.clear();
         angles.sin.clear();
+        let (tokens, half) = (positions.len(), inv_freq.len());
+        for table in [&mut angles.cos, &mut angles.sin] {
+            memory::reserve(table, tokens * half, format_args!("a rope table of {tokens} tokens and {half} angles"))?;
+        }
         for position in positions {
             for f in inv_freq {
                 let angle = position as f32 * f;
@@ -64,13 +71,14 @@ impl Rope {
                 angles.sin.push(libm::sinf(angle) * self.attn_factor);
             }
         }
+        Ok(())
     }
 }
 
 /// The angles of the positions of one pass.
 #[derive(Default)]
 pub struct Angles {
-    /// Half the features of a head that turn.
+    /// Half the rotated features of a head.
     pub half: usize,
     /// (positions, half)
     pub cos: Vec<f32>,
@@ -82,7 +90,7 @@ fn inv_freq(rotated: usize, base: f32, factors: &[f32]) -> Vec<f32> {
     factors.iter().enumerate().map(|(i, factor)| 1.0 / (factor * power(i))).collect()
 }
 
-/// The attention factor of a file that does not say: `sqrt(1 + ln(context / original) / ln(original))`.
+/// The default attention factor: `sqrt(1 + ln(context / original) / ln(original))`. `original` is at least 2.
 pub fn default_attn_factor(context: usize, original: usize) -> f32 {
     if context <= original {
         return 1.0;
@@ -99,6 +107,7 @@ mod tests {
     fn the_attention_factor_of_phi_3_mini_128k() {
         assert_eq!(default_attn_factor(131072, 4096), 1.190_238_1);
         assert_eq!(default_attn_factor(4096, 4096), 1.0);
+        assert!(default_attn_factor(1 << 28, 2).is_finite());
     }
 
     #[test]
@@ -108,7 +117,7 @@ mod tests {
         let rope = Rope::new(4, 10_000.0, Some(&long_rope));
         assert!(!rope.is_long(16) && rope.is_long(17));
         let mut angles = Angles::default();
-        rope.fill(&mut angles, 3..4, true);
+        rope.fill(&mut angles, 3..4, true).unwrap();
         let expected = [3.0f32 / 4.0, 3.0 / 800.0];
         for (i, angle) in expected.iter().enumerate() {
             let (cos, sin) = (angles.cos[i], angles.sin[i]);

@@ -1,14 +1,14 @@
-//! Logits to a token id.
+//! Samples a token id from logits.
 //!
-//! In this order: logit bias, repeat penalty (Keskar et al., 2019), presence and frequency penalty (OpenAI's), then
+//! The steps in order: logit bias, repeat penalty (Keskar et al., 2019), presence and frequency penalty (OpenAI's), then
 //! temperature, top-k, top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024), and a draw. Temperature 0 is greedy:
-//! the largest after bias and penalties, the lowest id among equals. Everything is computed with `libm`, so that a seed
-//! draws the same id on every platform.
+//! the largest logit after bias and penalties, the lowest id among equals. All functions are `libm`'s, so that a seed draws
+//! the same id on every platform.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-/// How to sample. The caller has checked the ranges.
+/// The sampling options. The caller has checked the ranges.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0: greedy.
@@ -21,7 +21,7 @@ pub struct Sampling {
     pub min_p: f32,
     /// 1: off.
     pub repeat_penalty: f32,
-    /// How many of the newest generated ids the repeat penalty looks at; None: all.
+    /// The number of last generated ids that the repeat penalty applies to; None: all.
     pub repeat_last_n: Option<usize>,
     pub presence_penalty: f32,
     pub frequency_penalty: f32,
@@ -59,7 +59,7 @@ pub struct Sampler {
 #[derive(Copy, Clone)]
 struct Candidate {
     id: u32,
-    /// First a logit, then its share of the probability, up to a common factor.
+    /// First a logit, later a probability up to a common factor.
     weight: f32,
 }
 
@@ -147,16 +147,16 @@ impl Sampler {
                 return candidate.id;
             }
         }
-        // Rounding left a crumb of the last candidate that can be drawn at all.
+        // Rounding left a remainder: the last candidate that can be drawn takes it.
         candidates.iter().rev().find(|candidate| candidate.weight > 0.0).map_or(0, |candidate| candidate.id)
     }
 }
 
-/// Keep the smallest set of the most probable candidates whose share is at least `top_p`; at least one.
+/// Keeps the smallest set of the most probable candidates that has at least the share `top_p`; at least one.
 fn keep_nucleus(candidates: &mut Vec<Candidate>, top_p: f32) {
     candidates.sort_unstable_by_key(|candidate| candidate.id); // the order in which the total is summed
     let enough = top_p as f64 * sum(candidates);
-    // A nucleus is small as a rule: sort the most probable few, and more only if they do not reach.
+    // A nucleus is usually small: sort the 64 most probable, and more only if their share is too small.
     let mut sorted = 0;
     let mut share = 0.0;
     while sorted < candidates.len() {
@@ -180,7 +180,7 @@ fn sum(candidates: &[Candidate]) -> f64 {
     candidates.iter().map(|candidate| candidate.weight as f64).sum()
 }
 
-/// The greater weight first; among equals the lower id.
+/// Orders by weight, the greatest first; among equals the lower id first.
 fn descending(a: &Candidate, b: &Candidate) -> Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
 }
@@ -220,7 +220,7 @@ impl<'a> Distribution<'a> {
     }
 }
 
-/// Steele, Lea and Flood's generator (2014): one addition and a hash a draw, any seed is a good one.
+/// Steele, Lea and Flood's generator (2014): one addition and one hash per draw, and every seed is good.
 struct SplitMix64(u64);
 
 impl SplitMix64 {

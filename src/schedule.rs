@@ -1,13 +1,14 @@
-//! One compute thread for each model, and the work that waits for it.
+//! The scheduler: one compute thread for each model, and the jobs that take turns on it.
 //!
-//! Readers never compute: they hand a job over and wait for what it delivers, so that they can go on watching for
-//! signals. The thread takes the jobs in turn, a step at a time, and leaves alone those whose reader is behind. A step is
-//! a token, or a layer of a prompt, and these differ in length: the turn is that of the job that had the least time so
-//! far. Only so many have a seat, and with it a KV cache; the others wait for one in the order they came. The thread is
-//! started by the first job and leaves when the model is closed or nobody holds it any more.
+//! Readers never compute. They submit a job and wait for its results, so that they can handle signals meanwhile. The
+//! thread runs the jobs a step at a time and skips those whose reader is behind. A step is a token, or a layer of a
+//! prompt, and steps differ in length: the next one is that of the job that had the least time so far. `slots` jobs have
+//! a slot, and with it a KV cache. The others wait for one in the order of arrival. The first job starts the thread. It
+//! ends when the model is closed or the last `Scheduler` is dropped.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,28 +16,28 @@ use crate::error::{Error, Result};
 use crate::panic;
 use crate::threads::{Cancel, ForkGuard, lock};
 
-/// For so long a stream that nobody reads may keep others waiting.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// A stream that is unread for this long no longer keeps others waiting for its slot: they fail with `Error::Busy`.
+const UNREAD_LIMIT: Duration = Duration::from_secs(10);
 
-/// Work in steps.
+/// Work in steps, as the scheduler sees it.
 pub trait Job: Send {
-    /// Can a step be taken now, or would it only run ahead of the reader? A job that was cancelled is ready.
+    /// False while a step would only run ahead of the reader. A cancelled job is ready.
     fn ready(&self) -> bool;
 
-    /// Take a step; false when there is nothing more to do, as at the next step after it was cancelled.
+    /// Takes a step. False after the last one, and after the step that finds the job cancelled.
     fn step(&mut self) -> bool;
 
-    /// The job will not be finished: tell its reader.
+    /// Tells the reader that the job will not be finished. May be called again.
     fn fail(&mut self, error: Error);
 
-    /// Stops a step that is under way.
+    /// Stops the current step.
     fn cancel(&self) -> &Cancel;
 
-    /// Since when nobody has read what it delivers; None while somebody waits for it.
+    /// The time of the last read; None while a reader waits.
     fn unread_since(&self) -> Option<Instant>;
 }
 
-/// The holder's end: dropping the last clone ends the thread.
+/// A handle to the compute thread. Dropping the last clone ends the thread.
 #[derive(Clone)]
 pub struct Scheduler {
     owner: Arc<Owner>,
@@ -65,7 +66,7 @@ impl Waker {
         if self.shared.fork_guard.is_forked() {
             return;
         }
-        // Taking the lock orders this after whatever made the job ready, so that the wake-up is not lost.
+        // The lock orders this after the change that made the job ready, so that the wake-up is not lost.
         drop(lock(&self.shared.queue));
         self.shared.wake.notify_all();
     }
@@ -74,16 +75,16 @@ impl Waker {
 struct Shared {
     queue: Mutex<Queue>,
     wake: Condvar,
-    /// Jobs that may hold a KV cache at once.
+    /// The number of jobs that may hold a KV cache at once.
     slots: usize,
-    patience: Duration,
+    unread_limit: Duration,
     fork_guard: ForkGuard,
 }
 
 #[derive(Default)]
 struct Queue {
     arrived: Vec<Box<dyn Job>>,
-    /// Of the job whose step is under way.
+    /// Stops the current step.
     current: Option<Cancel>,
     running: bool,
     closed: bool,
@@ -96,14 +97,14 @@ impl Default for Scheduler {
 }
 
 impl Scheduler {
-    /// `slots`: how many jobs may be under way at once.
+    /// `slots`: the number of jobs that may hold a KV cache at once.
     pub fn new(slots: usize) -> Self {
-        Scheduler::with(slots, PATIENCE)
+        Scheduler::with(slots, UNREAD_LIMIT)
     }
 
-    fn with(slots: usize, patience: Duration) -> Self {
+    fn with(slots: usize, unread_limit: Duration) -> Self {
         let (queue, wake) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { queue, wake, slots, patience, fork_guard: ForkGuard::here() });
+        let shared = Arc::new(Shared { queue, wake, slots, unread_limit, fork_guard: ForkGuard::here() });
         Scheduler { owner: Arc::new(Owner { shared }) }
     }
 
@@ -115,7 +116,7 @@ impl Scheduler {
         Waker { shared: self.owner.shared.clone() }
     }
 
-    /// Hand a job over.
+    /// Queues a job.
     pub fn submit(&self, job: Box<dyn Job>) -> Result<()> {
         let shared = &self.owner.shared;
         shared.fork_guard.check()?;
@@ -127,7 +128,7 @@ impl Scheduler {
             let worker = shared.clone();
             let thread = std::thread::Builder::new().name("candle-phi".into());
             let started = thread.spawn(move || worker.work());
-            started.map_err(|error| Error::Internal(format!("no thread could be started: {error}")))?;
+            started.map_err(|error| Error::Internal(format!("cannot start the compute thread: {error}")))?;
             queue.running = true;
         }
         queue.arrived.push(job);
@@ -139,7 +140,7 @@ impl Scheduler {
         lock(&self.owner.shared.queue).closed
     }
 
-    /// End every job, and take no more. Returns at once. A forked child has nothing to close.
+    /// Ends every job and refuses new ones. Returns at once. Does nothing in a forked child.
     pub fn close(&self) {
         if !self.owner.shared.fork_guard.is_forked() {
             self.owner.shared.close();
@@ -156,26 +157,39 @@ impl Shared {
         self.wake.notify_all();
     }
 
-    /// The life of the thread.
+    /// The main function of the thread. A panic in a step fails that job. A panic anywhere else in a job fails all jobs
+    /// at hand, since it may have come from any of them, and the thread goes on with those that arrive later.
     fn work(&self) {
-        let mut jobs = Jobs::default();
-        while let Some(mut seat) = self.next(&mut jobs) {
-            let started = Instant::now();
-            match catch_unwind(AssertUnwindSafe(|| seat.job.step())) {
-                Ok(true) => {
-                    seat.used += started.elapsed();
-                    jobs.seated.push(seat);
-                }
-                Ok(false) => {}
-                Err(panic) => seat.job.fail(Error::Internal(panic::message(panic))),
+        loop {
+            let mut jobs = Jobs::default();
+            let end = panic::catch(|| {
+                self.run(&mut jobs);
+                Ok(())
+            });
+            jobs.fail(end.as_ref().err().unwrap_or(&Error::Closed));
+            if end.is_ok() {
+                return;
             }
         }
-        let seated = jobs.seated.into_iter().map(|seat| seat.job);
-        seated.chain(jobs.waiting).for_each(|mut job| job.fail(Error::Closed));
     }
 
-    /// Wait for a job that is ready, and take it out; None when the model is closed.
-    fn next(&self, jobs: &mut Jobs) -> Option<Seat> {
+    /// Runs jobs until the model is closed.
+    fn run(&self, jobs: &mut Jobs) {
+        while let Some(active) = self.next(jobs) {
+            let started = Instant::now();
+            match panic::catch(|| Ok(active.job.step())) {
+                Ok(true) => jobs.put_back(started.elapsed()),
+                Ok(false) => jobs.current = None,
+                Err(error) => {
+                    active.job.fail(error);
+                    jobs.current = None;
+                }
+            }
+        }
+    }
+
+    /// Waits for a job that is ready and makes it the current one; None once the model is closed.
+    fn next<'a>(&self, jobs: &'a mut Jobs) -> Option<&'a mut Active> {
         let mut queue = lock(&self.queue);
         queue.current = None;
         loop {
@@ -183,17 +197,22 @@ impl Shared {
             if queue.closed {
                 return None;
             }
-            if let Some(seat) = jobs.next(self.slots) {
-                queue.current = Some(seat.job.cancel().clone());
-                return Some(seat);
+            if jobs.choose(self.slots) {
+                let active = jobs.current.as_mut()?;
+                queue.current = Some(active.job.cancel().clone());
+                return Some(active);
             }
-            if let Some(busy) = jobs.stuck(self.patience) {
-                drop(queue); // a job that fails calls its reader
-                jobs.waiting.drain(..).for_each(|mut job| job.fail(busy.clone()));
+            let now = Instant::now();
+            if let Some(busy) = jobs.busy(self.unread_limit, now) {
+                drop(queue); // `fail` calls the reader's hook
+                while let Some(job) = jobs.waiting.front_mut() {
+                    job.fail(busy.clone());
+                    jobs.waiting.pop_front();
+                }
                 queue = lock(&self.queue);
                 continue;
             }
-            queue = match jobs.next_look(self.patience) {
+            queue = match jobs.timeout(self.unread_limit, now) {
                 Some(timeout) => self.wake.wait_timeout(queue, timeout).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
             };
@@ -201,114 +220,157 @@ impl Shared {
     }
 }
 
-/// What the thread has in hand.
+/// The jobs that the thread has taken from the queue.
 #[derive(Default)]
 struct Jobs {
-    /// Each has a slot.
-    seated: Vec<Seat>,
+    /// The job of the current step.
+    current: Option<Active>,
+    /// The other jobs with a slot.
+    active: Vec<Active>,
+    /// Jobs without a slot.
     waiting: VecDeque<Box<dyn Job>>,
-    /// The time that the job had used whose turn it was last.
+    /// The virtual runtime of the job that was chosen last.
     clock: Duration,
 }
 
-struct Seat {
+/// A job with a slot.
+struct Active {
     job: Box<dyn Job>,
-    /// The time that it had, and what others had while it did not want any: nobody saves up turns.
-    used: Duration,
+    /// Virtual runtime, as in Linux's fair scheduler: the time of its steps, raised to `Jobs::clock` when it becomes
+    /// ready, so that idle time earns no credit.
+    runtime: Duration,
 }
 
 impl Jobs {
-    /// Takes out the job whose turn it is. One that was cancelled comes first, and needs no slot to end.
-    fn next(&mut self, slots: usize) -> Option<Seat> {
-        let used = self.clock;
-        if let Some(over) = self.waiting.iter().position(|job| job.cancel().is_set()) {
-            return self.waiting.remove(over).map(|job| Seat { job, used });
-        }
-        if let Some(over) = self.seated.iter().position(|seat| seat.job.cancel().is_set()) {
-            return Some(self.seated.remove(over));
-        }
-        while self.seated.len() < slots
-            && let Some(job) = self.waiting.pop_front()
-        {
-            self.seated.push(Seat { job, used });
-        }
-        let ready = self.seated.iter().enumerate().filter(|(_, seat)| seat.job.ready());
-        let (turn, _) = ready.min_by_key(|(_, seat)| seat.used)?;
-        let mut seat = self.seated.remove(turn);
-        seat.used = seat.used.max(self.clock);
-        self.clock = seat.used;
-        Some(seat)
+    /// Makes the job that runs next the current one; false if none is ready. A cancelled job comes first, and needs no
+    /// slot to end.
+    fn choose(&mut self, slots: usize) -> bool {
+        self.current = self.take_cancelled().or_else(|| self.take_ready(slots));
+        self.current.is_some()
     }
 
-    /// When none is ready: the error of those that wait, if the slots are all held by jobs that nobody reads.
-    fn stuck(&self, patience: Duration) -> Option<Error> {
+    fn take_cancelled(&mut self) -> Option<Active> {
+        if let Some(i) = self.waiting.iter().position(|job| job.cancel().is_set()) {
+            return self.waiting.remove(i).map(|job| Active { job, runtime: self.clock });
+        }
+        let i = self.active.iter().position(|active| active.job.cancel().is_set())?;
+        Some(self.active.remove(i))
+    }
+
+    fn take_ready(&mut self, slots: usize) -> Option<Active> {
+        while self.active.len() < slots
+            && let Some(job) = self.waiting.pop_front()
+        {
+            self.active.push(Active { job, runtime: self.clock });
+        }
+        let ready = self.active.iter().enumerate().filter(|(_, active)| active.job.ready());
+        let (i, _) = ready.min_by_key(|(_, active)| active.runtime)?;
+        let mut active = self.active.remove(i);
+        active.runtime = active.runtime.max(self.clock);
+        self.clock = active.runtime;
+        Some(active)
+    }
+
+    /// The current job has taken a step of this length and goes on.
+    fn put_back(&mut self, step: Duration) {
+        if let Some(mut active) = self.current.take() {
+            active.runtime += step;
+            self.active.push(active);
+        }
+    }
+
+    /// Fails and drops every job. A panic of one does not reach the others.
+    fn fail(mut self, error: &Error) {
+        let active = self.current.take().into_iter().chain(self.active).map(|active| active.job);
+        for mut job in active.chain(self.waiting) {
+            let _ = panic::catch(|| {
+                job.fail(error.clone());
+                Ok(())
+            });
+            let _ = panic::catch(|| {
+                drop(job);
+                Ok(())
+            });
+        }
+    }
+
+    /// If no job is ready: the error of the waiting jobs when all slots are held by jobs that are unread for
+    /// `unread_limit`.
+    fn busy(&self, unread_limit: Duration, now: Instant) -> Option<Error> {
         if self.waiting.is_empty() {
             return None;
         }
-        let unread: Option<Vec<Duration>> = self
-            .seated
-            .iter()
-            .map(|seat| Some(seat.job.unread_since()?.elapsed()).filter(|age| *age >= patience))
-            .collect();
-        let mut seconds: Vec<u64> = unread?.iter().map(Duration::as_secs).collect();
-        seconds.sort();
+        let age = |active: &Active| Some(now.saturating_duration_since(active.job.unread_since()?));
+        let ages = self.active.iter().map(|active| age(active).filter(|age| *age >= unread_limit));
+        let mut seconds: Vec<u64> = ages.map(|age| Some(age?.as_secs())).collect::<Option<_>>()?;
+        seconds.sort_unstable();
         let ages: Vec<String> = seconds.iter().map(|age| format!("{age} s")).collect();
         let (last, others) = ages.split_last()?;
-        let help = "read on, or close what is not needed";
         Some(Error::Busy(match others {
-            [] => format!("1 slot is held by a stream that nobody has read for {last}; {help}"),
+            [] => format!("1 slot is held by a stream unread for {last}; read it or close it"),
             _ => {
                 let (n, others) = (ages.len(), others.join(", "));
-                format!("{n} slots are held by streams that nobody has read for {others} and {last}; {help}")
+                format!("{n} slots are held by streams unread for {others} and {last}; read or close them")
             }
         }))
     }
 
-    /// When something may have become of the jobs without anybody's doing: a deadline, or a reader that stayed away.
-    fn next_look(&self, patience: Duration) -> Option<Duration> {
-        let jobs = self.seated.iter().map(|seat| &seat.job).chain(&self.waiting);
+    /// The time until a job may change without a wake-up: at its deadline, or when it is unread for too long.
+    fn timeout(&self, unread_limit: Duration, now: Instant) -> Option<Duration> {
+        let jobs = self.active.iter().map(|active| &active.job).chain(&self.waiting);
         let deadlines = jobs.filter_map(|job| job.cancel().deadline());
-        let deadline = deadlines.min().map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let reader = (!self.waiting.is_empty()).then_some(patience / 10);
-        deadline.into_iter().chain(reader).min()
+        let deadline = deadlines.min().map(|deadline| deadline.saturating_duration_since(now));
+        let unread = (!self.waiting.is_empty()).then_some(unread_limit / 10);
+        deadline.into_iter().chain(unread).min()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
     use std::sync::mpsc::{Receiver, Sender, channel};
-    use std::thread;
 
+    /// Sends its name at each step.
     struct Counter {
         name: char,
         left: usize,
         out: Sender<String>,
-        panics: bool,
-        ready: bool,
+        /// The methods that panic.
+        panics: &'static [&'static str],
+        ready: Arc<AtomicBool>,
+        /// A step waits for this at its end.
+        gate: Option<Receiver<()>>,
         cancel: Cancel,
         unread_since: Option<Instant>,
-        pause: Duration,
+    }
+
+    impl Counter {
+        fn panic_in(&self, method: &str) {
+            assert!(!self.panics.contains(&method), "{method} of {} panics", self.name);
+        }
     }
 
     impl Job for Counter {
         fn ready(&self) -> bool {
-            self.ready || self.cancel.is_set()
+            self.panic_in("ready");
+            self.ready.load(SeqCst) || self.cancel.is_set()
         }
 
         fn step(&mut self) -> bool {
             if self.cancel.is_set() {
                 return false;
             }
-            assert!(!self.panics, "job {} was asked to panic", self.name);
-            thread::sleep(self.pause);
+            self.panic_in("step");
             self.out.send(self.name.to_string()).unwrap();
+            self.gate.iter().for_each(|gate| gate.recv().unwrap());
             self.left -= 1;
             self.left > 0
         }
 
         fn fail(&mut self, error: Error) {
             self.out.send(error.to_string()).unwrap();
+            self.panic_in("fail");
         }
 
         fn cancel(&self) -> &Cancel {
@@ -320,162 +382,250 @@ mod tests {
         }
     }
 
+    impl Drop for Counter {
+        fn drop(&mut self) {
+            self.panic_in("drop");
+        }
+    }
+
     fn job(name: char, left: usize, out: &Sender<String>) -> Box<Counter> {
-        let (cancel, out, pause) = (Cancel::default(), out.clone(), Duration::ZERO);
-        Box::new(Counter { name, left, out, panics: false, ready: true, cancel, unread_since: None, pause })
+        let (cancel, out, ready) = (Cancel::default(), out.clone(), Arc::new(true.into()));
+        Box::new(Counter { name, left, out, panics: &[], ready, gate: None, cancel, unread_since: None })
     }
 
-    /// A job without end, and one that waits.
+    /// A job that is not ready.
+    fn idle(name: char, out: &Sender<String>) -> Box<Counter> {
+        let job = job(name, 1, out);
+        job.ready.store(false, SeqCst);
+        job
+    }
+
+    /// A job without end, and one that is not ready.
     fn two(out: &Sender<String>) -> [Box<Counter>; 2] {
-        let mut waits = job('w', 1, out);
-        waits.ready = false;
-        [job('x', usize::MAX, out), waits]
+        [job('x', usize::MAX, out), idle('w', out)]
     }
 
-    /// Asserts that both are gone: the one perhaps cancelled in the middle of a step, the other told.
-    fn end(results: &Receiver<String>) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        let rest = results.iter().inspect(|_| assert!(Instant::now() < deadline, "the job goes on"));
-        assert!(rest.filter(|text| text == "the model is closed").count() > 0);
+    /// Asserts that both have ended: the first perhaps cancelled within a step, the other failed.
+    fn assert_closed(results: &Receiver<String>) {
+        assert!(results.iter().filter(|text| text == "the model is closed").count() > 0);
     }
 
-    fn take(from: &Receiver<String>, n: usize) -> String {
-        from.iter().take(n).collect()
+    fn take(from: &Receiver<String>, n: usize) -> Vec<String> {
+        (0..n).map(|_| from.recv_timeout(Duration::from_secs(60)).expect("the thread goes on")).collect()
+    }
+
+    /// Jobs on a clock of their own, without a thread.
+    struct Simulation {
+        jobs: Jobs,
+        slots: usize,
+        results: Receiver<String>,
+        out: Sender<String>,
+    }
+
+    impl Simulation {
+        fn new(slots: usize) -> Self {
+            let (out, results) = channel();
+            Simulation { jobs: Jobs::default(), slots, results, out }
+        }
+
+        fn submit(&mut self, job: Box<Counter>) {
+            self.jobs.waiting.push_back(job);
+        }
+
+        /// The names of the jobs that take the next steps, each of which takes `length` ms.
+        fn run(&mut self, steps: usize, length: impl Fn(char) -> u64) -> String {
+            let mut turns = String::new();
+            while turns.len() < steps && self.jobs.choose(self.slots) {
+                let goes_on = self.jobs.current.as_mut().unwrap().job.step();
+                turns.extend(self.results.try_recv());
+                match goes_on {
+                    true => self.jobs.put_back(Duration::from_millis(length(turns.chars().next_back().unwrap()))),
+                    false => self.jobs.current = None,
+                }
+            }
+            turns
+        }
     }
 
     #[test]
     fn jobs_take_turns_and_a_short_one_overtakes_a_long_one() {
-        let (out, results) = channel();
-        let scheduler = Scheduler::default();
-        let gate = Arc::new(Mutex::new(()));
-        struct Gate(Arc<Mutex<()>>, Cancel);
-        impl Job for Gate {
-            fn ready(&self) -> bool {
-                true
-            }
-            fn step(&mut self) -> bool {
-                drop(lock(&self.0));
-                false
-            }
-            fn fail(&mut self, _: Error) {}
-            fn cancel(&self) -> &Cancel {
-                &self.1
-            }
-            fn unread_since(&self) -> Option<Instant> {
-                None
-            }
+        let mut simulation = Simulation::new(usize::MAX);
+        for (name, left) in [('a', 10), ('b', 4)] {
+            simulation.submit(job(name, left, &simulation.out));
         }
-        let held = lock(&gate);
-        scheduler.submit(Box::new(Gate(gate.clone(), Cancel::default()))).unwrap();
-        let pause = Duration::from_millis(20);
-        for (name, left) in [('a', 40), ('b', 4)] {
-            scheduler.submit(Box::new(Counter { pause, ..*job(name, left, &out) })).unwrap();
-        }
-        drop(held);
-        let turns = take(&results, 44);
-        let a_before_b_ended = turns[..turns.rfind('b').unwrap()].matches('a').count();
-        assert!((1..20).contains(&a_before_b_ended), "{turns}");
+        assert_eq!(simulation.run(99, |_| 20), "ababababaaaaaa");
     }
 
     #[test]
     fn a_job_of_short_steps_gets_more_of_them() {
-        let (out, results) = channel();
-        let scheduler = Scheduler::default();
-        let pause = Duration::from_millis(200);
-        scheduler.submit(Box::new(Counter { pause, ..*job('l', 100, &out) })).unwrap();
-        assert_eq!(take(&results, 1), "l");
-        let pause = Duration::from_millis(2);
-        scheduler.submit(Box::new(Counter { pause, ..*job('s', 50, &out) })).unwrap();
-        let mut turns = String::new();
-        while turns.matches('s').count() < 50 {
-            turns += &take(&results, 1);
+        let mut simulation = Simulation::new(usize::MAX);
+        for name in ['l', 's'] {
+            simulation.submit(job(name, 300, &simulation.out));
         }
-        assert!(turns.matches('l').count() < 10, "{turns}");
+        let turns = simulation.run(202, |name| if name == 'l' { 200 } else { 2 });
+        assert_eq!(turns, format!("l{}l{}", "s".repeat(100), "s".repeat(100)));
     }
 
     #[test]
-    fn a_panic_ends_its_job_alone() {
+    fn idle_time_earns_no_credit() {
+        let mut simulation = Simulation::new(usize::MAX);
+        let mut late = idle('i', &simulation.out);
+        late.left = 100;
+        let ready = late.ready.clone();
+        simulation.submit(job('b', 100, &simulation.out));
+        simulation.submit(late);
+        assert_eq!(simulation.run(50, |_| 10), "b".repeat(50));
+        ready.store(true, SeqCst);
+        let turns = simulation.run(20, |_| 10);
+        assert_eq!((turns.matches('i').count(), turns.contains("iii")), (10, false), "{turns}");
+    }
+
+    #[test]
+    fn jobs_without_a_slot_wait_for_one_in_the_order_of_arrival() {
+        let mut simulation = Simulation::new(2);
+        let (held, late) = (idle('h', &simulation.out), idle('l', &simulation.out));
+        let (cancel, ready) = (held.cancel.clone(), late.ready.clone());
+        simulation.submit(held);
+        for (name, left) in [('a', 3), ('b', 2), ('c', 1)] {
+            simulation.submit(job(name, left, &simulation.out));
+        }
+        assert_eq!(simulation.run(99, |_| 1), "aaabbc");
+        simulation.submit(late);
+        simulation.submit(job('d', 1, &simulation.out));
+        assert_eq!(simulation.run(99, |_| 1), "", "both slots are held");
+        cancel.set();
+        assert_eq!(simulation.run(99, |_| 1), "d");
+        ready.store(true, SeqCst);
+        assert_eq!(simulation.run(99, |_| 1), "l");
+    }
+
+    #[test]
+    fn the_busy_error_names_the_slots_and_their_ages() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut simulation = Simulation::new(2);
+        for read_at in [0, 6] {
+            let mut unread = idle('u', &simulation.out);
+            unread.unread_since = Some(at(read_at));
+            simulation.submit(unread);
+        }
+        let busy = |simulation: &Simulation, seconds| simulation.jobs.busy(UNREAD_LIMIT, at(seconds));
+        assert_eq!(simulation.run(99, |_| 1), "");
+        assert_eq!(busy(&simulation, 99), None, "no job waits");
+        assert_eq!(simulation.jobs.timeout(UNREAD_LIMIT, at(99)), None);
+        simulation.submit(job('w', 1, &simulation.out));
+        assert_eq!(busy(&simulation, 15), None, "the second was read 9 s ago");
+        assert!(simulation.jobs.timeout(UNREAD_LIMIT, at(15)) <= Some(Duration::from_secs(1)));
+        let text = "2 slots are held by streams unread for 11 s and 17 s; read or close them";
+        assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
+        simulation.jobs.active.pop();
+        let text = "1 slot is held by a stream unread for 17 s; read it or close it";
+        assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
+        let mut read = idle('r', &simulation.out);
+        read.unread_since = None;
+        simulation.jobs.active.push(Active { job: read, runtime: Duration::ZERO });
+        assert_eq!(busy(&simulation, 99), None, "a reader waits for the second");
+    }
+
+    #[test]
+    fn the_thread_wakes_at_the_first_deadline() {
+        let start = Instant::now();
+        let mut simulation = Simulation::new(1);
+        for seconds in [70, 7] {
+            let mut late = idle('d', &simulation.out);
+            late.cancel = Cancel::at(Some(start + Duration::from_secs(seconds)));
+            simulation.submit(late);
+        }
+        assert_eq!(simulation.jobs.timeout(Duration::from_secs(600), start), Some(Duration::from_secs(7)));
+        assert_eq!(simulation.jobs.timeout(Duration::from_secs(20), start), Some(Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn waiting_jobs_fail_when_all_slots_are_unread() {
+        let (out, results) = channel();
+        let scheduler = Scheduler::with(1, Duration::ZERO);
+        let mut unread = idle('u', &out);
+        unread.unread_since = Some(Instant::now());
+        scheduler.submit(unread).unwrap();
+        for name in ['v', 'w'] {
+            scheduler.submit(job(name, 1, &out)).unwrap();
+            assert_eq!(take(&results, 1), ["1 slot is held by a stream unread for 0 s; read it or close it"]);
+        }
+    }
+
+    #[test]
+    fn a_deadline_ends_an_unread_job() {
+        let (out, results) = channel();
+        let scheduler = Scheduler::new(1);
+        let mut unread = idle('u', &out);
+        unread.cancel = Cancel::at(Some(Instant::now() + Duration::from_millis(100)));
+        unread.unread_since = Some(Instant::now());
+        scheduler.submit(unread).unwrap();
+        scheduler.submit(job('w', 1, &out)).unwrap();
+        assert_eq!(take(&results, 1), ["w"]);
+    }
+
+    #[test]
+    fn a_panic_in_a_step_ends_its_job_alone() {
         let (out, results) = channel();
         let scheduler = Scheduler::default();
-        scheduler.submit(Box::new(Counter { panics: true, ..*job('p', 1, &out) })).unwrap();
-        assert_eq!(take(&results, 1), "internal error: job p was asked to panic");
+        let mut culprit = job('p', 1, &out);
+        culprit.panics = &["step"];
+        scheduler.submit(culprit).unwrap();
+        assert_eq!(take(&results, 1), ["internal error: step of p panics"]);
         scheduler.submit(job('q', 2, &out)).unwrap();
-        assert_eq!(take(&results, 2), "qq");
+        assert_eq!(take(&results, 2), ["q", "q"]);
     }
 
     #[test]
-    fn closing_ends_what_waits_and_refuses_the_rest() {
+    fn a_panic_outside_of_a_step_fails_the_jobs_at_hand_and_the_thread_goes_on() {
+        let cases: [(&[&str], &[&str]); 3] = [
+            (&["ready"], &["internal error: ready of p panics"; 2]),
+            (&["step", "fail"], &["internal error: step of p panics", "internal error: fail of p panics"]),
+            (&["drop"], &["p"]),
+        ];
+        for (panics, told) in cases {
+            let (out, results) = channel();
+            let (open, gate) = channel();
+            let scheduler = Scheduler::default();
+            let mut first = job('g', 1, &out);
+            first.gate = Some(gate);
+            let mut culprit = job('p', 1, &out);
+            culprit.panics = panics;
+            scheduler.submit(first).unwrap();
+            assert_eq!(take(&results, 1), ["g"]);
+            for job in [culprit, idle('w', &out)] {
+                scheduler.submit(job).unwrap();
+            }
+            open.send(()).unwrap();
+            assert_eq!(take(&results, told.len()), told);
+            if panics != ["ready"] {
+                let last = panics[panics.len() - 1];
+                assert_eq!(take(&results, 1), [format!("internal error: {last} of p panics")], "the other job");
+            }
+            scheduler.submit(job('q', 1, &out)).unwrap();
+            assert_eq!(take(&results, 1), ["q"]);
+        }
+    }
+
+    #[test]
+    fn closing_fails_the_jobs_at_hand_and_refuses_new_ones() {
         let (out, results) = channel();
         let scheduler = Scheduler::default();
         two(&out).into_iter().for_each(|job| scheduler.submit(job).unwrap());
-        assert_eq!(take(&results, 1), "x");
+        assert_eq!(take(&results, 1), ["x"]);
         scheduler.close();
         assert_eq!(scheduler.submit(job('y', 1, &out)), Err(Error::Closed));
         drop(out);
-        end(&results);
+        assert_closed(&results);
     }
 
     #[test]
-    fn the_thread_leaves_when_nobody_holds_the_scheduler() {
+    fn the_thread_ends_with_the_last_scheduler() {
         let (out, results) = channel();
         let scheduler = Scheduler::default();
         two(&out).into_iter().for_each(|job| scheduler.submit(job).unwrap());
         drop((scheduler, out));
-        end(&results);
-    }
-
-    #[test]
-    fn who_has_no_slot_waits_for_one_in_the_order_of_arrival() {
-        let (out, results) = channel();
-        let scheduler = Scheduler::new(2);
-        let mut held = job('h', 1, &out);
-        held.ready = false;
-        let cancel = held.cancel.clone();
-        for job in [held, job('a', 3, &out), job('b', 2, &out), job('c', 1, &out)] {
-            scheduler.submit(job).unwrap();
-        }
-        assert_eq!(take(&results, 6), "aaabbc");
-        let mut late = job('l', 1, &out);
-        late.ready = false;
-        let late_cancel = late.cancel.clone();
-        for job in [late, job('d', 1, &out)] {
-            scheduler.submit(job).unwrap();
-        }
-        assert_eq!(results.recv_timeout(Duration::from_millis(100)).ok(), None, "both slots are held");
-        cancel.set();
-        scheduler.waker().wake();
-        assert_eq!(take(&results, 1), "d");
-        late_cancel.set();
-    }
-
-    #[test]
-    fn slots_that_nobody_reads_from_are_an_error_of_those_that_wait() {
-        let (out, results) = channel();
-        let patience = Duration::from_secs(2);
-        let scheduler = Scheduler::with(2, patience);
-        let begin = Instant::now();
-        for age in [7, 1] {
-            let since = begin.checked_sub(Duration::from_secs(age)).unwrap();
-            scheduler
-                .submit(Box::new(Counter { ready: false, unread_since: Some(since), ..*job('u', 1, &out) }))
-                .unwrap();
-        }
-        scheduler.submit(job('w', 1, &out)).unwrap();
-        let said = take(&results, 1);
-        assert!(said.starts_with("2 slots are held by streams that nobody has read for "), "{said}");
-        assert!(begin.elapsed() > patience / 2, "the second was not unread for long");
-    }
-
-    #[test]
-    fn a_deadline_ends_a_job_that_nobody_reads() {
-        let (out, results) = channel();
-        let scheduler = Scheduler::new(1);
-        let cancel = Cancel::at(Some(Instant::now() + Duration::from_millis(100)));
-        let since = Some(Instant::now());
-        scheduler
-            .submit(Box::new(Counter { ready: false, cancel, unread_since: since, ..*job('u', 1, &out) }))
-            .unwrap();
-        scheduler.submit(job('w', 1, &out)).unwrap();
-        assert_eq!(take(&results, 1), "w");
+        assert_closed(&results);
     }
 }

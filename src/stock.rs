@@ -1,7 +1,9 @@
 //! Candle's own `quantized_phi3` behind the same trait: the baseline of tests and benchmarks.
 //!
-//! It refuses at load what it would compute wrongly, and, in a model with a sliding window, a sequence longer than the
-//! window. It copies the weights, keeps one cache inside, and computes on Candle's global thread pool.
+//! It refuses models that it would compute wrongly, and sequences longer than a sliding window. It copies the weights,
+//! has one cache, and computes on Candle's global thread pool.
+//!
+//! Decisions: docs/design/engine.md
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::PathBuf;
@@ -16,6 +18,7 @@ use crate::cache::KvType;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::kernels;
+use crate::memory;
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::phi3::Config;
 use crate::task::{self, Task};
@@ -29,17 +32,18 @@ pub struct Stock {
 }
 
 impl Stock {
-    /// Copy the weights out of the file, as Candle's loop does. `task` may end that.
+    /// Copies the weights, as Candle does, until `task` is cancelled.
     pub fn load(gguf: &Gguf, task: &Task) -> Result<Self> {
-        /// Candle's thread pool is made once in a process, and a child has none of its threads.
+        /// Candle creates its thread pool once in a process, and a child has none of its threads.
         static POOL: OnceLock<ForkGuard> = OnceLock::new();
         if POOL.get_or_init(ForkGuard::here).is_forked() {
-            let message = "engine 'candle' was used before a fork(), which its thread pool does not survive: use spawn";
+            let message =
+                "engine 'candle' was used before a fork(), and its thread pool does not survive a fork: use spawn";
             return Err(Error::Fork(message.into()));
         }
         if kernels::features().contains(&("dotprod", false)) {
-            let message = "engine 'candle' takes the instructions dotprod without asking, and this CPU has none; engine \
-                           'native' runs here";
+            let message =
+                "engine 'candle' uses the dotprod instructions, and this CPU has none; engine 'native' runs here";
             return Err(Error::Value(message.into()));
         }
         let file = gguf.path().display();
@@ -51,14 +55,16 @@ impl Stock {
                 config.rope_dims != config.head_dim,
                 format!("rotating {} of {} features", config.rope_dims, config.head_dim),
             ),
-            (config.tied, "an embedding table that is the head too".to_owned()),
+            (config.tied, "an embedding table that is also the head".to_owned()),
             (gguf.parts().len() > 1, "a split file".to_owned()),
         ];
         if let Some((_, what)) = refusals.into_iter().find(|(refused, _)| *refused) {
             return Err(Error::UnsupportedModel(format!(
-                "{file}: engine 'candle' does not know {what}; engine 'native' does"
+                "{file}: engine 'candle' does not support {what}; engine 'native' does"
             )));
         }
+        let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
+        memory::probe(weights, format_args!("{file}: the copy of engine 'candle'"))?;
         let load = || {
             let bytes = gguf.parts().next().map_or(&[][..], |(_, bytes)| bytes);
             let content = Content::read(&mut Cursor::new(bytes))?;
@@ -74,7 +80,21 @@ impl Stock {
     }
 }
 
-/// The file for Candle's reader, which ends when nobody waits for it any more. It reads tensor by tensor.
+impl Stock {
+    /// Candle allocates without asking: an estimate of its activations and its cache for `tokens` more.
+    fn check_memory(&self, held: usize, tokens: usize) -> Result<()> {
+        /// Tensors of the widest kind that Candle holds at a time.
+        const WIDEST: u64 = 3;
+        let Config { hidden, feed_forward, n_head, .. } = self.config;
+        let scores = (n_head as u64).saturating_mul((held + tokens) as u64);
+        let row = scores.max(2 * feed_forward as u64).max((hidden + self.config.q_dim()) as u64);
+        let activations = row.saturating_mul(4 * WIDEST * tokens as u64);
+        let cache = (held + tokens) as u64 * 2 * self.config.kv_bytes(KvType::F32) as u64; // it is copied as it grows
+        memory::probe(activations.saturating_add(cache), format_args!("engine 'candle' with {tokens} tokens more"))
+    }
+}
+
+/// The file for Candle's reader, which reads it tensor by tensor. A read fails once the task is cancelled.
 struct Watched<'a> {
     bytes: Cursor<&'a [u8]>,
     task: &'a Task,
@@ -131,8 +151,8 @@ impl Model for Stock {
     fn check_length(&self, positions: usize) -> Result<()> {
         match self.config.sliding_window {
             Some(window) if positions > window => Err(Error::UnsupportedModel(format!(
-                "{positions} positions pass the sliding window of {window}, which engine 'candle' does not know; engine \
-                 'native' does"
+                "{positions} positions exceed the sliding window of {window}, and engine 'candle' does not support \
+                 sliding windows; engine 'native' does"
             ))),
             _ => Ok(()),
         }
@@ -141,7 +161,7 @@ impl Model for Stock {
     fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
         if self.taken.swap(true, AcqRel) {
             return Err(Error::Busy(
-                "engine 'candle' holds 1 stream at a time, and there is 1: finish or close it first".into(),
+                "engine 'candle' has 1 slot, and a stream holds it: finish or close that stream first".into(),
             ));
         }
         Ok(Box::new(StockSequence { model: self, len: 0, appended: Vec::new(), logits: Vec::new() }))
@@ -150,9 +170,9 @@ impl Model for Stock {
 
 struct StockSequence {
     model: Arc<Stock>,
-    /// Positions computed so far.
+    /// Computed positions.
     len: usize,
-    /// Ids that are not computed yet.
+    /// Ids for the next turn.
     appended: Vec<u32>,
     logits: Vec<f32>,
 }
@@ -165,11 +185,12 @@ impl Sequence for StockSequence {
             ));
         }
         self.model.check_length(self.len + ids.len())?;
+        self.model.check_memory(self.len, ids.len())?;
         self.appended = ids.to_vec();
         Ok(())
     }
 
-    /// All in one turn, which nothing interrupts: such is Candle's loop.
+    /// One turn for all ids: Candle's loop cannot be interrupted.
     fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
         if self.appended.is_empty() {
             return Ok(false);
@@ -189,6 +210,10 @@ impl Sequence for StockSequence {
 
     fn logits(&self) -> &[f32] {
         &self.logits
+    }
+
+    fn take_logits(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.logits)
     }
 }
 

@@ -1,6 +1,6 @@
-//! Stop strings in streamed text: what might still become one is held back, and nothing of one gets out.
+//! Stop strings in streamed text. Text that may become a stop string is held back, so that no part of one is emitted.
 
-/// Watches a text that arrives in pieces.
+/// Searches a text that arrives in pieces.
 pub struct StopStrings {
     stops: Vec<String>,
     /// The end of the text so far that could be the beginning of a stop string.
@@ -12,8 +12,8 @@ impl StopStrings {
         StopStrings { stops, held: String::new() }
     }
 
-    /// Add a piece: the text that is certain to stay, and whether a stop string is complete. The first to be complete
-    /// counts, so that the result does not depend on how the text was cut.
+    /// Adds a piece. Returns the text that is certain not to belong to a stop string, and whether a stop string is
+    /// complete. The first one to be complete counts, so the result does not depend on where the text was cut.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         if self.stops.is_empty() {
             return (piece.to_owned(), false);
@@ -25,17 +25,17 @@ impl StopStrings {
             text.truncate(start);
             return (text, true);
         }
-        self.held = text.split_off(self.beginning_of_a_stop(&text));
+        self.held = text.split_off(self.start_of_prefix(&text));
         (text, false)
     }
 
-    /// The end of the text has come: what was held back is text after all.
+    /// The text that was held back, at the end of the stream.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 
-    /// Where the longest end of `text` starts that a stop string begins with.
-    fn beginning_of_a_stop(&self, text: &str) -> usize {
+    /// The start of the longest suffix of `text` that is a prefix of a stop string.
+    fn start_of_prefix(&self, text: &str) -> usize {
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let earliest = text.len().saturating_sub(longest.saturating_sub(1));
         (earliest..text.len())
@@ -49,19 +49,19 @@ impl StopStrings {
 mod tests {
     use super::*;
 
-    /// The text that gets out, and whether it was stopped, when `text` comes in pieces of `size` characters.
+    /// The emitted text, and whether it was stopped, when `text` comes in pieces of `size` characters.
     fn run(stops: &[&str], text: &str, size: usize) -> (String, bool) {
-        let mut watch = StopStrings::new(stops.iter().map(|s| s.to_string()).collect());
+        let mut search = StopStrings::new(stops.iter().map(|s| s.to_string()).collect());
         let mut out = String::new();
         let chars: Vec<char> = text.chars().collect();
         for piece in chars.chunks(size) {
-            let (text, stopped) = watch.push(&piece.iter().collect::<String>());
+            let (text, stopped) = search.push(&piece.iter().collect::<String>());
             out.push_str(&text);
             if stopped {
                 return (out, true);
             }
         }
-        (out + &watch.finish(), false)
+        (out + &search.finish(), false)
     }
 
     #[test]
@@ -84,9 +84,9 @@ mod tests {
     }
 
     #[test]
-    fn text_that_can_no_longer_be_a_stop_is_let_go_at_once() {
-        let mut watch = StopStrings::new(vec!["</answer>".into()]);
-        assert_eq!(watch.push("x </an"), ("x ".into(), false));
-        assert_eq!(watch.push("d"), ("</and".into(), false));
+    fn text_that_can_no_longer_be_a_stop_string_is_emitted_at_once() {
+        let mut search = StopStrings::new(vec!["</answer>".into()]);
+        assert_eq!(search.push("x </an"), ("x ".into(), false));
+        assert_eq!(search.push("d"), ("</and".into(), false));
     }
 }

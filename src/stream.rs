@@ -1,4 +1,6 @@
-//! A generation as its reader sees it: text that arrives, an end, and a way to stop it from any thread.
+//! The reader's side of a generation: text as it arrives, its end, and a way to cancel it from any thread.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
@@ -9,27 +11,26 @@ use crate::generate::Generation;
 use crate::outbox::{Hook, Outbox, Timings};
 use crate::schedule::{Job, Scheduler};
 use crate::task::{Phase, Progress};
-use crate::threads::{Cancel, lock};
+use crate::threads::{Cancel, drop_in_background, lock};
 use crate::work::{FinishReason, Work};
 
-/// How often a waiting reader looks up. A progress callback is promised 20 calls a second at most, those included that
-/// a new phase brings.
-const LOOK: Duration = Duration::from_millis(75);
+/// The longest wait in one piece. A progress callback is promised at most 20 calls a second, with those for new phases.
+const POLL_INTERVAL: Duration = Duration::from_millis(75);
 
-/// A stream of what some work delivers. Any thread may read it or cancel it; dropping it cancels it.
+/// The items that a `Work` delivers. Any thread may read or cancel the stream. Dropping it cancels it.
 pub struct Stream<W: Work> {
     outbox: Arc<Outbox<W::Item>>,
     scheduler: Scheduler,
-    /// Not handed over before the first read.
+    /// The work until the first read, which submits it.
     unstarted: Mutex<Option<W>>,
-    /// The progress that was last reported: its phase, and when.
+    /// Phase and time of the last progress report.
     reported: Mutex<Option<(Phase, Instant)>>,
 }
 
 pub type TextStream = Stream<Generation>;
 
 impl<W: Work> Stream<W> {
-    /// Nothing is computed before the first read; at the deadline it ends.
+    /// Nothing is computed before the first read. The stream ends at the deadline.
     pub fn new(work: W, scheduler: Scheduler, deadline: Option<Instant>) -> Self {
         Stream {
             outbox: Arc::new(Outbox::new(Cancel::at(deadline))),
@@ -39,8 +40,7 @@ impl<W: Work> Stream<W> {
         }
     }
 
-    /// The next item, None at the end, or pending: then `on_change` tells when to ask again, and so does `time_left`.
-    /// Never waits.
+    /// The next item, None at the end, or pending. Never waits: `on_change` and `time_left` tell when to poll again.
     pub fn poll(&self) -> Result<Poll<Option<W::Item>>> {
         self.scheduler.fork_guard().check()?;
         self.start()?;
@@ -52,7 +52,7 @@ impl<W: Work> Stream<W> {
             taken => taken,
         };
         if taken.is_ready() {
-            self.scheduler.waker().wake(); // there is room, or a deadline has passed
+            self.scheduler.waker().wake(); // the outbox has room again, or the deadline has passed
         }
         Ok(match taken {
             Poll::Ready(item) => Poll::Ready(item?),
@@ -60,14 +60,14 @@ impl<W: Work> Stream<W> {
         })
     }
 
-    /// Waits until `poll` has something, but not for longer than 75 ms: who waits has other things to look after.
+    /// Waits until `poll` has something, for at most 75 ms: the reader has signals and callbacks to handle.
     pub fn wait(&self) -> Result<()> {
         self.scheduler.fork_guard().check()?;
-        self.outbox.wait(self.time_left().map_or(LOOK, |left| left.min(LOOK)));
+        self.outbox.wait(self.time_left().map_or(POLL_INTERVAL, |left| left.min(POLL_INTERVAL)));
         Ok(())
     }
 
-    /// The next item; None at the end. Waits for it.
+    /// Waits for the next item; None at the end.
     pub fn next(&self) -> Result<Option<W::Item>> {
         loop {
             match self.poll()? {
@@ -77,25 +77,25 @@ impl<W: Work> Stream<W> {
         }
     }
 
-    /// Calls `hook` once, from whatever thread, when `poll` has something: perhaps at once. What it does must be short,
-    /// and not come back here.
+    /// Calls `hook` once when `poll` has something, on any thread, perhaps at once. It must be short and must not use this
+    /// stream.
     pub fn on_change(&self, hook: Hook) {
         self.outbox.on_change(hook);
     }
 
-    /// Until the deadline.
+    /// The time until the deadline.
     pub fn time_left(&self) -> Option<Duration> {
         self.outbox.cancel.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// What the reader is to be told now: nothing, when it was told less than 75 ms ago, no phase has begun since, and
-    /// this is not the end. A phase that came and went meanwhile is not left out.
+    /// The progress reports due now, as `Outbox::progress` has them. None within 75 ms of the last report, unless a phase
+    /// has begun since or `end` is set.
     pub fn progress(&self, end: bool) -> Result<Vec<Progress>> {
         self.scheduler.fork_guard().check()?;
         let mut reported = lock(&self.reported);
         let progress = self.outbox.progress(reported.map(|(phase, _)| phase));
         let Some(last) = progress.last() else { return Ok(progress) };
-        if !end && reported.is_some_and(|(phase, at)| phase == last.phase && at.elapsed() < LOOK) {
+        if !end && reported.is_some_and(|(phase, at)| phase == last.phase && at.elapsed() < POLL_INTERVAL) {
             return Ok(Vec::new());
         }
         *reported = Some((last.phase, Instant::now()));
@@ -108,24 +108,29 @@ impl<W: Work> Stream<W> {
         if self.outbox.cancel.is_set() {
             return Ok(());
         }
-        let job = StreamJob { work, outbox: self.outbox.clone(), waiting_since: Instant::now(), began: false };
-        let submitted = self.scheduler.submit(Box::new(job));
+        let job = StreamJob { work, outbox: self.outbox.clone(), submitted: Instant::now(), began: false };
+        let result = self.scheduler.submit(Box::new(job));
         drop(unstarted);
-        if submitted.is_err() {
+        if result.is_err() {
             self.outbox.abandon(FinishReason::Error);
         }
-        submitted
+        result
     }
 
-    /// End the stream, from any thread; returns at once. What was not read is dropped. A stream that was read to its end
-    /// stays as it is.
+    /// Ends the stream, from any thread. Returns at once. Unread items are dropped. Does nothing after the end was read.
     pub fn cancel(&self) {
+        drop(self.abandon());
+    }
+
+    /// Cancels the stream. Returns work that was never submitted.
+    fn abandon(&self) -> Option<W> {
         if self.scheduler.fork_guard().is_forked() || !self.outbox.abandon(FinishReason::Cancelled) {
-            return;
+            return None;
         }
         self.outbox.cancel.set();
-        drop(lock(&self.unstarted).take()); // it holds the model
+        let unstarted = lock(&self.unstarted).take();
         self.scheduler.waker().wake();
+        unstarted
     }
 
     /// None until the end was read.
@@ -147,16 +152,20 @@ impl<W: Work> Stream<W> {
 }
 
 impl<W: Work> Drop for Stream<W> {
+    /// Work holds the model, perhaps as the last one, and Python drops its objects with the interpreter's lock held.
     fn drop(&mut self) {
-        self.cancel();
+        if let Some(unstarted) = self.abandon() {
+            drop_in_background(unstarted);
+        }
     }
 }
 
-/// Work in the hands of the compute thread.
+/// A `Work` and its outbox as a job of the scheduler.
 struct StreamJob<W: Work> {
     work: W,
     outbox: Arc<Outbox<W::Item>>,
-    waiting_since: Instant,
+    /// The first read.
+    submitted: Instant,
     began: bool,
 }
 
@@ -169,10 +178,10 @@ impl<W: Work> Job for StreamJob<W> {
         let cancel = &self.outbox.cancel;
         if !self.began && !cancel.is_set() {
             self.began = true;
-            self.outbox.begin(self.waiting_since.elapsed(), self.work.status());
+            self.outbox.begin(self.submitted.elapsed(), self.work.status());
         }
         let step = if cancel.is_set() { Err(Error::Cancelled) } else { self.work.step(cancel) };
-        self.outbox.deliver(step, self.work.status(), self.waiting_since.elapsed())
+        self.outbox.deliver(step, self.work.status(), self.submitted.elapsed())
     }
 
     fn fail(&mut self, error: Error) {

@@ -1,7 +1,8 @@
-//! Work that takes long, in a thread of its own, while the caller waits as a reader of a stream does: looking up now and
-//! then, told how far the work is, and free to leave at any time.
+//! Long work on a thread of its own, such as a load or a download. Its caller waits in short pieces, sees the progress and
+//! may leave at any time.
+//!
+//! Decisions: docs/design/runtime.md
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -10,10 +11,10 @@ use crate::error::{Error, Result};
 use crate::panic;
 use crate::threads::{Cancel, ForkGuard, lock};
 
-/// How often the waiting caller looks up: less than 20 times a second, which is what a progress callback is promised.
-const POLL: Duration = Duration::from_millis(60);
+/// The longest wait in one piece. A progress callback is promised at most 20 calls a second.
+const POLL_INTERVAL: Duration = Duration::from_millis(60);
 
-/// What is being done. A generation goes through some of these in this order.
+/// A phase of a task or a generation. Phases follow each other in this order.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     Wait,
@@ -37,7 +38,7 @@ impl Phase {
     }
 }
 
-/// How far it is: in tokens, if it is a generation, else in bytes.
+/// Progress in tokens for a generation, in bytes for a task.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
     pub phase: Phase,
@@ -45,12 +46,12 @@ pub struct Progress {
     pub total: Option<u64>,
 }
 
-/// What the work sees of its caller: whether to go on, and where to say how far it is.
+/// The work's side of a background task: takes progress reports and says whether to go on.
 #[derive(Clone)]
 pub struct Task {
     cancel: Cancel,
     progress: Arc<Mutex<Progress>>,
-    /// Wakes work that waits for something else than this task, such as a socket.
+    /// Wakes work that waits for something else, such as a socket.
     #[allow(clippy::type_complexity)] // a callback that is called once
     interrupt: Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>,
 }
@@ -67,12 +68,12 @@ impl Task {
         *lock(&self.progress) = Progress { phase, done, total };
     }
 
-    /// Whether the caller still waits.
+    /// `Error::Cancelled` once the caller has left.
     pub fn check(&self) -> Result<()> {
         if self.cancel.is_set() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    /// Waits, for as long as the caller does.
+    /// Sleeps until the time is over or the caller has left.
     pub fn sleep(&self, duration: Duration) -> Result<()> {
         let until = Instant::now() + duration;
         loop {
@@ -81,18 +82,28 @@ impl Task {
             if left.is_zero() {
                 return Ok(());
             }
-            std::thread::sleep(left.min(POLL));
+            std::thread::sleep(left.min(POLL_INTERVAL));
         }
     }
 
-    /// What to call, once, when the caller leaves.
+    /// Calls `interrupt` once the caller has left: at once if that was before.
     pub fn on_cancel(&self, interrupt: impl FnOnce() + Send + 'static) {
         *lock(&self.interrupt) = Some(Box::new(interrupt));
+        if self.cancel.is_set() {
+            self.interrupt();
+        }
+    }
+
+    fn interrupt(&self) {
+        let interrupt = lock(&self.interrupt).take();
+        if let Some(interrupt) = interrupt {
+            interrupt();
+        }
     }
 }
 
-/// Work in a thread of its own, as its caller sees it. Dropping it ends the work at its next look at the task.
-pub struct Running<T> {
+/// The caller's side of a background task. Dropping it cancels the work, which ends at its next `Task::check`.
+pub struct BackgroundTask<T> {
     task: Task,
     outcome: Arc<Outcome<T>>,
     fork_guard: ForkGuard,
@@ -103,36 +114,35 @@ struct Outcome<T> {
     changed: Condvar,
 }
 
-impl<T: Send + 'static> Running<T> {
+impl<T: Send + 'static> BackgroundTask<T> {
     pub fn start(work: impl FnOnce(&Task) -> Result<T> + Send + 'static) -> Result<Self> {
         let task = Task::default();
         let outcome = Arc::new(Outcome { result: Mutex::default(), changed: Condvar::new() });
-        let (theirs, left) = (task.clone(), outcome.clone());
+        let (inner_task, inner_outcome) = (task.clone(), outcome.clone());
         std::thread::Builder::new()
             .name("candle-phi-task".into())
             .spawn(move || {
-                let caught = catch_unwind(AssertUnwindSafe(|| work(&theirs)));
-                let result = caught.unwrap_or_else(|payload| Err(Error::Internal(panic::message(payload))));
-                *lock(&left.result) = Some(result);
-                left.changed.notify_all();
+                let result = panic::catch(|| work(&inner_task));
+                *lock(&inner_outcome.result) = Some(result);
+                inner_outcome.changed.notify_all();
             })
-            .map_err(|error| Error::Internal(format!("no thread to work in: {error}")))?;
-        Ok(Running { task, outcome, fork_guard: ForkGuard::here() })
+            .map_err(|error| Error::Internal(format!("cannot start a thread: {error}")))?;
+        Ok(BackgroundTask { task, outcome, fork_guard: ForkGuard::here() })
     }
 
-    /// What the work returns, once, or pending. Never waits.
+    /// The result, once, or pending. Never waits.
     pub fn poll(&self) -> Result<Poll<T>> {
         self.fork_guard.check()?;
         let result = lock(&self.outcome.result).take();
         result.map_or(Ok(Poll::Pending), |result| result.map(Poll::Ready))
     }
 
-    /// Waits until `poll` has something, but not for longer than 60 ms: who waits has other things to look after.
+    /// Waits until `poll` has a result, for at most 60 ms: the caller has signals and callbacks to handle.
     pub fn wait(&self) -> Result<()> {
         self.fork_guard.check()?;
         let result = lock(&self.outcome.result);
         if result.is_none() {
-            drop(self.outcome.changed.wait_timeout(result, POLL).unwrap_or_else(PoisonError::into_inner));
+            drop(self.outcome.changed.wait_timeout(result, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner));
         }
         Ok(())
     }
@@ -143,22 +153,113 @@ impl<T: Send + 'static> Running<T> {
     }
 }
 
-impl<T> Running<T> {
-    /// End the work, from any thread; returns at once.
+impl<T> BackgroundTask<T> {
+    /// Cancels the work, from any thread. Returns at once.
     pub fn cancel(&self) {
         if self.fork_guard.is_forked() {
             return;
         }
         self.task.cancel.set();
-        let interrupt = lock(&self.task.interrupt).take();
-        if let Some(interrupt) = interrupt {
-            interrupt();
-        }
+        self.task.interrupt();
     }
 }
 
-impl<T> Drop for Running<T> {
+impl<T> Drop for BackgroundTask<T> {
     fn drop(&mut self) {
         self.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+
+    fn result<T: Send + 'static>(task: &BackgroundTask<T>) -> Result<T> {
+        loop {
+            match task.poll()? {
+                Poll::Ready(value) => return Ok(value),
+                Poll::Pending => task.wait()?,
+            }
+        }
+    }
+
+    #[test]
+    fn the_result_comes_once_and_progress_is_the_last_report() {
+        let (go, gate) = channel();
+        let task = BackgroundTask::start(move |task| {
+            task.report(Phase::Load, 1, Some(3));
+            task.report(Phase::Load, 2, Some(3));
+            gate.recv().unwrap();
+            Ok(7)
+        })
+        .unwrap();
+        assert_eq!(task.poll(), Ok(Poll::Pending));
+        task.wait().unwrap(); // returns, though there is no result
+        go.send(()).unwrap();
+        assert_eq!(result(&task), Ok(7));
+        assert_eq!(task.progress(), Ok(Progress { phase: Phase::Load, done: 2, total: Some(3) }));
+        assert_eq!(task.poll(), Ok(Poll::Pending), "it was taken");
+    }
+
+    #[test]
+    fn errors_and_panics_are_results() {
+        let failed = BackgroundTask::start(|_| Err::<(), _>(Error::Value("no".into()))).unwrap();
+        assert_eq!(result(&failed), Err(Error::Value("no".into())));
+        let panicked = BackgroundTask::start(|_| -> Result<()> { panic!("number {}", 7) }).unwrap();
+        assert_eq!(result(&panicked), Err(Error::Internal("number 7".into())));
+    }
+
+    #[test]
+    fn cancelling_ends_a_sleep_and_so_does_dropping() {
+        let (done, ended) = channel();
+        for drops in [false, true] {
+            let done = done.clone();
+            let hour = Duration::from_secs(3600);
+            let task = BackgroundTask::start(move |task| {
+                done.send(task.sleep(hour)).unwrap();
+                task.check()
+            })
+            .unwrap();
+            if drops {
+                drop(task);
+            } else {
+                task.cancel();
+                assert_eq!(result(&task), Err(Error::Cancelled));
+            }
+            assert_eq!(ended.recv(), Ok(Err(Error::Cancelled)));
+        }
+        assert_eq!(Task::default().sleep(Duration::ZERO), Ok(()));
+    }
+
+    #[test]
+    fn cancelling_interrupts_once_whichever_came_first() {
+        for cancel_first in [false, true] {
+            let (go, gate) = channel();
+            let (interrupt, interrupted) = channel();
+            let task = BackgroundTask::start(move |task| {
+                if cancel_first {
+                    gate.recv().unwrap();
+                }
+                task.on_cancel(move || interrupt.send(()).unwrap());
+                if !cancel_first {
+                    gate.recv().unwrap();
+                }
+                Ok(())
+            })
+            .unwrap();
+            if cancel_first {
+                task.cancel();
+                go.send(()).unwrap();
+                assert_eq!(interrupted.recv(), Ok(()));
+            } else {
+                go.send(()).unwrap();
+                assert_eq!(result(&task), Ok(())); // `on_cancel` was called
+                task.cancel();
+                assert_eq!(interrupted.recv(), Ok(()));
+            }
+            task.cancel();
+            assert_eq!(interrupted.recv_timeout(Duration::from_secs(60)), Err(RecvTimeoutError::Disconnected));
+        }
     }
 }

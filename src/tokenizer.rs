@@ -6,6 +6,8 @@
 //! ```
 //! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`), because only we
 //! know which part of a prompt is the user's: there, nothing is ever a control token.
+//!
+//! Decisions: docs/design/text.md
 use std::fmt;
 use std::path::Path;
 

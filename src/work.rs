@@ -1,33 +1,33 @@
-//! Work of the compute thread as its reader sees it: taken in steps, which deliver something now and then, up to an end.
+//! The work of a stream: steps that deliver items, up to an end.
 
 use std::time::Duration;
 
 use crate::error::Result;
 use crate::threads::Cancel;
 
-/// Work in steps.
+/// Work in steps, as a stream sees it.
 pub trait Work: Send + 'static {
-    /// What it delivers.
+    /// What a step may deliver.
     type Item: Send;
 
-    /// Take a step; `cancel` ends it early, with `Error::Cancelled`. Not to be called again after `End` or an error.
+    /// Takes a step. `cancel` ends it early with `Error::Cancelled`. It is not called again after `End` or an error.
     fn step(&mut self, cancel: &Cancel) -> Result<Step<Self::Item>>;
 
-    /// How far it is.
+    /// Progress so far.
     fn status(&self) -> Status;
 
-    /// The token ids that an item stands for.
+    /// The token ids of an item.
     fn ids(_item: &Self::Item) -> &[u32] {
         &[]
     }
 }
 
-/// What one step brought.
+/// The result of one step.
 #[derive(Debug, PartialEq)]
 pub enum Step<T> {
-    /// Perhaps something, and there is more to do.
+    /// Perhaps an item, and more steps to come.
     More(Option<T>),
-    /// The end, and what came with it.
+    /// Perhaps an item, and the end.
     End(Option<T>, FinishReason),
 }
 
@@ -36,7 +36,7 @@ pub enum Step<T> {
 pub enum FinishReason {
     /// A stop id or a stop string.
     Stop,
-    /// `max_tokens`, or the context's end.
+    /// `max_tokens` or the end of the context.
     Length,
     Cancelled,
     Timeout,
@@ -55,18 +55,18 @@ impl FinishReason {
     }
 }
 
-/// How far it is, in tokens, and how long that took.
+/// Progress in tokens, and the time that it took.
 #[derive(Copy, Clone, Debug, Default, PartialEq)]
 pub struct Status {
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Of these, computed.
+    /// Prompt tokens that are computed.
     pub prefilled: usize,
     pub generated: usize,
-    /// How many may be generated; None: nobody said.
+    /// `max_tokens` if the caller set it.
     pub limit: Option<usize>,
     pub prefill_time: Duration,
     pub decode_time: Duration,
-    /// Passes that `decode_time` took; the first id comes from the prefill.
+    /// Passes within `decode_time`. The first id comes from the prefill.
     pub decode_passes: usize,
 }

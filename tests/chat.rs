@@ -135,7 +135,8 @@ fn eval(source: &str) -> String {
 
 fn value_error<T: std::fmt::Debug>(result: Result<T>) -> String {
     match result {
-        Err(Error::Value(message)) => {
+        Err(error @ (Error::Value(_) | Error::Option { .. })) => {
+            let message = error.to_string();
             assert!(!message.contains('\n'), "{message}");
             message
         }
@@ -395,8 +396,8 @@ fn errors_say_where_and_what() {
         assert!(error.contains(part) && error.len() < 400, "{source}: {error}");
     }
     let syntax = [
-        ("a\n{% if %}", "chat_template: line 2: syntax error"),
-        ("{{ 'a' ", "chat_template: line 1: syntax error"),
+        ("a\n{% if %}", "chat_template is not valid: line 2: syntax error"),
+        ("{{ 'a' ", "chat_template is not valid: line 1: syntax error"),
         ("{% generation %}", "unknown statement generation"),
         ("a\n{% include 'x' %}", "line 2: include has no place in a chat template"),
         ("{% extends 'x' %}", "extends has no place"),
@@ -470,7 +471,8 @@ fn no_template_hangs_or_fills_memory() {
             let result = template.and_then(|template| template.render(&[user("x")]));
             took = took.min(start.elapsed());
             match result {
-                Err(Error::Value(message)) => {
+                Err(error @ (Error::Value(_) | Error::Option { .. })) => {
+                    let message = error.to_string();
                     assert!(message.len() < 300 && !message.contains('\n'), "{name}: {message}");
                 }
                 Err(other) => panic!("{name}: {other:?}"),

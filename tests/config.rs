@@ -1,13 +1,17 @@
-//! What a file's keys mean for the model: the defaults of what Microsoft's files leave out, and what is refused.
+//! The keys of a file: the defaults of those that Microsoft's files leave out, the errors of wrong ones, and the memory
+//! that follows from them.
 
 mod gguf_writer;
 
+use std::path::{Path, PathBuf};
+
 use candle_phi::error::{Error, Result};
 use candle_phi::gguf::Gguf;
+use candle_phi::memory;
 use candle_phi::phi3::Config;
 use gguf_writer::{F32, F64, STRING, U32, U64, Writer, string, strings};
 
-/// A small model file, to be said differently key by key and tensor by tensor.
+/// A small model file whose keys and tensors a test can replace.
 struct File {
     keys: Vec<(&'static str, u32, Vec<u8>)>,
     tensors: Vec<(String, Vec<u64>)>,
@@ -30,7 +34,7 @@ fn tokens(n: usize) -> (u32, Vec<u8>) {
 }
 
 impl File {
-    /// hidden 8, 4 heads of 2 features, 2 KV heads, feed-forward 6, 1 layer, 5 tokens, and only the keys that must be.
+    /// hidden 8, 4 heads of 2 features, 2 KV heads, feed-forward 6, 1 layer, 5 tokens, and only the required keys.
     fn new() -> Self {
         let file = File { keys: Vec::new(), tensors: Vec::new() };
         let file = file
@@ -75,14 +79,18 @@ impl File {
         file
     }
 
-    fn config(self) -> Result<Config> {
+    fn save(self, folder: &Path) -> PathBuf {
         let writer = self.keys.iter().fold(Writer::new(), |writer, (name, kind, value)| writer.key(name, *kind, value));
         let writer = self.tensors.iter().fold(writer, |writer, (name, dims)| {
             let ones = vec![1f32.to_le_bytes(); dims.iter().product::<u64>() as usize].concat();
             writer.tensor(name, dims, 0, &ones)
         });
+        writer.save(folder, "model.gguf")
+    }
+
+    fn config(self) -> Result<Config> {
         let folder = tempfile::tempdir().unwrap();
-        Config::read(&Gguf::open(&writer.save(folder.path(), "model.gguf"), true)?)
+        Config::read(&Gguf::open(&self.save(folder.path()), true)?)
     }
 }
 
@@ -190,6 +198,58 @@ fn every_number_out_of_its_range_is_refused_with_the_key_and_the_number() {
         }
     }
     assert_eq!(cases, 90);
+}
+
+#[test]
+fn sizes_beyond_any_model_are_refused_before_memory_is_taken_for_them() {
+    let beyond = [
+        ("phi3.block_count", 1 << 13),
+        ("phi3.embedding_length", 1 << 17),
+        ("phi3.feed_forward_length", 1 << 19),
+        ("phi3.attention.head_count", 1 << 13),
+    ];
+    for (key, value) in beyond {
+        let message = File::new().key(key, u32(value)).config().unwrap_err().to_string();
+        assert!(message.contains(&format!("{key} is {value}; it must be from 1 to ")), "{message}");
+    }
+    let one_head = File::new().key("phi3.attention.head_count", u32(1)).key("phi3.attention.head_count_kv", u32(1));
+    let message = one_head.key("phi3.embedding_length", u32(1 << 14)).config().unwrap_err().to_string();
+    assert!(message.contains("heads of 16384 features; at most 8192"), "{message}");
+}
+
+#[test]
+fn a_rope_context_of_one_token_is_refused_with_the_key_that_the_file_has() {
+    let long = || {
+        let file = File::new().tensor("rope_factors_short.weight", &[1]);
+        file.tensor("rope_factors_long.weight", &[1])
+    };
+    let original = "phi3.rope.scaling.original_context_length";
+    for (file, says) in [
+        (long().key(original, u32(1)), "phi3.rope.scaling.original_context_length is 1; it must be from 2 to"),
+        (long().key("phi3.context_length", u32(1)), "phi3.context_length is 1; LongRoPE must have at least 2"),
+    ] {
+        let error = file.config().unwrap_err();
+        assert!(matches!(&error, Error::InvalidModel(message) if message.contains(says)), "{error}");
+    }
+    let rope = long().key(original, u32(2)).config().unwrap().long_rope.unwrap();
+    assert!(rope.attn_factor.is_finite());
+}
+
+#[test]
+fn the_memory_that_a_model_needs_follows_from_its_header() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = File::new().save(folder.path());
+    let needed = |n_ctx, kv_cache| memory::needed(&path, n_ctx, kv_cache).unwrap();
+    let size = std::fs::metadata(&path).unwrap().len();
+    let of_100 = needed(Some(100), "f16");
+    assert_eq!((of_100.weights, of_100.context), (size, 100 * 2 * 2 * 4), "2 KV heads of 2 features");
+    assert_eq!(needed(Some(100), "f32").context, 2 * of_100.context);
+    assert_eq!(needed(None, "f16").context, 4096 * 16);
+    assert_eq!(needed(Some(1 << 20), "f16").context, 4096 * 16, "no more than the file's context");
+    // 512 tokens at most are computed together.
+    assert!(of_100.activations < needed(Some(512), "f16").activations);
+    assert_eq!(needed(Some(512), "f16").activations, needed(Some(4096), "f16").activations);
+    assert!(memory::needed(&path, None, "q4").is_err());
 }
 
 #[test]

@@ -16,7 +16,7 @@ const HAIKU: &str = "Write a haiku about ice hockey";
 const SAMPLED: [(u64, &str); 3] = [
     (1, "The Zamboni rolls\nshadows glide a final shift,\nsnow on the way home."),
     (2, "Sleepy kids lace up —\neach stride throwing silver snow,\nwinter waits outside."),
-    (3, "A hush fills the rink\nwrists and shoulders coiled like springs —\nsteel bursts into song."),
+    (3, "A hush fills the rink\nwrists and shoulders coiled like springs\nthen the storm begins."),
 ];
 /// A question whose most probable answer no kernel's rounding changes.
 const QUESTION: &str = "What is a Zamboni?";
@@ -49,18 +49,8 @@ impl Demo {
 fn request(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Request {
     let message = Message { role: "user".into(), content: prompt.into() };
     let prompt = engine.tokenize_messages(&[message]).unwrap();
-    let repeat_penalty = if temperature == 0.0 { 1.0 } else { 1.2 };
-    let sampling = Sampling { temperature, repeat_penalty, ..Sampling::default() };
-    Request {
-        prompt,
-        max_tokens: 0,
-        limited: false,
-        sampling,
-        seed,
-        stop: Vec::new(),
-        ignore_eos: false,
-        top_logprobs: None,
-    }
+    let sampling = Sampling { temperature, ..Sampling::default() };
+    Request { prompt, sampling, seed, ..Request::default() }
 }
 
 fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> String {

@@ -1,9 +1,9 @@
-//! Generation and its stream over a model that says what it is told to: when it ends, what comes out, who may stop it.
+//! Generation and its stream over a scripted model: its text, its end, and the ways to cancel it.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,20 +15,30 @@ use candle_phi::model::{Model, Phase, Sequence, Want};
 use candle_phi::sampling::Sampling;
 use candle_phi::schedule::Scheduler;
 use candle_phi::stream::TextStream;
-use candle_phi::task::Phase as Doing;
+use candle_phi::task::Phase as Reported;
 use candle_phi::threads::Cancel;
 use candle_phi::tokenizer::{Special, Tokenizer};
 use candle_phi::work::FinishReason;
 
-/// Follows a script of ids, and counts its passes.
+/// Repeats a script of ids and counts its passes.
 struct Scripted {
     script: Vec<u32>,
     n_vocab: usize,
     passes: Arc<AtomicUsize>,
     failure: Option<Error>,
     panics: bool,
-    pause: Duration,
-    prefill_pause: Duration,
+    /// The prompt never ends.
+    endless_prompt: bool,
+    /// Every turn waits for a message, until the sender is dropped.
+    gate: Option<Mutex<Receiver<()>>>,
+}
+
+impl Scripted {
+    fn wait_at_gate(&self) {
+        if let Some(gate) = &self.gate {
+            let _ = gate.lock().unwrap().recv(); // an error: the sender was dropped
+        }
+    }
 }
 
 struct ScriptedSequence {
@@ -79,14 +89,14 @@ impl Sequence for ScriptedSequence {
     /// A turn for each token.
     fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
         if self.left > 1 {
-            self.left -= 1;
-            thread::sleep(self.model.prefill_pause);
+            self.model.wait_at_gate();
+            self.left -= usize::from(!self.model.endless_prompt);
             return if cancel.is_set() { Err(Error::Cancelled) } else { Ok(true) };
         }
         self.left = 0;
         self.model.passes.fetch_add(1, SeqCst);
         assert!(!self.model.panics, "the model panics");
-        thread::sleep(self.model.pause);
+        self.model.wait_at_gate();
         if cancel.is_set() {
             return Err(Error::Cancelled);
         }
@@ -107,6 +117,10 @@ impl Sequence for ScriptedSequence {
     fn logits(&self) -> &[f32] {
         &self.logits
     }
+
+    fn take_logits(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.logits)
+    }
 }
 
 struct Setup {
@@ -118,14 +132,13 @@ struct Setup {
 }
 
 impl Setup {
-    /// The model says these ids, again and again.
+    /// The model repeats these ids.
     fn ids(script: &[u32]) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain.gguf");
         let tokenizer = Arc::new(Tokenizer::from_gguf(&Gguf::open(&path, true).unwrap()).unwrap());
         let (n_vocab, passes) = (tokenizer.n_vocab(), Arc::default());
-        let (pause, prefill_pause) = (Duration::ZERO, Duration::ZERO);
-        let script = script.to_vec();
-        let model = Scripted { script, n_vocab, passes, failure: None, panics: false, pause, prefill_pause };
+        let (script, failure) = (script.to_vec(), None);
+        let model = Scripted { script, n_vocab, passes, failure, panics: false, endless_prompt: false, gate: None };
         Setup { tokenizer, scheduler: Scheduler::default(), model, prompt: None }
     }
 
@@ -137,20 +150,30 @@ impl Setup {
         setup
     }
 
+    /// Other streams of this scheduler.
+    fn sibling(scheduler: &Scheduler, text: &str) -> Self {
+        Setup { scheduler: scheduler.clone(), ..Setup::text(text) }
+    }
+
+    /// Its prefill goes on until it is cancelled.
+    fn endless_prompt() -> Self {
+        let mut setup = Setup::text("never comes");
+        setup.model.endless_prompt = true;
+        setup
+    }
+
+    /// Adds a gate to the model. A message lets one turn through, dropping the sender all.
+    fn gate(&mut self) -> Sender<()> {
+        let (open, gate) = channel();
+        self.model.gate = Some(Mutex::new(gate));
+        open
+    }
+
     fn request(&self) -> Request {
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let short = || self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
         let prompt = self.prompt.clone().unwrap_or_else(short);
-        Request {
-            prompt,
-            max_tokens: 500,
-            limited: true,
-            sampling,
-            seed: 1,
-            stop: Vec::new(),
-            ignore_eos: false,
-            top_logprobs: None,
-        }
+        Request { prompt, max_tokens: 500, limited: true, sampling, ..Request::default() }
     }
 
     fn stream(self, change: impl FnOnce(&mut Request)) -> TextStream {
@@ -210,7 +233,7 @@ fn a_character_that_max_tokens_cuts_is_dropped_and_its_ids_stay() {
 }
 
 #[test]
-fn ignore_eos_goes_on_through_stop_ids() {
+fn ignore_eos_generates_past_stop_ids() {
     let (text, ids, reason) = read(&Setup::text("ab").stream(|request| {
         request.ignore_eos = true;
         request.max_tokens = 20;
@@ -250,22 +273,24 @@ fn every_id_has_a_log_probability_those_without_text_too() {
 
 #[test]
 fn nothing_is_computed_before_the_first_read_nor_far_ahead_of_the_reader() {
-    let setup = Setup::text(&"word ".repeat(90));
-    let passes = setup.model.passes.clone();
+    let text = "word ".repeat(90);
+    let setup = Setup::text(&text);
+    let (passes, scheduler) = (setup.model.passes.clone(), setup.scheduler.clone());
     let stream = setup.stream(|_| {});
-    thread::sleep(Duration::from_millis(50));
+    read(&Setup::sibling(&scheduler, &text).stream(|_| {})).unwrap();
     assert_eq!(passes.load(SeqCst), 0);
     stream.next().unwrap();
-    thread::sleep(Duration::from_millis(200));
+    read(&Setup::sibling(&scheduler, &text).stream(|_| {})).unwrap(); // 90 turns that this stream could have shared
     assert!(passes.load(SeqCst) < 20, "{}", passes.load(SeqCst));
-    drop(stream);
 }
 
 #[test]
 fn the_reason_shows_when_the_end_was_read_and_not_before() {
     let stream = Setup::text("a").stream(|_| {});
     stream.next().unwrap();
-    thread::sleep(Duration::from_millis(50)); // it is complete by now
+    let (sender, complete) = channel();
+    stream.on_change(Box::new(move || sender.send(()).unwrap()));
+    complete.recv().unwrap();
     assert_eq!(stream.finish_reason(), Ok(None));
     assert_eq!(stream.next(), Ok(None));
     assert_eq!(stream.finish_reason(), Ok(Some(FinishReason::Stop)));
@@ -274,25 +299,28 @@ fn the_reason_shows_when_the_end_was_read_and_not_before() {
 }
 
 #[test]
-fn cancel_works_from_another_thread_while_one_waits() {
-    let mut setup = Setup::text("never ends");
-    setup.model.pause = Duration::from_millis(30);
-    let stream = setup.stream(|request| request.ignore_eos = true);
+fn cancel_works_from_another_thread_in_the_middle_of_a_pass() {
+    let mut setup = Setup::text("never comes");
+    let open = setup.gate();
+    setup.prompt = Some(vec![5]);
+    let passes = setup.model.passes.clone();
+    let stream = setup.stream(|_| {});
     thread::scope(|scope| {
         scope.spawn(|| {
-            thread::sleep(Duration::from_millis(200));
+            while passes.load(SeqCst) == 0 {
+                thread::yield_now();
+            }
             stream.cancel();
         });
-        let (_, _, reason) = read(&stream).unwrap();
-        assert_eq!(reason, FinishReason::Cancelled);
+        assert_eq!(read(&stream).unwrap(), (String::new(), 0, FinishReason::Cancelled));
     });
     assert_eq!(stream.next(), Ok(None), "and stays ended");
+    drop(open);
 }
 
 #[test]
 fn closing_the_model_is_an_error_of_its_streams() {
-    let mut setup = Setup::text("never ends");
-    setup.model.pause = Duration::from_millis(10);
+    let setup = Setup::text("never ends");
     let scheduler = setup.scheduler.clone();
     let stream = setup.stream(|request| request.ignore_eos = true);
     stream.next().unwrap();
@@ -326,32 +354,30 @@ fn a_panic_of_the_model_is_an_internal_error_and_the_scheduler_lives() {
     let scheduler = setup.scheduler.clone();
     let error = read(&setup.stream(|_| {})).unwrap_err();
     assert!(matches!(&error, Error::Internal(message) if message.contains("the model panics")), "{error}");
-    let next = Setup { scheduler, ..Setup::text("fine") };
-    assert_eq!(read(&next.stream(|_| {})).unwrap().0, "fine");
+    assert_eq!(read(&Setup::sibling(&scheduler, "fine").stream(|_| {})).unwrap().0, "fine");
 }
 
 #[test]
 fn streams_take_turns() {
-    let mut long = Setup::text("never ends");
-    long.model.pause = Duration::from_millis(5);
+    let long = Setup::text("never ends");
     let scheduler = long.scheduler.clone();
-    let long = long.stream(|request| request.ignore_eos = true);
+    let long = long.stream(|request| (request.ignore_eos, request.max_tokens) = (true, usize::MAX));
     long.next().unwrap();
-    let short = Setup { scheduler, ..Setup::text("short") };
     thread::scope(|scope| {
         scope.spawn(|| while long.next().unwrap().is_some() {});
-        assert_eq!(read(&short.stream(|_| {})).unwrap().0, "short");
+        assert_eq!(read(&Setup::sibling(&scheduler, "short").stream(|_| {})).unwrap().0, "short");
         long.cancel();
     });
 }
 
-/// A prompt of so many tokens, each of which takes `pause`.
-fn long_prompt(tokens: usize, pause: Duration) -> Setup {
-    let mut setup = Setup::text("never ends");
-    setup.model.prefill_pause = pause;
-    setup.model.pause = pause;
-    setup.prompt = Some(vec![5; tokens]);
-    setup
+#[test]
+fn a_short_stream_is_not_stuck_behind_a_long_prompt() {
+    let long = Setup::endless_prompt();
+    let scheduler = long.scheduler.clone();
+    let long = long.stream(|_| {});
+    assert_eq!(long.poll(), Ok(Poll::Pending));
+    assert_eq!(read(&Setup::sibling(&scheduler, "short").stream(|_| {})).unwrap().0, "short");
+    assert_eq!(long.poll(), Ok(Poll::Pending));
 }
 
 fn in_ms(ms: u64) -> Option<Instant> {
@@ -359,50 +385,33 @@ fn in_ms(ms: u64) -> Option<Instant> {
 }
 
 #[test]
-fn a_short_stream_is_not_stuck_behind_a_long_prompt() {
-    let long = long_prompt(900, Duration::from_millis(10));
-    let scheduler = long.scheduler.clone();
-    let long = long.stream(|_| {});
-    thread::scope(|scope| {
-        let reader = scope.spawn(|| read(&long).unwrap());
-        thread::sleep(Duration::from_millis(100));
-        let begin = Instant::now();
-        let short = Setup { scheduler, ..Setup::text("short") };
-        assert_eq!(read(&short.stream(|_| {})).unwrap().0, "short");
-        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
-        assert!(!reader.is_finished());
-        long.cancel();
-    });
-}
-
-#[test]
 fn a_deadline_ends_a_stream_in_any_phase_and_keeps_the_text() {
-    // in the queue, behind a pass that takes long
-    let slow = long_prompt(2, Duration::from_secs(3));
-    let scheduler = slow.scheduler.clone();
-    let slow = slow.stream(|_| {});
-    assert_eq!(slow.poll(), Ok(Poll::Pending));
-    let queued = Setup { scheduler, ..Setup::text("late") }.stream_until(in_ms(200), |_| {});
-    // in a prompt, and in the text
-    let prompt = long_prompt(900, Duration::from_millis(10)).stream_until(in_ms(200), |_| {});
-    let mut text = Setup::text("never ends");
-    text.model.pause = Duration::from_millis(20);
-    let text = text.stream_until(in_ms(600), |request| request.ignore_eos = true);
-    for (stream, least, most) in [(queued, 200, 0), (prompt, 0, 0), (text, 0, 500)] {
-        let begin = Instant::now();
-        let (text, ids, reason) = read(&stream).unwrap();
-        assert_eq!(reason, FinishReason::Timeout);
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
-        assert!(begin.elapsed() >= Duration::from_millis(least / 2));
-        assert!(ids <= most && (most == 0 || text.starts_with("never")), "{text:?}");
-        assert_eq!(stream.next(), Ok(None));
-    }
-    // before the first read, and with text that nobody read yet
+    // in the queue, behind a pass that does not end
+    let mut stuck = Setup::text("never comes");
+    let open = stuck.gate();
+    let scheduler = stuck.scheduler.clone();
+    let stuck = stuck.stream(|_| {});
+    assert_eq!(stuck.poll(), Ok(Poll::Pending));
+    let queued = Setup::sibling(&scheduler, "late").stream_until(in_ms(100), |_| {});
+    assert_eq!(read(&queued).unwrap(), (String::new(), 0, FinishReason::Timeout));
+    assert_eq!(stuck.poll(), Ok(Poll::Pending));
+    drop(open);
+    // in a prompt
+    let prompt = Setup::endless_prompt().stream_until(in_ms(100), |_| {});
+    assert_eq!(read(&prompt).unwrap(), (String::new(), 0, FinishReason::Timeout));
+    assert_eq!(prompt.next(), Ok(None));
+    // in the text
+    let endless = |request: &mut Request| (request.ignore_eos, request.max_tokens) = (true, usize::MAX);
+    let text = Setup::text("never ends").stream_until(in_ms(500), endless);
+    let (text, ids, reason) = read(&text).unwrap();
+    assert_eq!((reason, ids > 0, &text[..5]), (FinishReason::Timeout, true, "never"));
+    // before the first read
     let stream = Setup::text("never read").stream_until(Some(Instant::now()), |_| {});
     assert_eq!(read(&stream).unwrap(), (String::new(), 0, FinishReason::Timeout));
-    let stream = Setup::text("read late ".repeat(50).trim_end()).stream_until(in_ms(100), |_| {});
+    // with text that is still unread
+    let stream = Setup::text("read late ".repeat(50).trim_end()).stream_until(in_ms(500), |_| {});
     let mut text = stream.next().unwrap().unwrap().text;
-    thread::sleep(Duration::from_millis(200));
+    thread::sleep(stream.time_left().unwrap());
     let (rest, _, reason) = read(&stream).unwrap();
     text += &rest;
     assert_eq!(reason, FinishReason::Timeout);
@@ -411,27 +420,25 @@ fn a_deadline_ends_a_stream_in_any_phase_and_keeps_the_text() {
 
 #[test]
 fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
-    let first = Setup { scheduler: Scheduler::new(1), ..Setup::text(&"word ".repeat(90)) };
-    let scheduler = first.scheduler.clone();
-    let first = first.stream_until(in_ms(200), |_| {});
+    let scheduler = Scheduler::new(1);
+    let first = Setup::sibling(&scheduler, &"word ".repeat(90)).stream_until(in_ms(500), |_| {});
     first.next().unwrap();
-    let begin = Instant::now();
-    assert_eq!(read(&Setup { scheduler, ..Setup::text("next") }.stream(|_| {})).unwrap().0, "next");
-    assert!(begin.elapsed() < Duration::from_secs(5), "without waiting for its reader");
+    assert_eq!(read(&Setup::sibling(&scheduler, "next").stream(|_| {})).unwrap().0, "next", "not a Busy error");
 }
 
 #[test]
 fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
-    let complete = Setup { scheduler: Scheduler::new(1), ..Setup::text("ab") };
-    let scheduler = complete.scheduler.clone();
-    let setup = |text: &str| Setup { scheduler: scheduler.clone(), ..Setup::text(text) };
-    let complete = complete.stream(|_| {});
+    let scheduler = Scheduler::new(1);
+    let setup = |text: &str| Setup::sibling(&scheduler, text);
+    let complete = setup("ab").stream(|_| {});
     complete.next().unwrap();
     let endless = setup("endless").stream(|request| request.ignore_eos = true);
     endless.next().unwrap();
     let waiting = setup("waiting").stream(|_| {});
     assert_eq!(waiting.poll(), Ok(Poll::Pending));
-    thread::sleep(Duration::from_millis(200));
+    for _ in 0..20 {
+        endless.next().unwrap();
+    }
     assert_eq!(waiting.poll(), Ok(Poll::Pending));
     endless.cancel();
     assert_eq!(read(&waiting).unwrap().0, "waiting");
@@ -446,7 +453,7 @@ fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
 #[test]
 fn a_reader_may_be_called_instead_of_waiting() {
     let mut setup = Setup::text("called");
-    setup.model.pause = Duration::from_millis(20);
+    let open = setup.gate();
     let stream = setup.stream(|_| {});
     let (mut text, mut calls) = (String::new(), 0);
     let (sender, called) = channel();
@@ -457,81 +464,77 @@ fn a_reader_may_be_called_instead_of_waiting() {
             Poll::Pending => {
                 let sender = sender.clone();
                 stream.on_change(Box::new(move || sender.send(()).unwrap()));
-                called.recv_timeout(Duration::from_secs(5)).unwrap();
+                while called.try_recv().is_err() {
+                    open.send(()).unwrap();
+                    thread::yield_now();
+                }
                 calls += 1;
             }
         }
     }
     assert_eq!((text.as_str(), called.try_recv().ok()), ("called", None));
-    assert!(calls > 1);
+    assert!(calls > 0);
     // also when another thread ends it
-    let endless = long_prompt(900, Duration::from_millis(10)).stream(|_| {});
+    let endless = Setup::endless_prompt().stream(|_| {});
     assert_eq!(endless.poll(), Ok(Poll::Pending));
-    let theirs = sender.clone();
-    endless.on_change(Box::new(move || theirs.send(()).unwrap()));
+    let hook_sender = sender.clone();
+    endless.on_change(Box::new(move || hook_sender.send(()).unwrap()));
     endless.cancel();
-    called.recv_timeout(Duration::from_secs(5)).unwrap();
+    called.recv().unwrap();
     endless.on_change(Box::new(move || sender.send(()).unwrap()));
     called.try_recv().expect("what has ended calls at once");
 }
 
 #[test]
 fn progress_goes_through_the_phases() {
-    let setup = long_prompt(40, Duration::from_millis(20));
+    let mut setup = Setup::text("never ends");
+    let open = setup.gate();
+    setup.prompt = Some(vec![5; 40]);
     let stream = setup.stream(|request| (request.max_tokens, request.ignore_eos) = (12, true));
-    let (mut seen, mut times) = (Vec::new(), Vec::new());
-    let mut look = |end| {
-        let progress = stream.progress(end).unwrap();
-        if !progress.is_empty() {
-            times.push(Instant::now());
-        }
-        seen.extend(progress);
-    };
+    let mut seen = Vec::new();
     loop {
-        look(false);
+        seen.extend(stream.progress(false).unwrap());
         match stream.poll().unwrap() {
             Poll::Ready(Some(_)) => {}
             Poll::Ready(None) => break,
-            Poll::Pending => stream.wait().unwrap(),
+            Poll::Pending => {
+                (0..8).for_each(|_| open.send(()).unwrap());
+                stream.wait().unwrap();
+            }
         }
     }
-    look(true);
+    seen.extend(stream.progress(true).unwrap());
     let of = |phase| seen.iter().filter(|p| p.phase == phase).map(|p| (p.done, p.total)).collect::<Vec<_>>();
-    assert_eq!(of(Doing::Wait)[0], (0, None));
-    let (prefill, decode) = (of(Doing::Prefill), of(Doing::Decode));
+    assert_eq!(of(Reported::Wait)[0], (0, None));
+    let (prefill, decode) = (of(Reported::Prefill), of(Reported::Decode));
     assert_eq!(prefill.last(), Some(&(40, Some(40))));
-    assert!(prefill.len() > 4 && prefill.is_sorted() && prefill[1].0 < 40, "{prefill:?}");
+    assert!(prefill.len() > 2 && prefill.is_sorted() && prefill[0].0 < 40, "{prefill:?}");
     assert_eq!(decode.last(), Some(&(12, Some(12))));
     assert!(decode.len() > 1 && decode.is_sorted(), "{decode:?}");
     assert!(seen.is_sorted_by_key(|p| p.phase), "{seen:?}");
-    let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
-    assert!(gaps.max().unwrap() < Duration::from_millis(200 + 300), "with a margin for a busy machine");
 }
 
 #[test]
-fn who_waits_can_look_after_other_things() {
-    let stream = long_prompt(900, Duration::from_millis(10)).stream(|_| {});
+fn a_wait_returns_though_there_is_nothing_to_read() {
+    let stream = Setup::endless_prompt().stream(|_| {});
     assert_eq!(stream.poll(), Ok(Poll::Pending));
-    let begin = Instant::now();
     for _ in 0..3 {
         stream.wait().unwrap();
+        assert_eq!(stream.poll(), Ok(Poll::Pending));
     }
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
-    assert_eq!(stream.poll(), Ok(Poll::Pending));
 }
 
 #[test]
-fn closing_reaches_who_waits_for_a_slot_and_who_is_called() {
-    let holder = Setup { scheduler: Scheduler::new(1), ..Setup::text("never ends") };
-    let scheduler = holder.scheduler.clone();
-    let holder = holder.stream(|request| request.ignore_eos = true);
+fn closing_reaches_a_stream_that_waits_for_a_slot_and_calls_its_hook() {
+    let scheduler = Scheduler::new(1);
+    let holder = Setup::sibling(&scheduler, "never ends").stream(|request| request.ignore_eos = true);
     holder.next().unwrap();
-    let waiting = Setup { scheduler: scheduler.clone(), ..Setup::text("waiting") }.stream(|_| {});
+    let waiting = Setup::sibling(&scheduler, "waiting").stream(|_| {});
     assert_eq!(waiting.poll(), Ok(Poll::Pending));
     let (sender, called) = channel();
     waiting.on_change(Box::new(move || sender.send(()).unwrap()));
     scheduler.close();
-    called.recv_timeout(Duration::from_secs(5)).unwrap();
+    called.recv().unwrap();
     assert_eq!(waiting.poll(), Err(Error::Closed));
     assert_eq!(read(&holder), Err(Error::Closed));
 }

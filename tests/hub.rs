@@ -102,7 +102,7 @@ impl Cache {
 
 /// Runs work as a task, and waits for its end.
 fn run<T: Send + 'static>(work: impl FnOnce(&task::Task) -> Result<T> + Send + 'static) -> Result<T> {
-    let running = task::Running::start(work)?;
+    let running = task::BackgroundTask::start(work)?;
     loop {
         match running.poll()? {
             Poll::Ready(result) => return Ok(result),

@@ -174,8 +174,8 @@ def main() -> int:
     done = list(zip(*[iter(soak.done)] * 4, strict=True))
     cancelled = sum(not whole for *_, whole in done)
     with Phi.demo(n_threads=1) as serial:
-        for generation in done:
-            soak.check(*generation, serial)
+        for number, length, found, whole in done:
+            soak.check(number, length, found, bool(whole), serial)
     soak.phi.close()
     until = time.monotonic() + 10
     while resources()[2] > 1 and time.monotonic() < until:

@@ -1,14 +1,16 @@
-"""The names and defaults that users rely on: the public contract's tables. Where its page is at hand, that is read."""
+"""The names and defaults that users rely on, as docs/api.md has them."""
 
 import ast
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import candle_phi
 from candle_phi import Phi
+from conftest import ROOT
 
 MODEL = {
     "n_ctx": None,
@@ -22,6 +24,13 @@ MODEL = {
     "chat_template": None,
     "max_concurrent": None,
     "on_progress": None,
+}
+HUB = {
+    "revision": None,
+    "cache_dir": None,
+    "token": None,
+    "local_files_only": False,
+    "progress": None,
 }
 GENERATION = {
     "max_tokens": None,
@@ -65,7 +74,7 @@ READ_ONLY = [
 ]
 
 
-def options(function: object) -> dict[str, object]:
+def options(function: Callable[..., object]) -> dict[str, object]:
     """The keyword-only parameters of a function and their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -87,15 +96,9 @@ def test_other_methods() -> None:
     assert options(Phi.tokenize) == {"parse_special": False, "add_bos": False}
     assert options(Phi.detokenize) == {"skip_special": True}
     assert options(Phi.logits) == {"every_position": False, "on_progress": None}
-    from_pretrained = inspect.signature(Phi.from_pretrained).parameters
-    assert {name: p.default for name, p in from_pretrained.items() if p.default is not p.empty} == {
-        "filename": None,
-        "revision": None,
-        "cache_dir": None,
-        "token": None,
-        "local_files_only": False,
-        "progress": None,
-    }
+    assert list(inspect.signature(Phi.from_pretrained).parameters)[:2] == ["repo_id", "filename"]
+    assert options(Phi.from_pretrained) == HUB | MODEL
+    assert options(Phi.demo) == MODEL
 
 
 @pytest.mark.parametrize("name", READ_ONLY)
@@ -115,6 +118,7 @@ def test_error_bases(name: str) -> None:
 
 def test_public_names() -> None:
     results = {"Chunk", "Result", "Usage", "Timings", "TokenLogprob", "Progress"}
+    results |= {"Message", "OnProgress", "FinishReason"}
     assert set(candle_phi.__all__) >= {*ERRORS, *results, "Phi", "Stream", "AsyncStream", "hub", "testing"}
     assert all(hasattr(candle_phi, name) for name in candle_phi.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", candle_phi.__version__)
@@ -125,8 +129,17 @@ def default(text: str) -> object:
     return ast.literal_eval(text.replace("none", "None"))
 
 
-def test_the_page_agrees(shared: Path) -> None:
-    page = (shared / "API.md").read_text(encoding="utf-8")
+def test_the_page_agrees() -> None:
+    compare(ROOT / "docs" / "api.md")
+
+
+def test_the_contract_agrees(shared: Path) -> None:
+    """The contract beside this checkout, which also has what is to be built."""
+    compare(shared / "API.md")
+
+
+def compare(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
     constructor = re.search(r"^Phi\(model_path.*?\*, (.*?)\)$", page, re.DOTALL | re.MULTILINE)
     assert constructor is not None
     assert {name: default(value) for name, value in re.findall(r"(\w+)=([^,\s]+)", constructor[1])} == MODEL

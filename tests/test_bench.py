@@ -1,4 +1,4 @@
-"""`candle-phi bench`: what it reports. How fast a machine is, is no matter for a test."""
+"""`candle-phi bench` and the comparison: what they report. Speeds themselves are not tested."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from candle_phi import Phi, bench
+from candle_phi import Phi, _bench
 from conftest import ROOT
 from test_cli import DEMO, failed, run
 
@@ -19,7 +19,7 @@ def is_speed(value: object) -> bool:
 
 def test_json_has_every_documented_key(phi: Phi) -> None:
     found = json.loads(run("bench", "--json", "--repeat=2", "--contexts=0,300,1500", "--n-threads=1", *DEMO).stdout)
-    assert list(found) == list(bench.Report.__dataclass_fields__)
+    assert list(found) == list(_bench.Report.__dataclass_fields__)
     assert (found["model"], found["engine"], found["kernel"]) == (phi.path, phi.engine, phi.kernel)
     assert (found["n_threads"], found["repeat"]) == (1, 2)
     assert [entry["tokens"] for entry in found["prefill"]] == [32, 128, 512]
@@ -55,7 +55,7 @@ def test_bytes_of_a_token(phi: Phi) -> None:
 
 
 def test_the_fraction_is_of_the_bytes_that_are_read() -> None:
-    report = bench.measure(Phi.demo, repeat=1, prompts=[], contexts=[0])
+    report = _bench.measure(Phi.demo, repeat=1, prompts=[], contexts=[0])
     (decode,) = report.decode
     expected = decode.tokens_per_second * decode.bytes_per_token / report.bandwidth_bytes_per_second
     assert decode.bandwidth_fraction == pytest.approx(expected)
@@ -128,3 +128,27 @@ def test_the_comparison_refuses_wrong_options(option: str) -> None:
     script = str(ROOT / "benches" / "tokens_per_second.py")
     done = subprocess.run([sys.executable, script, "--model=demo", option], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
+
+
+def test_the_comparison_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    script = str(ROOT / "benches" / "tokens_per_second.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("there is no model to measure: Phi-3-mini-4k-instruct-q4.gguf is not in the cache.")
+    for way in ("candle-phi pull phi-3-mini-4k", "MODEL=path/to/file.gguf", "MODEL=demo"):
+        assert way in done.stderr
+
+
+def test_the_model_as_an_argument(phi: Phi) -> None:
+    found = json.loads(run("bench", "demo", "--json", "--repeat=1", "--prompts=32", "--contexts=0").stdout)
+    assert found["model"] == phi.path
+
+
+def test_other_engines_memory_is_counted_the_same_way() -> None:
+    code = "import worker; print(worker.private_bytes.__code__.co_filename)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benches", capture_output=True, text=True, timeout=60
+    )
+    assert Path(done.stdout.strip()) == ROOT / "python" / "candle_phi" / "_private_memory.py", done.stderr

@@ -1,10 +1,13 @@
 """The command line, as a shell sees it."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import pytest
 
 import candle_phi
-from candle_phi import Phi
-from conftest import HAIKU
+from candle_phi import Phi, cli, options
+from candle_phi.cli import commands, prompt
+from conftest import HAIKU, HANG
+from terminal import on_terminal
 
 COMMAND = [sys.executable, "-m", "candle_phi"]
 DEMO = ["--model", "demo"]
@@ -24,7 +29,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     options = {"capture_output": True, "timeout": 60, "stdin": subprocess.DEVNULL} | options
     if "input" in options:
         del options["stdin"]
-    return subprocess.run([*COMMAND, *arguments], **options)
+    return subprocess.run([*COMMAND, *arguments], **options)  # type: ignore[return-value]  # bytes: no option asks for text
 
 
 def failed(done: subprocess.CompletedProcess[bytes], code: int) -> str:
@@ -58,9 +63,76 @@ def test_a_prompt_from_stdin(phi: Phi, line_end: bytes) -> None:
     assert done.stdout.decode().rstrip("\n") == phi.generate(HAIKU, seed=1).rstrip("\n")
 
 
-def test_stdin_that_is_no_prompt() -> None:
-    assert "UTF-8: byte 0xff at 1" in failed(run("-", *DEMO, input=b"a\xff"), 2)
-    assert "stdin" in failed(run("-", *DEMO, input=b"\n"), 2)
+def test_stdin_is_the_prompt_where_none_is_typed(phi: Phi) -> None:
+    assert run("--seed=1", *DEMO, input=HAIKU.encode()).stdout.decode() == phi.generate(HAIKU, seed=1) + "\n"
+    assert "stdin is empty" in failed(run(*DEMO), 2)
+
+
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [
+        ("Ice.\nMore ice.\n\n", "Ice.\nMore ice.\n\nSummarize:"),
+        ("\ufeffIce.", "Ice.\n\nSummarize:"),
+        ("\r\n", "Summarize:"),
+        ("", "Summarize:"),
+    ],
+)
+def test_stdin_comes_before_a_prompt(phi: Phi, piped: str, prompt: str) -> None:
+    done = run("Summarize:", "--json", "--max-tokens=1", "--seed=1", *DEMO, input=piped.encode())
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == len(phi.tokenize([{"role": "user", "content": prompt}]))
+    raw = run("Summarize:", "--raw", "--json", "--max-tokens=1", *DEMO, input=piped.encode())
+    assert json.loads(raw.stdout)["usage"]["prompt_tokens"] == len(phi.tokenize(prompt))
+
+
+class Stderr(io.StringIO):
+    """Knows when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.written.set()
+        return super().write(text)
+
+
+class Endless(io.RawIOBase):
+    """Stdin that ends only when there is a line about it on stderr."""
+
+    def __init__(self, stderr: Stderr) -> None:
+        self.stderr = stderr
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        assert self.stderr.written.wait(HANG)
+        return 0
+
+
+def test_stdin_that_stays_open_is_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Stderr()
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(Endless(stderr))))
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr(prompt, "_PATIENCE", 0)
+    assert cli.main(["Hi", *DEMO]) == 0
+    assert stderr.getvalue() == "(reading stdin to its end; < /dev/null leaves it out)\n"
+
+
+@posix
+@pytest.mark.parametrize("mode", [os.O_WRONLY, None])
+def test_stdin_that_cannot_be_read_beside_a_prompt(phi: Phi, mode: int | None) -> None:
+    """nohup gives a stdin that is open for writing only; a service may have none at all."""
+    answer = phi.generate(HAIKU, seed=1) + "\n"
+    if mode is None:
+        command = ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND, HAIKU, "--seed=1", *DEMO]
+        done = subprocess.run(command, capture_output=True, timeout=60)
+    else:
+        stdin = os.open(os.devnull, mode)
+        done = run(HAIKU, "--seed=1", *DEMO, stdin=stdin)
+        os.close(stdin)
+    assert (done.returncode, done.stderr, done.stdout.decode()) == (0, b"", answer)
 
 
 def test_options_are_the_apis(phi: Phi) -> None:
@@ -117,19 +189,19 @@ def test_model_options(phi: Phi) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "a prompt, please"),
-        (["Hi", "--max-tokens", "0"], "--max-tokens must be from 1"),
+        ([], "there is no prompt"),
+        (["Hi", "--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["Hi", "--max-tokens", "x"], "--max-tokens"),
         (["Hi", "--temperature", "nan"], "nan"),
-        (["Hi", "--max-new-tokens", "5"], "use --max-tokens"),
+        (["Hi", "--max-new-tokens", "5"], "did you mean --max-tokens?"),
         (["Hi", "--temprature", "5"], "did you mean --temperature?"),
         (["Hi", "--max_tokens", "5"], "did you mean --max-tokens?"),
         (["Hi", "--mmap"], "did you mean --no-mmap?"),
-        (["Hi", "--add-bos"], "--parse-special and --add-bos are for --raw"),
-        (["Hi", "--n-gpu-layers", "1"], "use --device"),
-        (["Hi", "--timeout", "-5"], "--timeout must be a finite number from 0"),
+        (["Hi", "--add-bos"], "--add-bos needs --raw"),
+        (["Hi", "--n-gpu-layers", "1"], "did you mean --device?"),
+        (["Hi", "--timeout", "-5"], "--timeout must be a finite number of at least 0"),
         (["Hi", "--max-concurrent", "5"], "--max-concurrent"),
-        (["Hi", "there"], "put it in quotes"),
+        (["Hi", "there"], "put the prompt in quotes"),
         (["Hi", "--top-logprobs", "3", "--json"], "needs --logprobs"),
     ],
 )
@@ -137,14 +209,14 @@ def test_usage_errors_are_one_line(arguments: list[str], says: str) -> None:
     assert says in failed(run(*arguments, *(DEMO if arguments else [])), 2)
 
 
-@pytest.mark.parametrize("name", ["chat", "serve", "batch"])
+@pytest.mark.parametrize("name", ["chat", "serve", "batch", "convert", "perplexity", "Serve"])
 def test_reserved_commands(name: str) -> None:
     line = failed(run(name), 2)
-    assert name in line
+    assert name.lower() in line
     assert "not in this version" in line
 
 
-@pytest.mark.parametrize("word", ["lst", "chta", "Serve", "docter", "tokenise"])
+@pytest.mark.parametrize("word", ["lst", "chta", "docter", "tokenise"])
 def test_a_word_close_to_a_command(word: str) -> None:
     # an unreadable model shows that none is looked for
     assert "did you mean candle-phi" in failed(run(word, "--model", "none.gguf"), 2)
@@ -178,9 +250,65 @@ def test_without_a_model(tmp_path: Path) -> None:
 def test_version_and_help() -> None:
     assert run("--version").stdout.decode().strip() == f"candle-phi {candle_phi.__version__}"
     shown = run("--help").stdout.decode()
-    for word in ("--max-tokens", "--model", "--revision", "--json", "doctor", "tokenize", "pull", "verify"):
+    assert run("help").stdout.decode() == run("-h").stdout.decode() == shown
+    for word in ("--max-tokens", "--model", "--json", "--stats", *commands.COMMANDS, *commands.COMMANDS.values()):
         assert word in shown
-    assert run("doctor", "--help").returncode == 0
+    assert len(shown.splitlines()) < 50
+
+
+def test_the_help_of_each_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # the width is ours
+    for command in commands.COMMANDS:
+        assert cli.main(["help", command]) == 0
+        shown = capsys.readouterr().out
+        assert cli.main([command, "--help"]) == 0
+        assert capsys.readouterr().out == shown
+        assert max(map(len, shown.splitlines())) < 80
+        assert shown.startswith(f"usage: candle-phi {command}" if command != "help" else "usage: candle-phi")
+    assert len(shown.splitlines()) < 60
+
+
+def test_the_command_line_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of the API that it lacks have a reason: one prompt, callbacks, a bar that it draws by itself."""
+    absent = {"max_concurrent", "on_progress", "progress", "repo_id"}
+    assert cli.main(["help", "run"]) == 0
+    shown = set(re.findall(r"--(?:\[no-\])?([\w-]+)", capsys.readouterr().out))
+    expected = {*options.GENERATION, *options.MODEL, *options.HUB} - absent
+    assert {name.replace("_", "-") for name in expected} - shown == {"mmap"}
+    assert "no-mmap" in shown
+
+
+def test_the_model_option_and_the_variable(phi: Phi, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = phi.generate(HAIKU, seed=1) + "\n"
+    assert run(HAIKU, "--seed=1", "-m", "demo").stdout.decode() == answer
+    monkeypatch.setenv("CANDLE_PHI_MODEL", "demo")
+    assert run(HAIKU, "--seed=1").stdout.decode() == answer
+    monkeypatch.setenv("CANDLE_PHI_MODEL", phi.path)
+    assert run(HAIKU, "--seed=1").stdout.decode() == answer
+    assert b"none.gguf" in run(HAIKU, "-m", "none.gguf").stderr  # the option comes first
+
+
+def test_stats(phi: Phi) -> None:
+    done = run(HAIKU, "--seed=1", "--stats", *DEMO)
+    whole = phi.generate(HAIKU, seed=1)
+    assert done.stdout.decode() == whole + "\n"
+    counts = f"prompt: {whole.usage.prompt_tokens} tokens, .* tok/s; answer: {whole.usage.completion_tokens} tokens, "
+    assert re.fullmatch(rf"\({counts}.* tok/s; first token: .* s\)\n", done.stderr.decode())
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--n-ctx=12", "(stopped: the context of 12 tokens is full)"),
+        ("--max-tokens=3", "(stopped: --max-tokens 3 is reached)"),
+        ("--timeout=0", "(stopped: the timeout of 0 s is over)"),
+        ("--max-tokens=500", ""),
+    ],
+)
+def test_what_ended_an_answer_early_is_said(option: str, says: str) -> None:
+    done = run("Hi", option, "--seed=1", *DEMO)
+    assert (done.returncode, done.stderr.decode().strip()) == (0, says)
+    assert run("Hi", option, "--seed=1", "--json", *DEMO).stderr == b""
 
 
 def test_doctor() -> None:
@@ -282,30 +410,6 @@ def test_it_streams() -> None:
         process.send_signal(signal.SIGINT)
 
 
-def on_terminal(*arguments: str, **env: str) -> tuple[int, bytes]:
-    """Runs with a terminal as stdout; its exit code, and what the terminal was sent."""
-    import pty
-
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdout=slave,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **env},
-    )
-    os.close(slave)
-    sent = b""
-    try:
-        while data := os.read(master, 4096):
-            sent += data
-    except OSError:  # Linux ends a terminal so
-        pass
-    os.close(master)
-    process.communicate(timeout=30)
-    return process.returncode, sent
-
-
 @posix
 def test_control_characters_are_escaped_on_a_terminal() -> None:
     # a model that is made to say ESC: its byte token gets all the bias there is
@@ -313,13 +417,14 @@ def test_control_characters_are_escaped_on_a_terminal() -> None:
         escape = phi.tokenize("\x1b")[-1]
     arguments = [HAIKU, "--temperature=0", "--max-tokens=2", f"--logit-bias={escape}=100", *DEMO]
     assert run(*arguments).stdout == b"\x1b\x1b\n"
-    code, sent = on_terminal(*arguments)
+    code, sent, _ = on_terminal([*COMMAND, *arguments], "stdout")
     assert (code, sent) == (0, b"\\x1b\\x1b\r\n")
 
 
 @posix
 def test_a_terminal_that_cannot_show_a_character() -> None:
-    code, sent = on_terminal("tokenize", "氷é", "--pieces", *DEMO, PYTHONIOENCODING="ascii")
+    arguments = ["tokenize", "氷é", "--pieces", *DEMO]
+    code, sent, _ = on_terminal([*COMMAND, *arguments], "stdout", PYTHONIOENCODING="ascii")
     assert code == 0
     assert b'\t"?"\r\n' in sent
 

@@ -1,6 +1,6 @@
-"""Other CPUs than this one: the right kernel is chosen, and the text is the same.
+"""On emulated CPUs the right kernel is chosen and the text is the same.
 
-`qemu-x86_64` plays CPUs without AVX2 and with; it does not know AVX-512.
+`qemu-x86_64` emulates CPUs with and without AVX2, but not AVX-512.
 """
 
 import json
@@ -15,7 +15,7 @@ from candle_phi import Phi
 
 EMULATOR = shutil.which("qemu-x86_64")
 PROMPTS = ["Write a haiku about the rink", "Tell me about ice hockey", "What is a Zamboni?"]
-# Between the log probabilities of the two best tokens: quantized activations change this model's logits by hundredths.
+# The least distance of the log probabilities of the two best tokens: quantized activations change logits by hundredths.
 MIN_GAP = 0.2
 SCRIPT = """
 import json, sys
@@ -36,7 +36,7 @@ def texts(phi: Phi) -> list[str]:
     results = [phi.generate(p, temperature=0, max_tokens=24, logprobs=True, top_logprobs=2) for p in PROMPTS]
     gaps = [step.top[0].logprob - step.top[1].logprob for result in results for step in result.logprobs or []]
     assert len(gaps) > 30
-    assert min(gaps) > MIN_GAP, "choose prompts whose text is less of a close call"
+    assert min(gaps) > MIN_GAP, "choose prompts with a clearer best token"
     return [str(result) for result in results]
 
 

@@ -17,6 +17,7 @@ from candle_phi import (
     Phi,
     PhiError,
     UnsupportedModelError,
+    hub,
 )
 from conftest import run_python
 
@@ -201,10 +202,42 @@ def test_a_warning_goes_to_the_log_and_to_no_stream() -> None:
     assert run_python(script) == ""
 
 
-@pytest.mark.parametrize("name", ["", "phi3", "demo"])
-def test_a_name_that_is_no_path_names_the_calls_that_work(name: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"Phi\.demo\(\).*from_pretrained"):
+@pytest.mark.parametrize("name", ["", "zebra", "demo", "folder/zebra"])
+def test_an_unknown_name_is_answered_with_the_calls_that_work(name: str) -> None:
+    for opens in (Phi, Phi.from_pretrained):
+        with pytest.raises(ModelNotFoundError, match=r"Phi\.demo\(\) opens.*from_pretrained") as raised:
+            opens(name if "/" not in name else f"./{name}")
+        assert all(short in str(raised.value) for short in hub.SHORT_NAMES)
+        assert "did you mean" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("phi-4-mni", "phi-4-mini"), ("Phi-4-mini", "phi-4-mini"), ("phi-3-mini", "phi-3-mini-4k"), ("ph4", "phi4")],
+)
+def test_a_misspelt_name_is_answered_with_the_closest(name: str, meant: str) -> None:
+    for opens in (Phi, Phi.from_pretrained):
+        with pytest.raises(ModelNotFoundError, match=rf"did you mean Phi\.from_pretrained\('{meant}'\)\?"):
+            opens(name)
+
+
+@pytest.mark.parametrize("name", [*hub.SHORT_NAMES, *hub.ALIASES, "phi4:latest"])
+def test_a_models_name_is_answered_with_the_call_that_works(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=rf"Phi\.from_pretrained\('{name}'\)") as raised:
         Phi(name)
+    assert hub.resolve(name) in str(raised.value)
+
+
+def test_aliases_are_short_names_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert set(hub.ALIASES.values()) <= set(hub.SHORT_NAMES)
+    assert not set(hub.ALIASES) & set(hub.SHORT_NAMES)
+    assert hub.resolve("phi3.5") == hub.resolve("phi-3.5-mini") == hub.SHORT_NAMES["phi-3.5-mini"][0]
+    assert hub.resolve("microsoft/phi") == "microsoft/phi"
+    with pytest.raises(candle_phi.OfflineError, match="Phi-4-mini-instruct-Q4_K_M"):
+        Phi.from_pretrained("phi4-mini", cache_dir=tmp_path, local_files_only=True)
+    assert hub.cached("phi4-mini", cache_dir=tmp_path) is None
+    with pytest.raises(ModelNotFoundError, match="unsloth/Phi-4-mini"):
+        hub.remove("phi4-mini", cache_dir=tmp_path)
 
 
 def test_a_tokenizer_that_is_not_there_names_the_option() -> None:

@@ -1,7 +1,10 @@
-"""Files that are no models, or that change under us: always an exception, soon, and never the end of the process."""
+"""Files that are no models, that change while they are open, or whose sizes are absurd: always an exception, soon, and
+never the end of the process.
+"""
 
 import os
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +23,54 @@ def soon() -> Iterator[None]:
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 5
+
+
+def model_file(path: Path, *, hidden: int = 2, feed_forward: int = 4, n_vocab: int = 300) -> Path:
+    """Writes a sound model of one layer and one head. Its F16 weights are zero."""
+
+    def string(text: str) -> bytes:
+        return struct.pack("<Q", len(text)) + text.encode()
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [2, 3, 3, *[6] * 256]
+    numbers = {
+        "phi3.block_count": 1,
+        "phi3.embedding_length": hidden,
+        "phi3.feed_forward_length": feed_forward,
+        "phi3.attention.head_count": 1,
+        "phi3.context_length": 131_072,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    keys = [
+        *(string(name) + struct.pack("<II", 4, number) for name, number in numbers.items()),
+        string("general.architecture") + struct.pack("<I", 8) + string("phi3"),
+        string("tokenizer.ggml.model") + struct.pack("<I", 8) + string("llama"),
+        string("tokenizer.chat_template") + struct.pack("<I", 8) + string("{{ messages[0].content }}"),
+        string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(tokens)) + b"".join(map(string, tokens)),
+        string("tokenizer.ggml.scores") + struct.pack(f"<IIQ{len(tokens)}f", 9, 6, len(tokens), *[0] * len(tokens)),
+        string("tokenizer.ggml.token_type") + struct.pack(f"<IIQ{len(types)}i", 9, 5, len(types), *types),
+    ]
+    shapes = {
+        "token_embd.weight": (hidden, n_vocab),
+        "blk.0.attn_norm.weight": (hidden,),
+        "blk.0.attn_qkv.weight": (hidden, 3 * hidden),
+        "blk.0.attn_output.weight": (hidden, hidden),
+        "blk.0.ffn_norm.weight": (hidden,),
+        "blk.0.ffn_up.weight": (hidden, 2 * feed_forward),
+        "blk.0.ffn_down.weight": (feed_forward, hidden),
+        "output_norm.weight": (hidden,),
+    }
+    table, offset = b"", 0
+    for name, shape in shapes.items():
+        table += string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 1, offset)
+        size = 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+        offset += (size + 31) // 32 * 32
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(keys)) + b"".join(keys) + table
+    path.write_bytes(header.ljust((len(header) + 31) // 32 * 32, b"\0"))
+    os.truncate(path, path.stat().st_size + offset)
+    return path
 
 
 def pipe(folder: Path) -> Path:
@@ -160,3 +211,58 @@ for tail in [
             raise AssertionError(tail)
 """
     run_python(script)
+
+
+def test_a_feed_forward_length_beyond_any_model_is_named(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "wide.gguf", feed_forward=2**20)
+    with pytest.raises(InvalidModelError, match=r"wide\.gguf: .*phi3\.feed_forward_length is 1048576"):
+        Phi(path)
+
+
+def test_a_wide_model_takes_bounded_memory_and_a_refusal_leaves_it_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # no address space that is reserved in advance
+    path = model_file(tmp_path / "wide.gguf", feed_forward=2**18)
+    script = f"""
+import sys
+from pathlib import Path
+from candle_phi import Phi
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+ids = list(range(200))
+with Phi({str(path)!r}, n_threads=2) as phi:
+    expected = bytes(phi.logits([1, 2]))
+    if sys.platform == "linux":
+        import resource
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (16 << 20), before[1]))
+        for refused in (lambda: phi.logits(ids), lambda: phi.generate("a" * 200, raw=True, max_tokens=1)):
+            try:
+                refused()
+            except MemoryError as error:
+                assert " bytes of memory" in str(error), error
+            else:
+                raise AssertionError(f"it fits: {{peak()}}")
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        begin = peak()
+    assert bytes(phi.logits([1, 2])) == expected
+    phi.logits(ids)
+    if sys.platform == "linux":
+        assert peak() - begin < 160 << 20, peak() - begin
+"""
+    run_python(script)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the platform whose free memory the engine knows")
+@pytest.mark.usefixtures("soon")
+def test_logits_that_do_not_fit_the_memory_are_refused_at_the_call(tmp_path: Path) -> None:
+    with Phi(model_file(tmp_path / "many.gguf", n_vocab=2**22)) as phi:
+        ids = [5] * phi.n_ctx
+        with pytest.raises(MemoryError, match=r"\(131072, 4194304\) needs 4398046511104 bytes .* bytes are available"):
+            phi.logits(ids, every_position=True)
+        assert phi.logits([1, 2]).shape == (2**22,)

@@ -52,7 +52,10 @@ def test_every_allow_has_its_reason() -> None:
 def test_python_modules_import_only_downwards() -> None:
     order = [
         "errors",
+        "_private_memory",
         "_engine",
+        "metadata",
+        "signatures",
         "options",
         "progress",
         "hub",
@@ -63,18 +66,26 @@ def test_python_modules_import_only_downwards() -> None:
         "aio",
         "model",
         "testing",
-        "bench",
+        "_bench",
         "cli",
     ]
+    # inside the package cli
+    commands = ["mistakes", "output", "commands", "names", "parser", "model", "prompt"]
+    commands += ["run", "tokenize", "doctor", "bench", "cache", "help"]
     for path in PYTHON:
-        if path.stem not in order:
+        package, *rest = path.relative_to(ROOT / "python" / "candle_phi").parts
+        module = package.removesuffix(".py")
+        if module not in order:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                for name in names:
-                    if name in order:
-                        assert order.index(name) < order.index(path.stem), f"{path.stem} imports {name}"
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            inside = bool(rest) and node.level == 1
+            floors, here = (commands, path.stem) if inside else (order, module)
+            for name in names:
+                if name in floors and here in floors:
+                    assert floors.index(name) < floors.index(here), f"{path.name} imports {name}"
 
 
 def test_builds_are_not_tied_to_one_cpu() -> None:
@@ -102,7 +113,7 @@ def test_actions_are_pinned() -> None:
         line.strip()
         for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
         for line in path.read_text(encoding="utf-8").splitlines()
-        if "uses:" in line
+        if "uses:" in line and "uses: ./" not in line
     ]
     assert len(uses) > 10
     assert [line for line in uses if not re.search(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line)] == []
@@ -115,3 +126,26 @@ def test_no_file_is_large() -> None:
         pytest.skip("not a git checkout")
     large = [name for name in listed.split("\0") if name and (ROOT / name).stat().st_size > 6 * 2**20]
     assert large == []
+
+
+def test_a_release_is_not_published_by_a_tag_alone() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    triggers, _, jobs = workflow.partition("\njobs:\n")
+    assert not re.search(r"^  (push|release|create|schedule):", triggers, re.MULTILINE)
+    assert "workflow_dispatch:" in triggers
+    (paths,) = re.findall(r"^    paths: \[(.*)\]$", triggers, re.MULTILINE)
+    assert not {"Cargo.toml", "pyproject.toml"} & set(paths.split(", "))  # a new version alone builds no 16 wheels
+    publish = jobs.partition("\n  publish:\n")[2]
+    needs = re.search(r"^    needs: \[(.*)\]$", publish, re.MULTILINE)
+    assert needs is not None
+    assert {*needs[1].split(", "), "publish"} == set(re.findall(r"^  ([a-z]+):", "\n" + jobs, re.MULTILINE))
+    assert "environment: pypi" in publish
+
+
+def test_ci_runs_the_oldest_and_the_newest_python() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    promised = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]
+    tested = set(re.findall(r'"(3\.\d+t?)"', workflow))
+    assert {promised[0], promised[-1], f"{promised[-1]}t"} <= tested
+    assert "make test-timing" in workflow

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from candle_phi import Phi, hub, memory
+import terminal
+from candle_phi import Phi, _engine, hub, memory
+from candle_phi.cli.model import DOWNLOAD_GB
 from conftest import HAIKU, run_python
 from fake_hub import FakeHub
 
@@ -41,53 +43,59 @@ def run(*arguments: str, code: int = 0) -> str:
     return said.decode()
 
 
-def on_terminal(*arguments: str, **env: str) -> tuple[int, str, str]:
-    """Runs with a terminal as stderr: exit code, stdout, and what the terminal was sent."""
-    import pty
-
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=slave,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "100", **env},
-    )
-    os.close(slave)
-    sent = b""
-    try:
-        while data := os.read(master, 4096):
-            sent += data
-    except OSError:  # Linux ends a terminal so
-        pass
-    os.close(master)
-    out, _ = process.communicate(timeout=30)
-    return process.returncode, out.decode(), sent.decode()
+def on_terminal(*arguments: str, columns: int = 100, **env: str) -> tuple[int, str, str]:
+    """Runs with a terminal as stderr: exit code, stdout, and what the terminal received."""
+    code, received, out = terminal.on_terminal([*COMMAND, *arguments], "stderr", columns=columns, **env)
+    return code, out.decode(), received.decode()
 
 
 def test_pull_list_verify_rm(home: Path, server: FakeHub) -> None:
     path = run("pull", "org/model", "*q4*").strip()
     assert Path(path).read_bytes() == server.files["demo-q4.gguf"]
     assert run("pull", "org/model", "demo-q4.gguf", "--revision", "v1").strip() == path
-    listed = run("list")
-    assert [line.split() for line in listed.splitlines()][-1] == ["org/model", "demo-q4.gguf", "0.00", "GB"]
-    for short, (repo, file) in hub.SHORT_NAMES.items():
-        assert [short, repo, file, "not", "here"] in [line.split() for line in listed.splitlines()]
+    listed = [line.split() for line in run("list").splitlines()]
+    size = f"{len(server.files['demo-q4.gguf']) / 1e6:.1f}"
+    assert listed[0] == ["MODEL", "SIZE", "FILE"]
+    assert listed[1][:4] == ["demo", size, "MB", "bundled"]
+    assert listed[-1] == ["org/model", size, "MB", "downloaded", "demo-q4.gguf"]
+    for short, (_, file) in hub.SHORT_NAMES.items():
+        assert [short, f"{DOWNLOAD_GB[short]}", "GB", "not", "downloaded", file] in listed
     (found,) = json.loads(run("list", "--json"))["cached"]
     assert (found["repo_id"], found["path"], found["revisions"]) == ("org/model", path, ["main", "v1"])
-    size = len(server.files["demo-q4.gguf"])
-    assert run("verify") == run("verify", "org/model", "demo*") == f"ok  org/model  demo-q4.gguf  {size} bytes\n"
+    assert run("verify") == run("verify", "org/model", "demo*") == f"ok  {size} MB  org/model  demo-q4.gguf\n"
     Path(path).resolve().write_bytes(b"damaged")
     assert "demo-q4.gguf has the checksum" in run("verify", code=1)
-    assert run("rm", "org/model") == "7 bytes are free again\n"
+    assert run("rm", "org/model") == "removed, 7 B are free again\n"
     assert "not in the cache" in run("rm", "org/model", code=1)
     assert "org/model" not in run("list")
+    assert run("verify") == f"there are no models in the cache {home / 'hub'}\n"
+
+
+def test_the_list_fits_80_columns(home: Path, server: FakeHub) -> None:
+    run("pull", "org/model", "demo-q4.gguf")
+    named = {
+        "bartowski/Phi-4-mini-reasoning-instruct-GGUF": "Phi-4-mini-reasoning-Q4_K_M.gguf",
+        hub.SHORT_NAMES["phi-4"][0]: hub.SHORT_NAMES["phi-4"][1],
+    }
+    for repo, file in named.items():
+        folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+        snapshot = folder / "snapshots" / ("a" * 40)
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("a" * 40, encoding="ascii")
+        (snapshot / file).write_bytes(b"GGUF")
+    lines = run("list").splitlines()
+    assert max(map(len, lines)) < 80
+    assert ["phi-4", "4", "B", "downloaded", named[hub.SHORT_NAMES["phi-4"][0]]] in [line.split() for line in lines]
+    at = lines.index("bartowski/Phi-4-mini-reasoning-instruct-GGUF")  # too long for its column
+    assert lines[at + 1].split() == ["4", "B", "downloaded", "Phi-4-mini-reasoning-Q4_K_M.gguf"]
 
 
 def test_mistakes_are_usage_errors(home: Path, server: FakeHub) -> None:
     for arguments in (["pull"], ["rm"], ["pull", "a/b/c"], ["pull", "org/model", "../x"], ["list", "--tokn"]):
         assert len(run(*arguments, code=2).splitlines()) == 1
-    assert run(HAIKU, "--model", "org/model", "--revision", "a b", code=2).startswith("candle-phi: --revision must be")
+    said = run(HAIKU, "--model", "org/model", "--revision", "a b", code=2)
+    assert said.endswith('revision must be a branch, a tag or a commit, not "a b"\n')
     assert "did you mean candle-phi pull" in run("pul", code=2)
 
 
@@ -104,7 +112,10 @@ def test_the_main_command(home: Path, server: FakeHub, phi: Phi, monkeypatch: py
     repo, file = hub.SHORT_NAMES["phi-3-mini-4k"]
     monkeypatch.setattr(server, "repo", repo)
     monkeypatch.setitem(server.files, file, server.files["demo-q4.gguf"])
-    assert run(HAIKU, "--seed=1") == phi.generate(HAIKU, seed=1) + "\n"
+    done = subprocess.run([*COMMAND, HAIKU, "--seed=1"], capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout.decode()) == (0, phi.generate(HAIKU, seed=1) + "\n")
+    said = f"downloading {file} of {repo} (2.4 GB), once; --model demo needs no download"
+    assert done.stderr.decode() == f"candle-phi: {said}\n"
     server.forget()
     assert run(HAIKU, "--seed=1", "--model", "phi-3-mini-4k") == phi.generate(HAIKU, seed=1) + "\n"
     assert server.requests == []
@@ -126,8 +137,8 @@ def test_the_bar(home: Path, server: FakeHub) -> None:
     assert len(lines) > 5
     assert max(map(len, lines)) < 100
     size = len(server.files["demo-q4.gguf"]) // 10**6
-    assert any("MB/s" in line and "left" in line and "#" in line and " %" in line for line in lines)
-    assert "100 %" in lines[-1]
+    assert any("MB/s" in line and "left" in line and "#" in line and "%" in line for line in lines)
+    assert "100%" in lines[-1]
     assert f"of {size} MB" in lines[-1]
     assert drawn.endswith("\r\n")
     assert drawn.count("\n") == 1
@@ -151,7 +162,7 @@ for progress in (None, True, False):
         hub.remove("org/model")
         drawn = stream.getvalue() if isinstance(stream, io.StringIO) else None
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        if drawn is not None: print(progress, "100 %" in drawn)
+        if drawn is not None: print(progress, "100%" in drawn)
 """
 
 
@@ -173,22 +184,19 @@ def test_a_model_that_is_larger_than_memory(
         with caplog.at_level(logging.WARNING, "candle_phi"):
             Phi(phi.path).close()
         assert bool(caplog.records) == warns
-    assert (
-        memory._engine.memory_needed(phi.path, 100, "f32")[1]
-        == 2 * memory._engine.memory_needed(phi.path, 100, "f16")[1]
-    )
+    assert _engine.memory_needed(phi.path, 100, "f32")[1] == 2 * _engine.memory_needed(phi.path, 100, "f16")[1]
 
 
 def test_the_warning_counts_the_context(
     phi: Phi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, context = memory._engine.memory_needed(phi.path, phi.n_ctx, "f16")
+    weights, context, activations = _engine.memory_needed(phi.path, phi.n_ctx, "f16")
     assert weights == os.path.getsize(phi.path)
     layers, heads = phi.metadata["phi3.block_count"], phi.metadata["phi3.attention.head_count"]
     assert context % (2 * 2 * phi.n_ctx) == 0
     assert isinstance(layers, int)
     assert isinstance(heads, int)
-    monkeypatch.setattr(memory, "available", lambda: weights + context - 1)
+    monkeypatch.setattr(memory, "available", lambda: weights + context + activations - 1)
     Phi(phi.path, n_ctx=phi.n_ctx).close()
     (record,) = caplog.records
     assert phi.path in record.getMessage()

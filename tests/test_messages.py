@@ -125,7 +125,7 @@ def test_add_bos_puts_one_token_before_a_raw_prompt(phi: Phi) -> None:
 def test_raw_is_for_text(phi: Phi) -> None:
     for prompt in ([USER], [1, 2], b"Hi"):
         with pytest.raises(TypeError, match="raw=True"):
-            phi.stream(prompt, raw=True)
+            phi.stream(prompt, raw=True)  # type: ignore[arg-type]  # no text
     with pytest.raises(ValueError, match="no tokens"):
         phi.stream("", raw=True)
     with pytest.raises(ValueError, match="for a str"):

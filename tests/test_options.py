@@ -1,18 +1,30 @@
 """Options are checked at the call: names, types and ranges, with messages that say what to do."""
 
+import copy
+import inspect
 import math
+import pickle
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from candle_phi import Phi
-from candle_phi.options import SAMPLING, sampling
+from candle_phi import NotInThisVersionError, Phi
+from candle_phi.options import (
+    FOREIGN,
+    RENAMED,
+    UNBUILT,
+    Option,
+    OptionError,
+    OptionTypeError,
+    OptionValueError,
+    generation,
+)
+from candle_phi.testing import FakePhi
 from conftest import HAIKU
 from test_api_contract import GENERATION
-
-DEFAULTS = {name: GENERATION[name] for name in SAMPLING}
 
 
 @pytest.mark.parametrize(
@@ -45,13 +57,14 @@ DEFAULTS = {name: GENERATION[name] for name in SAMPLING}
     ],
 )
 def test_accepted(phi: Phi, name: str, value: object) -> None:
-    assert phi.stream(HAIKU, **{name: value}).usage.prompt_tokens > 0
+    options: dict[str, Any] = {name: value}
+    assert phi.stream(HAIKU, **options).usage.prompt_tokens > 0
 
 
 @pytest.mark.parametrize(
     ("name", "value", "error", "says"),
     [
-        ("max_tokens", 0, ValueError, "not 0"),
+        ("max_tokens", 0, ValueError, "at least 1, not 0"),
         ("max_tokens", -1, ValueError, "not -1"),
         ("max_tokens", 1.5, TypeError, "float"),
         ("max_tokens", True, TypeError, "bool"),
@@ -68,11 +81,11 @@ def test_accepted(phi: Phi, name: str, value: object) -> None:
         ("temperature", Decimal(1), TypeError, "Decimal"),
         ("top_k", -1, ValueError, "-1"),
         ("top_k", 1.0, TypeError, "float"),
-        ("top_p", 0, ValueError, "above 0"),
+        ("top_p", 0, ValueError, "above 0 and at most 1, not 0"),
         ("top_p", 1.01, ValueError, "1.01"),
         ("top_p", math.nan, ValueError, "nan"),
         ("min_p", -0.5, ValueError, "-0.5"),
-        ("min_p", 2, ValueError, "to 1"),
+        ("min_p", 2, ValueError, "from 0 to 1, not 2"),
         ("repeat_penalty", 0, ValueError, "above 0"),
         ("repeat_penalty", -1.0, ValueError, "-1"),
         ("repeat_last_n", -2, ValueError, "-2"),
@@ -99,11 +112,11 @@ def test_accepted(phi: Phi, name: str, value: object) -> None:
         ("top_logprobs", 3, ValueError, "needs logprobs=True"),
         ("raw", "yes", TypeError, "True or False"),
         ("parse_special", 0, TypeError, "True or False"),
-        ("parse_special", False, ValueError, "raw=True"),
+        ("parse_special", False, ValueError, "needs raw=True"),
         ("add_bos", True, ValueError, "raw=True"),
         ("timeout", -1, ValueError, "-1"),
         ("timeout", float("nan"), ValueError, "finite"),
-        ("timeout", 1e308, ValueError, "to 3.4e38"),
+        ("timeout", 1e308, ValueError, "at most 3.4e38"),
         ("timeout", "5", TypeError, "a number"),
         ("on_progress", 5, TypeError, "a function"),
     ],
@@ -114,8 +127,9 @@ def test_rejected_at_the_call(
 ) -> None:
     with pytest.raises(error, match=says) as raised:
         getattr(phi, method)(HAIKU, **{name: value})
-    assert name in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, OptionError)
+    assert raised.value.name == name
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,20 @@ def test_rejected_at_the_call(
         ("stop_seqs", "stop"),
         ("do_sample", "temperature=0"),
         ("stream", r"stream\(\)"),
-        ("n_gpu_layers", "device"),
+        ("n_predict", "use max_tokens"),
+        ("n_gpu_layers", r"use device, an option of Phi\(\)"),
+        ("device_map", "use device"),
+        ("streamer", r"\.stream\(\)"),
+        ("stopping_criteria", "use stop"),
+        ("logits_processor", "logit_bias"),
+        ("sampler", "temperature"),
+        ("n", "once per answer"),
+        ("messages", "as the prompt"),
+        ("json_schema", "response_format"),
+        ("format", "response_format"),
+        ("guided_json", "response_format"),
+        ("response_model", "response_format"),
+        ("output_type", "response_format"),
         ("verbose", "logging"),
         ("num_ctx", "n_ctx"),
         ("context_length", "n_ctx"),
@@ -142,34 +169,40 @@ def test_rejected_at_the_call(
     ],
 )
 def test_foreign_names_have_answers(phi: Phi, name: str, answer: str) -> None:
+    options: dict[str, Any] = {name: 1}
     with pytest.raises(TypeError, match=answer) as raised:
-        phi.stream(HAIKU, **{name: 1})
+        phi.stream(HAIKU, **options)
     assert repr(name) in str(raised.value)
     with pytest.raises(TypeError, match=answer):
-        phi.generate(HAIKU, **{name: 1})
+        phi.generate(HAIKU, **options)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "error", "says"),
     [
-        ("n_ctx", 0, ValueError, "from 1"),
+        ("n_ctx", 0, ValueError, "at least 1"),
         ("n_ctx", "4096", TypeError, "str"),
         ("n_ctx", 10**9, ValueError, "n_ctx"),
-        ("n_threads", 0, ValueError, "from 1"),
+        ("n_threads", 0, ValueError, "from 1 to 1024"),
         ("n_threads", True, TypeError, "bool"),
-        ("device", "gpu", ValueError, "gpu"),
+        ("device", "gpu", ValueError, "not 'gpu'; NVIDIA's GPUs are 'cuda'"),
+        ("device", "mps", ValueError, "'cuda' or 'metal', not 'mps'; Apple's GPUs are 'metal'"),
         ("device", None, TypeError, "NoneType"),
         ("engine", "torch", ValueError, "torch"),
         ("kernel", "sse9", ValueError, "sse9"),
-        ("kv_cache", "q4", ValueError, "q4"),
+        ("kv_cache", "q4", ValueError, "must be 'f16', 'f32' or 'q8_0', not 'q4'"),
         ("mmap", 1, TypeError, "True or False"),
         ("tokenizer", 3, TypeError, "PathLike"),
         ("chat_template", b"x", TypeError, "bytes"),
-        ("max_concurrent", 0, ValueError, "from 1"),
+        ("max_concurrent", 0, ValueError, "at least 1"),
         ("max_concurrent", 1.0, TypeError, "an int"),
         ("on_progress", 5, TypeError, "a function"),
         ("num_ctx", 4096, TypeError, "use n_ctx"),
-        ("n_gpu_layers", -1, TypeError, "use device"),
+        ("n_gpu_layers", -1, TypeError, "use device$"),
+        ("flash_attn", True, TypeError, "leave it out"),
+        ("torch_dtype", "auto", TypeError, "leave it out"),
+        ("n_batch", 512, TypeError, "leave it out"),
+        ("revision", "main", TypeError, r"an option of Phi.from_pretrained\(\)"),
         ("verbose", False, TypeError, "logging"),
         ("temperature", 1.0, TypeError, r"option of stream\(\)"),
         ("n_thread", 4, TypeError, "did you mean 'n_threads'"),
@@ -182,18 +215,104 @@ def test_constructor_rejects(name: str, value: Any, error: type[Exception], says
     assert name in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "penalty"),
-    [
-        ({}, 1.2),
-        ({"temperature": 0}, 1.0),
-        ({"temperature": 0, "repeat_penalty": 1.3}, 1.3),
-        ({"repeat_penalty": 1}, 1.0),
-    ],
-)
-def test_repeat_penalty_depends_on_sampling(given: dict[str, Any], penalty: float) -> None:
-    assert sampling(DEFAULTS | given)["repeat_penalty"] == penalty
+def test_the_repeat_penalty_is_off_by_default() -> None:
+    for temperature in (0, 1.0):
+        assert generation(GENERATION | {"temperature": temperature}).sampling["repeat_penalty"] == 1.0
+    assert generation(GENERATION | {"repeat_penalty": 1.3}).sampling["repeat_penalty"] == 1.3
 
 
 def test_off_is_the_same_whichever_way_it_is_written() -> None:
-    assert sampling(DEFAULTS) == sampling(DEFAULTS | {"top_k": 0, "top_p": 1, "min_p": 0, "logit_bias": {}, "stop": []})
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1, "logit_bias": {}, "stop": []}
+    assert generation(GENERATION) == generation(GENERATION | off)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Phi.from_pretrained("x/y", file_name="z"), "did you mean 'filename'"),  # type: ignore[call-arg]
+        (lambda: Phi.from_pretrained("x/y", cache="z"), "use cache_dir$"),  # type: ignore[call-arg]
+        (lambda: Phi.from_pretrained("x/y", use_auth_token="z"), "use token$"),  # type: ignore[call-arg]
+        (lambda: Phi.from_pretrained("x/y", n_gpu_layers=-1), "use device$"),  # type: ignore[call-arg]
+    ],
+)
+def test_from_pretrained_knows_the_options_of_both(call: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+def test_options_of_later_versions_are_named(phi: Phi, name: str) -> None:
+    options: dict[str, Any] = {name: None}
+    for call in (lambda: phi.generate(HAIKU, **options), lambda: FakePhi(["a"]).stream(HAIKU, **options)):
+        with pytest.raises(NotInThisVersionError, match=f"option '{name}' is not in this version"):
+            call()
+    with pytest.raises(NotInThisVersionError, match=name):
+        Phi.demo(**options)
+    with pytest.raises(NotInThisVersionError, match=name):
+        Phi.from_pretrained("x/y", **options)
+    with pytest.raises(NotInThisVersionError, match=name):
+        phi.logits([1], **options)
+
+
+def test_answers_name_options_that_exist() -> None:
+    known = {*GENERATION, *inspect.signature(Phi.from_pretrained).parameters}
+    assert set(RENAMED.values()) <= known | UNBUILT.keys()
+    assert not (FOREIGN.keys() | RENAMED.keys() | UNBUILT.keys()) & known
+    assert not FOREIGN.keys() & RENAMED.keys()
+
+
+def typed(name: str, value: str | None) -> str:
+    """As a command line spells an option."""
+    flag = "--" + name.replace("_", "-")
+    return flag if value in (None, "True") else f"{flag} {value}"
+
+
+@pytest.mark.parametrize(
+    ("options", "python", "command_line"),
+    [
+        ({"stop": [""]}, "stop[0] is empty", "--stop is empty"),
+        ({"top_logprobs": 3}, "top_logprobs=3 needs logprobs=True", "--top-logprobs 3 needs --logprobs"),
+        (
+            {"max_tokens": "top_k"},
+            "max_tokens must be an int, not str ('top_k')",
+            "--max-tokens must be an int, not str",
+        ),
+        ({"add_bos": True}, "add_bos needs raw=True", "--add-bos needs --raw"),
+    ],
+)
+def test_a_front_end_spells_options_and_nothing_else(
+    phi: Phi, options: dict[str, Any], python: str, command_line: str
+) -> None:
+    with pytest.raises(OptionError) as raised:
+        phi.stream(HAIKU, **options)
+    assert str(raised.value).startswith(python)
+    assert raised.value.spelled(typed).startswith(command_line)
+
+
+def test_the_engines_errors_are_spelled_too() -> None:
+    with pytest.raises(OptionValueError) as raised:
+        Phi.demo(n_ctx=10**6)
+    assert raised.value.name == "n_ctx"
+    assert raised.value.spelled(typed).startswith("--n-ctx must be from 1 to 1024")
+    with pytest.raises(OptionValueError, match="kernel 'top_k' is not available") as raised:
+        Phi.demo(kernel="top_k")
+    assert raised.value.spelled(typed).startswith("--kernel 'top_k' is not available")
+    with pytest.raises(OptionValueError) as raised:
+        Phi.demo(chat_template="{{ raise_exception('use stop') }}{% for %}")
+    assert raised.value.spelled(typed).startswith("--chat-template is not valid")
+
+
+@pytest.mark.parametrize("error", [OptionTypeError, OptionValueError])
+@pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_copies_can_be_spelled(error: type[OptionError], again: Any) -> None:
+    before = error(Option("top_logprobs", "3"), "needs ", Option("logprobs", "True"))
+    after = again(before)
+    assert (type(after), str(after), after.name) == (error, str(before), "top_logprobs")
+    assert after.spelled(typed) == "--top-logprobs 3 needs --logprobs"
+
+
+def test_a_device_is_checked_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"no model")
+    with pytest.raises(ValueError, match="device must be"):
+        Phi(path, device="mps")  # type: ignore[arg-type]

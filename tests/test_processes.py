@@ -203,6 +203,56 @@ assert not wrong
     run_python(FORKING + script)
 
 
+# Runs work in the first process of a new pid namespace. That process ignores its own alarm, so its parent has one.
+NAMESPACES = """
+import ctypes
+libc = ctypes.CDLL(None)
+CLONE_NEWPID = 0x20000000
+
+def in_namespace(work):
+    if libc.unshare(CLONE_NEWPID) != 0:
+        print("unshare is not allowed")
+        sys.exit()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            assert os.getpid() == 1
+            work()
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(10)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, f"the child ended with {code}"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pid namespaces")
+def test_a_forked_child_with_its_parents_process_id_is_a_forked_child() -> None:
+    script = """
+def child():
+    refused(lambda: phi.generate("Hi"))
+    print("refused")
+
+def parent():
+    global phi
+    phi = Phi.demo(n_threads=1)
+    phi.generate("Hi", seed=1, max_tokens=2)
+    in_namespace(child)
+
+in_namespace(parent)
+"""
+    printed = run_python(FORKING + NAMESPACES + script)
+    if printed != "refused\n":
+        pytest.skip(printed.strip())
+
+
 @forks
 def test_candles_engine_is_not_used_on_both_sides_of_a_fork() -> None:
     script = """
@@ -239,6 +289,40 @@ phi.logits(range(200), every_position=True)
 settled((["candle-phi", "candle-phi-1", "candle-phi-2"], 4))
 phi.close()
 settled(([], 1))
+"""
+    run_python(script)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the mappings in /proc")
+@pytest.mark.parametrize("last", ["model", "unread stream", "result of a load"])
+def test_the_file_is_unmapped_when_its_last_holder_is_dropped(last: str) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from candle_phi import Phi, _engine
+def maps():
+    return Path("/proc/self/maps").read_text().count(Path(path).name)
+phi = Phi.demo()
+path, stream = phi.path, phi.stream("Hi")
+assert maps()
+if {last!r} == "model":
+    stream.close()
+    del stream, phi
+elif {last!r} == "unread stream":
+    del phi
+    assert maps()
+    del stream
+else:
+    del stream, phi
+    class Enough(Exception): pass
+    def stop(p):
+        raise Enough
+    try: Phi(path, on_progress=stop)
+    except Enough: pass
+deadline = time.monotonic() + 30
+while maps():
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
 """
     run_python(script)
 

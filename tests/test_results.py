@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from candle_phi import Chunk, Phi, Result, Timings, TokenLogprob, Usage
+from candle_phi import Chunk, NotInThisVersionError, Phi, Result, Timings, TokenLogprob, Usage
 from conftest import HAIKU
 
 OWN = ("text", "token_ids", "logprobs", "finish_reason", "usage", "timings", "seed", "system_fingerprint")
@@ -25,7 +25,7 @@ def result() -> Result:
 
 @pytest.mark.parametrize("made", [chunk(), result()])
 def test_it_is_a_str(made: Any) -> None:
-    assert isinstance(made, str)
+    assert issubclass(type(made), str)
     assert type(made.text) is str
     assert made == made.text
     assert hash(made) == hash(made.text)
@@ -55,16 +55,36 @@ def test_copies_keep_everything(made: Any, again: Any) -> None:
         assert getattr(other, name, None) == getattr(made, name, None)
 
 
-def test_a_result_displays_as_text() -> None:
-    class Printer:
-        shown = ""
+class Printer:
+    """IPython's, as far as a result uses it."""
 
-        def text(self, text: str) -> None:
-            self.shown += text
+    def __init__(self, depth: int) -> None:
+        self.stack = list(range(depth))
+        self.shown = ""
 
-    printer = Printer()
+    def text(self, text: str) -> None:
+        self.shown += text
+
+
+@pytest.mark.parametrize(("depth", "shown"), [(1, "cold\nice"), (2, "'cold\\nice'")])
+def test_a_result_displays_as_text_and_quoted_inside_others(depth: int, shown: str) -> None:
+    printer = Printer(depth)
     result()._repr_pretty_(printer, cycle=False)
-    assert printer.shown == "cold\nice"
+    assert printer.shown == shown
+
+
+@pytest.mark.parametrize("name", ["parsed", "tool_calls", "reasoning"])
+def test_attributes_of_later_versions(name: str) -> None:
+    assert not hasattr(result(), name)
+    with pytest.raises(NotInThisVersionError, match=f"Result.{name} is not in this version"):
+        getattr(result(), name)
+
+
+def test_other_attributes_are_answered() -> None:
+    with pytest.raises(AttributeError, match="'Result' object has no attribute 'choices': a Result is the text"):
+        _ = result().choices  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"'Chunk' object has no attribute 'choices'$"):
+        _ = chunk().choices  # type: ignore[attr-defined]
 
 
 def test_a_real_result(phi: Phi) -> None:

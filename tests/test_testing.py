@@ -1,6 +1,7 @@
 """The fake says what it is told, and remembers what it was asked."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_function_replies() -> None:
     phi = FakePhi(reply)
     assert phi.generate([{"role": "user", "content": "Hi"}], max_tokens=9) == "1 messages, 9 tokens"
     with pytest.raises(TypeError, match=r"reply to call 1 must be a str, a list of str or an exception, not int"):
-        FakePhi(lambda *_: 5).generate("Hi")  # type: ignore[arg-type, return-value]
+        FakePhi(lambda *_: 5).generate("Hi")  # type: ignore[arg-type]
 
 
 def test_calls_are_as_they_were() -> None:
@@ -52,7 +53,7 @@ def test_calls_are_as_they_were() -> None:
     phi.stream("plain", seed=1, stop="x")
     phi.generate(message for message in history[:1])
     with pytest.raises(TypeError, match="max_new_tokens"):
-        phi.generate("never made", max_new_tokens=1)
+        phi.generate("never made", max_new_tokens=1)  # type: ignore[arg-type]  # no such option
     assert phi.calls == [
         ([{"role": "user", "content": "Hi"}], {"max_tokens": 5}),
         ("plain", {"seed": 1, "stop": "x"}),
@@ -76,23 +77,25 @@ def test_running_out_names_the_call() -> None:
 def test_delay_is_for_each_chunk() -> None:
     before = time.monotonic()
     answer = FakePhi(["a b c"], delay=0.05).generate("Hi")
-    assert 0.14 < time.monotonic() - before < 2
+    assert time.monotonic() - before >= 0.14
     assert answer.timings.prefill_seconds >= 0.05
     assert answer.timings.decode_seconds >= 0.1
 
 
 def test_timeout_and_progress() -> None:
     seen: list[Progress] = []
-    phi = FakePhi(["one two three"] * 3, delay=0.2)
-    stream = phi.stream("Hi", timeout=0.5, on_progress=seen.append)
-    assert "".join(stream) == "one two"
+    stream = FakePhi(["one two three"], delay=60).stream("Hi", timeout=0.1)
+    assert "".join(stream) == ""
     assert stream.finish_reason == "timeout"
+    phi = FakePhi(["one two three"] * 3, delay=0.3)
+    stream = phi.stream("Hi", timeout=60, on_progress=seen.append)
+    assert "".join(stream) == "one two three"
+    assert stream.finish_reason == "stop"
     prompt = stream.usage.prompt_tokens
     assert list(dict.fromkeys(p.phase for p in seen)) == ["prefill", "decode"]
     assert {(p.done, p.total) for p in seen if p.phase == "prefill"} == {(0, prompt), (prompt, prompt)}
-    assert seen[-1] == Progress("decode", 2, None, "tokens")
+    assert seen[-1] == Progress("decode", 3, None, "tokens")
     assert len(seen) >= 5
-    assert phi.generate("Hi", timeout=60).finish_reason == "stop"
 
     def enough(p: Progress) -> None:
         raise LookupError(p.phase)
@@ -135,21 +138,21 @@ def test_wrong_delays_and_surrogates() -> None:
 def test_it_has_no_weights_and_opens_nothing() -> None:
     with pytest.raises(UnsupportedModelError, match="2 ids"):
         FakePhi([]).logits([1, 2])
-    for opens in (FakePhi.demo, lambda: FakePhi.from_pretrained("microsoft/phi")):
+    calls: list[Callable[[], object]] = [FakePhi.demo, lambda: FakePhi.from_pretrained("microsoft/phi")]
+    for opens in calls:
         with pytest.raises(TypeError, match=r"FakePhi\(replies\)"):
             opens()
     assert isinstance(FakePhi([]), Phi)
 
 
-def test_no_file_no_network_no_time() -> None:
+def test_no_file_and_no_network() -> None:
     script = (
-        "import sys, time\n"
-        "import candle_phi\n"
+        "import sys\n"
+        "import candle_phi.testing\n"
         "events = []\n"
-        "before = time.monotonic()\n"
         "sys.addaudithook(lambda event, _: events.append(event) if event.startswith(('open', 'socket')) else None)\n"
         "phi = candle_phi.testing.FakePhi(['The puck drops.'] * 100)\n"
         "texts = {phi.generate('Hi') for _ in range(100)}\n"
-        "print(texts, events, time.monotonic() - before < 1)\n"
+        "print(texts, events)\n"
     )
-    assert run_python(script) == "{'The puck drops.'} [] True\n"
+    assert run_python(script) == "{'The puck drops.'} []\n"

@@ -6,6 +6,9 @@ with Phi.demo() as phi:
     for chunk in phi.stream("Write a haiku about ice hockey"):
         print(chunk, end="", flush=True)
 """
+# Decisions: docs/design/python.md
+
+from typing import TYPE_CHECKING
 
 try:
     from ._engine import __version__
@@ -16,7 +19,7 @@ except ImportError as error:
         raise ImportError(f"candle_phi: {reason}") from error
     raise
 
-from . import hub, testing
+from . import hub
 from .aio import AsyncStream
 from .errors import (
     BusyError,
@@ -32,10 +35,14 @@ from .errors import (
     PhiError,
     UnsupportedModelError,
 )
+from .messages import Message
 from .model import Phi
-from .progress import Progress
-from .results import Chunk, Result, Timings, TokenLogprob, Usage
+from .progress import OnProgress, Progress
+from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 from .stream import Stream
+
+if TYPE_CHECKING:  # else imported at its first use: only tests need it
+    from . import testing
 
 __all__ = [
     "AsyncStream",
@@ -44,12 +51,15 @@ __all__ = [
     "ClosedError",
     "ContextLengthError",
     "DownloadError",
+    "FinishReason",
     "ForkError",
     "InternalError",
     "InvalidModelError",
+    "Message",
     "ModelNotFoundError",
     "NotInThisVersionError",
     "OfflineError",
+    "OnProgress",
     "Phi",
     "PhiError",
     "Progress",
@@ -63,3 +73,36 @@ __all__ = [
     "hub",
     "testing",
 ]
+
+_OPEN = "open a model first: phi = Phi.demo(), or Phi.from_pretrained(name)"
+_FOREIGN = {
+    "load": "use Phi(path) or Phi.from_pretrained(name)",
+    "load_model": "use Phi(path) or Phi.from_pretrained(name)",
+    "from_pretrained": "use Phi.from_pretrained(name)",
+    "demo": "use Phi.demo()",
+    "Model": "the class is Phi",
+    "LLM": "the class is Phi",
+    "Llama": "the class is Phi",
+    "generate": f"{_OPEN}; then phi.generate(prompt)",
+    "stream": f"{_OPEN}; then phi.stream(prompt)",
+    "stream_generate": f"{_OPEN}; then phi.stream(prompt)",
+    "chat": f"{_OPEN}; then phi.generate(messages)",
+    "pipeline": f"{_OPEN}; then phi.generate(prompt)",
+}
+"""Other libraries' names, each with what to use here."""
+
+# The submodule would answer candle_phi.stream(prompt) with "'module' object is not callable".
+del globals()["stream"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "testing":
+        import importlib
+
+        return importlib.import_module(".testing", __name__)
+    hint = f": {_FOREIGN[name]}" if name in _FOREIGN else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

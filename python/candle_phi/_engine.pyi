@@ -1,4 +1,4 @@
-"""The compiled engine. `candle_phi.Phi` checks options and messages; the engine gets clean values."""
+"""The compiled engine. `candle_phi.Phi` checks options and messages before they come here."""
 
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, final
@@ -15,40 +15,41 @@ __all__ = [
     "Task",
     "__version__",
     "doctor",
+    "memory_available",
     "memory_needed",
 ]
 
 __version__: str
 DEFAULT_REPO: str
-"""The Hub's repository of the model that the command line runs."""
+"""The Hub repository of the command line's default model."""
 DEFAULT_FILE: str
 """Its file in that repository."""
 KNOWN_MODELS: list[tuple[str, str, str]]
-"""Short names, each with the repository and the file that it stands for."""
+"""Short names, each with its repository and file."""
 
 _Result = TypeVar("_Result")
 _Progress: TypeAlias = tuple[str, int, int | None]
-"""Phase, how much is done, of how much; bytes, or tokens."""
+"""Phase, done, total; in bytes or tokens."""
 _Top: TypeAlias = tuple[int, str, bytes, float]  # token_id, text, bytes, logprob
 _Logprob: TypeAlias = tuple[int, str, bytes, float, list[_Top]]
-_Read: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
-"""Text, with the ids and log probabilities that ride on it."""
+_Piece: TypeAlias = tuple[str, list[int], list[_Logprob] | None]
+"""Text with its ids and log probabilities."""
 
 @final
 class Task(Generic[_Result]):
-    """Work in a thread of its own. Dropping it ends the work soon."""
+    """Work on a thread of its own. Dropping the task cancels it."""
 
     def poll(self) -> tuple[bool, _Result | None]:
-        """Whether it is done, and if so, what it returned, or raises what failed; once. Never waits."""
+        """`(True, result)` once when the work is done, else `(False, None)`. Raises the work's error. Never waits."""
 
     def wait(self) -> None:
-        """Waits without the GIL until `poll` has something, 60 ms at most."""
+        """Waits without the GIL until `poll` has a result, for at most 60 ms."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """How far it is."""
+        """The last progress report."""
 
     def cancel(self) -> None:
-        """Ends the work soon; returns at once, from any thread."""
+        """Cancels the work, from any thread. Returns at once."""
 
 @final
 class Model:
@@ -96,7 +97,7 @@ class Model:
     @property
     def system_fingerprint(self) -> str: ...
     def close(self) -> None:
-        """Ends every stream. Any thread, any number of times."""
+        """Ends every stream and unmaps the file. Safe from any thread, repeatedly."""
 
     def render(self, messages: list[tuple[str, str]]) -> str:
         """The prompt text of `(role, content)` pairs; roles: system, user, assistant."""
@@ -111,16 +112,16 @@ class Model:
         """The text of ids; ValueError for an id outside the vocabulary."""
 
     def logits(self, ids: list[int], every_position: bool) -> Logits:
-        """The logits after the last id, or after each, computed from the first `poll` on."""
+        """The logits after the last id or after each. Computed from the first `poll` on."""
 
     def bandwidth(self) -> float:
-        """Bytes per second at which `n_threads` threads read the weights and do nothing else. About a second's work."""
+        """Bytes per second at which `n_threads` threads can read the weights. Takes about a second."""
 
     def decode_pass(self, tokens: int) -> float:
-        """Seconds of a decode pass over so many tokens at once, with the logits of each."""
+        """Seconds of one decode pass over `tokens` tokens, with the logits of each."""
 
     def bytes_per_token(self, positions: int) -> tuple[int, int]:
-        """Bytes that decoding the last of so many positions reads: of weights, and of keys and values."""
+        """Bytes of weights, and of keys and values, that decoding a token at `positions` reads."""
 
     def stream(
         self,
@@ -149,25 +150,28 @@ class Model:
 class Stream:
     """One generation."""
 
-    def poll(self) -> tuple[bool, _Read | None]:
-        """Whether there is something, and if so, the next text, None at the end. Never waits."""
+    def poll(self) -> tuple[bool, _Piece | None]:
+        """`(True, piece)`, `(True, None)` at the end, or `(False, None)` if there is nothing yet. Never waits."""
 
     def wait(self) -> None:
-        """Waits without the GIL until `poll` has something, 75 ms at most."""
+        """Waits without the GIL until `poll` has something, for at most 75 ms."""
 
     def notify(self, queue: ReadyQueue, ticket: int) -> None:
-        """Puts the ticket into the queue, once, when `poll` has something: perhaps at once."""
+        """Puts the ticket into the queue once when `poll` has something, perhaps at once."""
 
     @property
     def time_left(self) -> float | None:
-        """Seconds until the timeout, when `poll` has something, too."""
+        """Seconds until the timeout. `poll` has the end then."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """What a watch is to be told now: nothing, when it was told less than 75 ms ago, no phase has begun since, and
-        this is not the end."""
+        """The progress reports due now: none within 75 ms of the last one, unless a phase has begun since or `end` is
+        set."""
 
     def cancel(self) -> None:
-        """Ends the generation; returns at once, from any thread."""
+        """Cancels the generation, from any thread. Returns at once."""
+
+    def check_process(self) -> None:
+        """Raises ForkError in a process that was forked after the model was opened."""
 
     @property
     def seed(self) -> int: ...
@@ -181,14 +185,14 @@ class Stream:
 
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
-        """Seconds: `(queue, prefill, decode, time to first token)`, and the passes that decode took."""
+        """Seconds of queue, prefill, decode and until the first token, and the number of decode passes."""
 
 @final
 class Logits:
-    """The logits of given ids, which are computed once: otherwise as a `Stream`."""
+    """The logits of given ids: a `Stream` of one item."""
 
     def poll(self) -> tuple[bool, bytes | None]:
-        """Whether they are there, and if so, float32 in the machine's order."""
+        """`(True, float32 in native byte order)`, or `(False, None)` if they are not there yet."""
 
     def wait(self) -> None: ...
     def progress(self, end: bool) -> list[_Progress]: ...
@@ -196,21 +200,24 @@ class Logits:
 
 @final
 class ReadyQueue:
-    """Where one thread waits for many streams."""
+    """A queue on which one thread waits for many streams."""
 
     def __new__(cls) -> ReadyQueue: ...
     def put(self, ticket: int) -> None: ...
     def take(self) -> list[int] | None:
-        """Waits for tickets, without the GIL, and takes all that there are; None once it is closed."""
+        """Waits for tickets without the GIL and takes all of them; None once the queue is closed."""
 
     def close(self) -> None:
-        """Lets the waiting thread go. Any thread, any number of times."""
+        """Ends every `take`. Safe from any thread, repeatedly."""
 
 def doctor() -> dict[str, object]:
-    """What this build finds on this machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
+    """Facts on this build and machine: version, cpu, kernels, kernel, n_threads, cache_dir."""
 
-def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int]:
-    """Bytes of a file's weights, and of the keys and values of `n_ctx` tokens (None: of 4096)."""
+def memory_available() -> int | None:
+    """The bytes that this process may still use, within the limit of its container. None if the system is not Linux."""
+
+def memory_needed(path: str, n_ctx: int | None, kv_cache: str) -> tuple[int, int, int]:
+    """Bytes of a file's weights, of the keys and values of `n_ctx` tokens (None: of 4096), and of activations."""
 
 _CachedFile: TypeAlias = tuple[str, str, str, list[str], Path, int]
 """repository, file, commit, branches and tags, path, size"""
@@ -232,7 +239,7 @@ class Hub:
         """The file, or the first part of a split one, if all of it is in the cache. Opens no socket."""
 
     def download(self, repo: str, filename: str | None) -> Task[Path]:
-        """The same, fetched where it is not in the cache."""
+        """The same, downloaded if it is not in the cache."""
 
     def info(self, repo: str) -> Task[tuple[str, str, list[tuple[str, int, str | None]]]]:
         """Repository, commit, and its files: name, size, SHA-256 of large ones."""
@@ -241,7 +248,7 @@ class Hub:
         """The GGUF files in the cache."""
 
     def verify(self, repo: str | None, filename: str | None) -> Task[list[_CachedFile]]:
-        """Hashes files in the cache anew; InvalidModelError names those that are damaged."""
+        """Checks files in the cache against their checksums. InvalidModelError names the damaged ones."""
 
     def remove(self, repo: str, filename: str | None) -> int:
-        """Removes files from the cache; the bytes that are free again."""
+        """Removes files from the cache. Returns the bytes that are free again."""

@@ -1,4 +1,4 @@
-"""Why the compiled module cannot be imported, in words that say what to do. Imported only then."""
+"""Explains why the compiled module cannot be imported, and what to do. Imported only in that case."""
 
 from __future__ import annotations  # the Python may be an old one
 
@@ -16,37 +16,37 @@ _NAMES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
 def fault(error: ImportError) -> str | None:
-    """What is wrong with this installation, or None if the error says it already."""
+    """What is wrong with this installation. None if the error itself says it."""
     loader = sys.modules[__name__].__loader__
     if isinstance(loader, zipimporter):
         return (
             f"it cannot be imported from inside {loader.archive}: the compiled module and the model must be files. "
             "shiv and pex build archives that unpack themselves; a plain zip file or zipapp does not"
         )
-    if sys.version_info < (3, 11):  # noqa: UP036  # nothing but pip holds anyone to it
+    if sys.version_info < (3, 11):  # noqa: UP036  # only pip enforces it
         return f"this is Python {platform.python_version()} ({sys.executable}), and 3.11 or later is needed"
     if sys.maxsize < 2**32:
         return f"this is a 32-bit Python ({sys.executable}), and models are larger than 2 GB: install a 64-bit Python"
     folder = Path(__file__).parent
-    built = sorted(path for path in folder.glob("_engine.*") if path.suffix in (".so", ".pyd"))
-    if not built:
+    modules = sorted(path for path in folder.glob("_engine.*") if path.suffix in (".so", ".pyd"))
+    if not modules:
         return (
             f"there is no compiled module in {folder}. If this is a clone, build it (python -m pip install .) and run "
-            f"Python outside its folder python; else install the package anew: {_REINSTALL}"
+            f"Python outside its folder python. Otherwise reinstall the package: {_REINSTALL}"
         )
-    fitting = [path for path in built if path.name.removeprefix("_engine") in EXTENSION_SUFFIXES]
-    if not fitting:
+    loadable = [path for path in modules if path.name.removeprefix("_engine") in EXTENSION_SUFFIXES]
+    if not loadable:
         return (
-            f"{built[0].name} was built for another Python than this {platform.python_implementation()} "
+            f"{modules[0].name} was built for another Python than this {platform.python_implementation()} "
             f"{platform.python_version()}, which loads *{EXTENSION_SUFFIXES[0]}: {_REINSTALL}"
         )
-    return _load_fault(fitting[0], str(error))
+    return _load_fault(loadable[0], str(error))
 
 
 def _load_fault(path: Path, error: str) -> str | None:
-    found, needed = _NAMES.get(platform.machine().lower(), platform.machine().lower()), architecture(path)
-    if needed not in (None, found):
-        return f"{path.name} was built for {needed}, and this Python runs on {found}: {_REINSTALL}"
+    machine, target = _NAMES.get(platform.machine().lower(), platform.machine().lower()), architecture(path)
+    if target not in (None, machine):
+        return f"{path.name} was built for {target}, and this Python runs on {machine}: {_REINSTALL}"
     if glibc := re.search(r"GLIBC_(\d+\.\d+)' not found", error):
         return (
             f"{path.name} needs glibc {glibc[1]} or later, and this system has {_glibc()}. Published wheels need 2.17: "
@@ -68,7 +68,7 @@ def _glibc() -> str:
 
 
 def architecture(path: Path) -> str | None:
-    """The processor that a compiled module is for, by its header: ELF, PE, or Mach-O of one architecture."""
+    """The processor architecture of a compiled module, from its header: ELF, PE, or Mach-O of one architecture."""
     with path.open("rb") as file:
         head = file.read(4096)
     if head[:4] == b"\x7fELF":

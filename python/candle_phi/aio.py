@@ -1,4 +1,4 @@
-"""The same streams for event loops: they wait without a thread, and no loop waits for them."""
+"""Streams for event loops. Waiting takes no thread and blocks no loop."""
 
 import atexit
 import contextlib
@@ -11,75 +11,102 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from . import _engine
-from .results import Chunk, FinishReason, Result, Timings, Usage
-from .stream import Stream
+from .errors import PhiError
+from .progress import notify
+from .results import Chunk, Result
+from .stream import Stream, StreamBase, raise_thrown
 
-if TYPE_CHECKING:  # at run time where it is used: it takes long to import, and not everybody needs it
+if TYPE_CHECKING:  # at run time where it is used: it takes long to import, and few programs need it
     from asyncio import AbstractEventLoop, Event, Task
 
+_PROGRESS_INTERVAL = 0.075
+"""Seconds between two progress reports. The contract: at most 20 a second, and at least one in 200 ms."""
+_HOUR = 3600.0
 
-class AsyncStream(AsyncGenerator[Chunk, None]):
-    """The text of one generation, as it is made, for event loops: `Stream` in every respect but how it waits.
 
-    An asynchronous iterator of `Chunk`s, whose join is `text`. Work starts at the first read and goes no further ahead
-    than a small buffer. Any thread may cancel it; leaving an `async with` block, cancelling the task that reads it, or
-    dropping it, cancels what is left. It keeps its model alive and belongs to no loop: whichever reads it is woken.
+class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
+    """The text of one generation, read piece by piece in an event loop.
+
+    An asynchronous iterator of `Chunk`s, whose join is `text`. Work starts at the first read and stays at most a small
+    buffer ahead of the reader. Any thread may cancel it. Leaving an `async with` block, cancelling the task that reads
+    it, or dropping it cancels it. It keeps its model alive. It belongs to no event loop.
     """
 
     def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+        """Takes over a stream that has not been read."""
+        super().__init__(stream._model, stream._stream, stream._watch, logprobs=stream._logprobs is not None)
         self._reader: weakref.ref[Task[Any]] | None = None  # the task that read last
 
     async def __anext__(self) -> Chunk:
         import asyncio
 
-        before = self._stream._failure
+        before = self._failure
         try:
             self._follow(asyncio.current_task())
-            await asyncio.sleep(0)  # a reader that finds text every time must let others run, and be cancelled
-            ready, chunk = self._stream._poll()
+            await asyncio.sleep(0)  # a reader that never waits must still let others run, and be cancelled
+            ready, chunk = self._poll()
             if not ready:
                 chunk = await self._wait(asyncio.get_running_loop(), asyncio.Event())
             if chunk is None:
-                self._stream._raise_since(before)
+                self._raise_since(before)
         except BaseException:
-            self._stream.cancel()
+            self.cancel()
             raise
         if chunk is None:
             raise StopAsyncIteration
         return chunk
 
     def _follow(self, task: "Task[Any] | None") -> None:
-        """Cancelling the task ends the stream, whatever the task waits for: its frames, and with them the stream, may
-        live on in a traceback until the garbage collector comes by."""
+        """Makes cancelling the task end the stream, wherever the task waits.
+
+        The task's frames hold the stream, and a traceback may keep them alive until the next garbage collection.
+        """
         if task is None or (self._reader is not None and self._reader() is task):
             return
         self._reader = weakref.ref(task)
         myself = weakref.ref(self)
 
-        def left(task: "Task[Any]") -> None:
+        def cancel_with(task: "Task[Any]") -> None:
             stream = myself()
             if stream is not None and task.cancelled() and stream._reader is not None and stream._reader() is task:
                 stream.cancel()
 
-        task.add_done_callback(left)
+        task.add_done_callback(cancel_with)
+
+    def _poll(self) -> tuple[bool, Chunk | None]:
+        """Whether the next chunk is ready, and the chunk, which is None at the end. Never waits."""
+        self._stream.check_process()  # in a forked child, a thread that does not exist there may hold the lock below
+        notify(self._stream, self._watch, end=False)
+        with self._reading:
+            try:
+                ready, chunk = self._take()
+            except PhiError as error:
+                self._failure = error
+                raise
+        if ready and chunk is None:
+            notify(self._stream, self._watch, end=True)
+        return ready, chunk
 
     async def _wait(self, loop: "AbstractEventLoop", event: "Event") -> Chunk | None:
-        """The next chunk, which is not there yet; None at the end."""
-        stream = self._stream
+        """Waits for the next chunk, which is None at the end."""
         with _notifier().calling(loop, event) as call:
             while True:
-                call(stream._stream)
-                # The timer keeps this task alive, and goes when the loop is closed: the notifier keeps nothing.
-                timer = loop.call_later(stream._pause(), event.set)
+                call(self._stream)
+                # The timer keeps this task alive, and goes when the loop is closed. The notifier keeps nothing alive.
+                timer = loop.call_later(self._pause(), event.set)
                 try:
                     await event.wait()
                 finally:
                     timer.cancel()
                 event.clear()
-                ready, chunk = stream._poll()
+                ready, chunk = self._poll()
                 if ready:
                     return chunk
+
+    def _pause(self) -> float:
+        """Seconds after which to call `_poll` again, also without a call of the notifier."""
+        pauses = [self._stream.time_left, None if self._watch is None else _PROGRESS_INTERVAL, _HOUR]
+        return min(pause for pause in pauses if pause is not None)
 
     async def asend(self, value: None, /) -> Chunk:
         """`asend(None)` is `anext()`."""
@@ -94,12 +121,9 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
         tb: TracebackType | None = None,
         /,
     ) -> NoReturn:
-        """Cancels the stream and raises the exception, as a generator does that catches none."""
-        self._stream.throw(typ, val, tb)
-
-    def cancel(self) -> None:
-        """Ends the generation, in any phase, from any thread; returns at once. The text so far stays."""
-        self._stream.cancel()
+        """Cancels the stream and raises the exception, like a generator that does not catch it."""
+        self.cancel()
+        raise_thrown(typ, val, tb)
 
     async def aclose(self) -> None:
         """The same as `cancel`."""
@@ -111,54 +135,20 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
-    @property
-    def text(self) -> str:
-        """What was yielded so far."""
-        return self._stream.text
 
-    @property
-    def token_ids(self) -> list[int]:
-        """The ids behind `text`, and at the end also those that made no text; never the stop id."""
-        return self._stream.token_ids
-
-    @property
-    def seed(self) -> int:
-        """The seed in use: passing it back gives the same text."""
-        return self._stream.seed
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """None until the end; then `"stop"`, `"length"`, `"cancelled"`, `"timeout"`; after an exception `"error"`."""
-        return self._stream.finish_reason
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far; `prompt_tokens` is known from the start."""
-        return self._stream.usage
-
-    @property
-    def timings(self) -> Timings:
-        """Where the time went so far."""
-        return self._stream.timings
-
-    def __repr__(self) -> str:
-        return repr(self._stream).replace("Stream", "AsyncStream", 1)
-
-    def __reduce__(self) -> NoReturn:
-        self._stream.__reduce__()
-
-
-async def generate(stream: AsyncStream) -> Result:
-    """The whole text of a stream."""
+async def agenerate(stream: AsyncStream) -> Result:
+    """Reads a stream to its end."""
     async with stream:
         async for _ in stream:
             pass
-        return stream._stream._result()
+        return stream._result()
 
 
 class _Notifier:
-    """The one thread of this process that waits for the streams of all event loops, inside the engine, and wakes the
-    loops. The engine's own threads never come to Python."""
+    """The one thread of this process that waits for the streams of all event loops, and wakes the loops.
+
+    It waits inside the engine. The engine's own threads never run Python code.
+    """
 
     def __init__(self) -> None:
         self._queue = _engine.ReadyQueue()
@@ -176,18 +166,18 @@ class _Notifier:
         if waiting := self._waiting.pop(ticket, None):
             loop, event = waiting[0](), waiting[1]()
             if loop is not None and event is not None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(event.set)
 
     @contextlib.contextmanager
     def calling(self, loop: "AbstractEventLoop", event: "Event") -> Iterator[Callable[[_engine.Stream], None]]:
-        """Gives what makes the engine set the event once a stream has something to read."""
+        """Yields a function that makes the engine set the event once a stream has something to read."""
         ticket: int | None = None
 
         def call(stream: _engine.Stream) -> None:
             nonlocal ticket
             if ticket in self._waiting:
-                return  # it is still to come
+                return  # the last call is still pending
             ticket = next(self._tickets)
             self._waiting[ticket] = weakref.ref(loop), weakref.ref(event)
             stream.notify(self._queue, ticket)
@@ -208,7 +198,7 @@ _starting = threading.Lock()
 
 
 def _notifier() -> _Notifier:
-    """This process's notifier, which the first that waits starts."""
+    """This process's notifier. The first call starts it."""
     global _current
     with _starting:
         if _current is None:
@@ -218,7 +208,7 @@ def _notifier() -> _Notifier:
 
 
 def _stop() -> None:
-    """At the interpreter's exit, while threads can still end by themselves."""
+    """Ends the thread at the interpreter's exit, while threads can still end by themselves."""
     global _current
     with _starting:
         notifier, _current = _current, None
@@ -227,7 +217,7 @@ def _stop() -> None:
 
 
 def _forget() -> None:
-    """In a forked child, which has none of its parent's threads."""
+    """Forgets the notifier in a forked child, which has none of its parent's threads."""
     global _current, _starting
     _current, _starting = None, threading.Lock()
 

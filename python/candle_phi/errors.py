@@ -1,35 +1,41 @@
-"""What can go wrong. Every class is a `PhiError`; where Python has a word for it, the built-in is the second base.
+"""The exceptions of this package. Each is a `PhiError`, and a built-in exception too where Python has a fitting one.
 
-The caller's own mistakes are not here: an unknown option is a `TypeError`, a value out of range a `ValueError`.
+Mistakes of the caller are built-in exceptions: an unknown option is a `TypeError`, a value out of range a `ValueError`.
 """
+
+from collections.abc import Collection, Mapping
 
 
 class PhiError(Exception):
-    """The root of this package's exceptions."""
+    """The base class of this package's exceptions."""
 
 
 class ModelNotFoundError(PhiError, FileNotFoundError):
-    """There is no such model file."""
+    """The model file does not exist."""
 
 
 class InvalidModelError(PhiError, ValueError):
-    """The file is damaged, or contradicts itself. The message names the file, the key or tensor, and the number."""
+    """The file is damaged or contradicts itself. The message names the file, the key or tensor, and the number."""
 
 
 class UnsupportedModelError(PhiError):
-    """The file is sound, but not one that this build can run."""
+    """The file is valid, but this build cannot run it."""
 
 
 class NotInThisVersionError(PhiError, NotImplementedError):
-    """An option or a method that a later version has."""
+    """A later version has this option or method."""
+
+
+class NotInThisVersionAttributeError(NotInThisVersionError, AttributeError):
+    """The same for an attribute: `hasattr` is False."""
 
 
 class ContextLengthError(PhiError, ValueError):
     """The prompt leaves no room to generate.
 
     Attributes:
-        prompt_tokens: how many tokens the prompt has.
-        n_ctx: how many the context holds.
+        prompt_tokens: the prompt's length in tokens.
+        n_ctx: the context's length in tokens.
     """
 
     def __init__(self, message: str, prompt_tokens: int, n_ctx: int) -> None:
@@ -45,9 +51,9 @@ class DownloadError(PhiError, OSError):
     """A download failed.
 
     Attributes:
-        url: what was asked for.
-        status: the HTTP status, None when there was no answer.
-        host: the host that was asked, without credentials.
+        url: the requested address.
+        status: the HTTP status; None without a response.
+        host: the host of that address, without credentials.
     """
 
     def __init__(
@@ -63,20 +69,38 @@ class DownloadError(PhiError, OSError):
 
 
 class OfflineError(DownloadError):
-    """The file is not here, and the network may not be used."""
+    """The file is not in the cache, and downloads are not allowed."""
 
 
 class BusyError(PhiError):
-    """Every slot is held by a stream that nobody reads."""
+    """All slots are held by streams that are not being read."""
 
 
 class ClosedError(PhiError):
-    """The model was closed."""
+    """The model is closed."""
 
 
 class ForkError(PhiError, RuntimeError):
-    """The model was loaded before a `fork()`: load it in the child, or use spawn or forkserver."""
+    """The model was opened before a `fork()`. Open it in the child, or use spawn or forkserver."""
 
 
 class InternalError(PhiError, RuntimeError):
-    """A bug of this package, caught before it could harm the process. Please report it."""
+    """A bug in this package. The process is unharmed. Please report it."""
+
+
+def missing_attribute(
+    owner: object, name: str, *, later: Collection[str], foreign: Mapping[str, str]
+) -> AttributeError:
+    """The error for an attribute that `owner` does not have.
+
+    Args:
+        later: attributes of a later version.
+        foreign: other libraries' attributes, each with what to do instead.
+    """
+    kind = type(owner).__name__
+    if name in later:
+        return NotInThisVersionAttributeError(f"{kind}.{name} is not in this version")
+    message = f"{kind!r} object has no attribute {name!r}"
+    if name in foreign:
+        return AttributeError(f"{message}: {foreign[name]}")
+    return AttributeError(message, name=name, obj=owner)  # Python adds a suggestion of its own

@@ -1,7 +1,7 @@
-"""Models of the Hugging Face Hub: found in the cache that all its tools share, or fetched into it.
+"""Models of the Hugging Face Hub, in the cache that all Hugging Face tools share.
 
-A file is fetched once, resumed where it broke off, and checked against the checksum that the Hub names. What is in the
-cache is used without asking anybody. The environment is that of `huggingface_hub`: HF_HOME, HF_HUB_CACHE, HF_TOKEN,
+A file is downloaded once, resumed after an interruption, and checked against the Hub's checksum. A file in the cache is
+used without the network. The environment variables are those of `huggingface_hub`: HF_HOME, HF_HUB_CACHE, HF_TOKEN,
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT.
 """
 
@@ -10,27 +10,73 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from . import _engine, options
-from .progress import OnProgress, finished, watching
+from .progress import OnProgress, progress_callback, wait_for
 
 __all__ = [
+    "ALIASES",
     "SHORT_NAMES",
     "CachedFile",
     "File",
     "Info",
     "cached",
+    "closest",
     "download",
     "info",
     "list_cached",
     "remove",
+    "resolve",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 SHORT_NAMES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {short: (repo, file) for short, repo, file in _engine.KNOWN_MODELS}
 )
-"""Names that may stand for a repository, each with the repository and the file that is meant."""
+"""Short names of repositories: name to repository and default file."""
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "phi3": "phi-3-mini-4k",
+        "phi3:mini": "phi-3-mini-4k",
+        "phi3:3.8b": "phi-3-mini-4k",
+        "phi3:mini-4k": "phi-3-mini-4k",
+        "phi3:mini-128k": "phi-3-mini-128k",
+        "phi3:medium": "phi-3-medium-4k",
+        "phi3:14b": "phi-3-medium-4k",
+        "phi3:medium-4k": "phi-3-medium-4k",
+        "phi3.5": "phi-3.5-mini",
+        "phi3.5:3.8b": "phi-3.5-mini",
+        "phi4": "phi-4",
+        "phi4:14b": "phi-4",
+        "phi4-mini": "phi-4-mini",
+        "phi4-mini:3.8b": "phi-4-mini",
+    }
+)
+"""Ollama's names for these models: alias to short name. They work wherever a short name does."""
+
+
+def resolve(name: str) -> str:
+    """The repository that a short name or an alias stands for. Any other name is returned unchanged."""
+    short = ALIASES.get(name.removesuffix(":latest"), name)
+    return SHORT_NAMES[short][0] if short in SHORT_NAMES else name
+
+
+def closest(name: str) -> str | None:
+    """The short name or alias that is most similar to `name`; None if none is similar."""
+    import difflib  # not at import: only a mistake needs it
+
+    name, names = name.lower(), [*SHORT_NAMES, *ALIASES]
+    if len(name) >= 3:
+        names = [known for known in names if known.startswith(name)] or names
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5 if names[0].startswith(name) else 0.7)
+    return close[0] if close else None
 
 
 @dataclass(frozen=True)
@@ -39,8 +85,8 @@ class File:
 
     Attributes:
         filename: its name in the repository.
-        size: in bytes.
-        sha256: of its content; None for small files, which the Hub names another way.
+        size: its size in bytes.
+        sha256: the SHA-256 of its content. None for small files, for which the Hub has none.
     """
 
     filename: str
@@ -50,12 +96,12 @@ class File:
 
 @dataclass(frozen=True)
 class Info:
-    """A repository as the Hub has it.
+    """A repository of the Hub at one revision.
 
     Attributes:
         repo_id: `"organisation/name"`.
-        commit: what the revision is now.
-        files: all its files.
+        commit: the commit that the revision names now.
+        files: all files of the repository.
     """
 
     repo_id: str
@@ -70,10 +116,10 @@ class CachedFile:
     Attributes:
         repo_id: `"organisation/name"`.
         filename: its name in the repository.
-        commit: of which commit it is.
-        revisions: the branches and tags that were at that commit when they were last asked for.
-        path: where it is.
-        size: in bytes.
+        commit: its commit.
+        revisions: the branches and tags that named this commit when they were last requested.
+        path: its path.
+        size: its size in bytes.
     """
 
     repo_id: str
@@ -95,36 +141,47 @@ def download(
     progress: bool | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """The path of a file of the Hub, which is fetched where it is not in the cache; all parts of a split one.
+    """Returns the path of a file of the Hub, and downloads it if it is not in the cache.
+
+    Of a model that is split into parts, all parts are downloaded, and the path is the first part's.
 
     Args:
-        repo_id: `"organisation/name"`, or one of `SHORT_NAMES`.
-        filename: a file of the repository, or a pattern such as `"*Q4_K_M.gguf"` that one model matches. None: what
-            `SHORT_NAMES` says, else the only GGUF model.
-        revision: a branch, a tag or a commit; None: `main`.
-        cache_dir: None: HF_HUB_CACHE, else HF_HOME's `hub`, else the usual folder.
-        token: None: HF_TOKEN or a login's, if there is one; True: that one must be there; False: none; or a token.
-            It is sent to the Hub alone.
-        local_files_only: take what is in the cache or raise; so does HF_HUB_OFFLINE.
-        progress: whether to draw a bar on stderr; None: on a terminal or in a notebook.
-        on_progress: called with a `Progress` while it works. An exception that it raises stops the download, which
-            the next call takes up where it was.
+        repo_id: `"organisation/name"`, or one of `SHORT_NAMES` or `ALIASES`.
+        filename: a file of the repository, or a pattern such as `"*Q4_K_M.gguf"` that matches one model. None: the
+            file that `SHORT_NAMES` has, else the only GGUF model.
+        revision: a branch, a tag or a commit. None: `main`.
+        cache_dir: the cache folder. None: HF_HUB_CACHE, else the folder `hub` in HF_HOME, else the usual one.
+        token: an access token. None: HF_TOKEN or a login's token, if there is one. True: the same, required. False:
+            none. The token is sent to the Hub only.
+        local_files_only: never use the network. HF_HUB_OFFLINE does the same.
+        progress: whether to draw a progress bar on stderr. None: on a terminal or in a notebook.
+        on_progress: called with a `Progress` during the download. An exception that it raises stops the download,
+            and the next call resumes it.
 
     Raises:
-        DownloadError: it cannot be had. `url`, `status` and `host` say where it failed.
-        OfflineError: it is not in the cache, and the network may not be used.
-        ModelNotFoundError: no file of the repository is meant, or several are; the message lists them.
+        DownloadError: the download failed. `url`, `status` and `host` say where.
+        OfflineError: the file is not in the cache, and downloads are not allowed.
+        ModelNotFoundError: no file of the repository matches, or several do. The message lists them.
+        TypeError, ValueError: an option of the wrong type or out of range.
     """
-    given = options.checked(options.HUB, locals())
-    repo_id, filename = given["repo_id"], given["filename"]
-    place = {"revision": given["revision"], "cache_dir": given["cache_dir"], "token": given["token"]}
-    found = _hub(**place).cached(repo_id, filename)
-    if found is not None:
-        return found
-    hub = _hub(**place, local_files_only=local_files_only, proxies=_system_proxies())
-    known = {name: file for short, repo, file in _engine.KNOWN_MODELS for name in (short, repo)}
-    with watching(filename or known.get(repo_id, repo_id), given["progress"], given["on_progress"]) as watch:
-        return finished(hub.download(repo_id, filename), watch)
+    args = _check(
+        repo_id=repo_id,
+        filename=filename,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        progress=progress,
+        on_progress=on_progress,
+    )
+    repo, location = resolve(repo_id), {name: args[name] for name in ("revision", "cache_dir", "token")}
+    path = _hub(**location).cached(repo, filename)
+    if path is not None:
+        return path
+    hub = _hub(**location, local_files_only=local_files_only, proxies=_system_proxies())
+    default_file = next((file for known, file in SHORT_NAMES.values() if known == repo), repo)
+    with progress_callback(filename or default_file, progress, on_progress) as watch:
+        return wait_for(hub.download(repo, filename), watch)
 
 
 def cached(
@@ -134,23 +191,39 @@ def cached(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
-    """What `download` would return without the network; None where it would need it."""
-    given = options.checked(options.HUB, locals())
-    return _hub(revision=given["revision"], cache_dir=given["cache_dir"]).cached(given["repo_id"], given["filename"])
+    """Returns the path that `download` would return without the network, or None.
+
+    Args:
+        repo_id, filename, revision, cache_dir: as in `download`.
+    """
+    args = _check(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
+    return _hub(revision=revision, cache_dir=args["cache_dir"]).cached(resolve(repo_id), filename)
 
 
 def info(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Info:
-    """The files of a repository and their sizes. Asks the Hub."""
-    given = options.checked(options.HUB, locals())
-    hub = _hub(revision=given["revision"], token=given["token"], proxies=_system_proxies())
-    repo, commit, files = finished(hub.info(given["repo_id"]), None)
+    """Requests the list of a repository's files from the Hub.
+
+    Args:
+        repo_id, revision, token: as in `download`.
+
+    Raises:
+        DownloadError: the request failed.
+        OfflineError: HF_HUB_OFFLINE is set.
+    """
+    _check(repo_id=repo_id, revision=revision, token=token)
+    hub = _hub(revision=revision, token=token, proxies=_system_proxies())
+    repo, commit, files = wait_for(hub.info(resolve(repo_id)), None)
     return Info(repo, commit, tuple(File(*file) for file in files))
 
 
 def list_cached(*, cache_dir: str | os.PathLike[str] | None = None) -> list[CachedFile]:
-    """The GGUF files in the cache, whoever put them there."""
-    given = options.checked(options.HUB, locals())
-    return [_cached_file(*file) for file in _hub(cache_dir=given["cache_dir"]).files()]
+    """Returns the GGUF files in the cache, also those that other tools downloaded.
+
+    Args:
+        cache_dir: as in `download`.
+    """
+    args = _check(cache_dir=cache_dir)
+    return [_cached_file(*file) for file in _hub(cache_dir=args["cache_dir"]).files()]
 
 
 def verify(
@@ -161,37 +234,49 @@ def verify(
     progress: bool | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[CachedFile]:
-    """Hashes the GGUF files in the cache anew and returns those that were looked at.
+    """Checks the GGUF files in the cache against their checksums.
 
     Args:
-        repo_id: None: all repositories.
-        filename: a file or a pattern; None: all of them.
-        cache_dir, progress, on_progress: as `download` has them.
+        repo_id: a repository, a short name or an alias. None: all repositories.
+        filename: a file or a pattern. None: all files.
+        cache_dir, progress, on_progress: as in `download`.
+
+    Returns:
+        The files that were checked.
 
     Raises:
-        InvalidModelError: some are damaged. The message names them.
-        ModelNotFoundError: there is no such file in the cache.
+        InvalidModelError: files are damaged. The message names them.
+        ModelNotFoundError: the cache has no such file.
     """
-    given = options.checked(
-        options.HUB, {name: value for name, value in locals().items() if name != "repo_id" or value}
-    )
-    hub = _hub(cache_dir=given["cache_dir"], proxies=_system_proxies())
-    with watching(repo_id or "cache", progress, given["on_progress"]) as watch:
-        return [_cached_file(*file) for file in finished(hub.verify(repo_id, filename), watch)]
+    args = _check(filename=filename, cache_dir=cache_dir, progress=progress, on_progress=on_progress)
+    if repo_id is not None:
+        _check(repo_id=repo_id)
+        repo_id = resolve(repo_id)
+    hub = _hub(cache_dir=args["cache_dir"], proxies=_system_proxies())
+    with progress_callback(repo_id or "cache", progress, on_progress) as watch:
+        return [_cached_file(*file) for file in wait_for(hub.verify(repo_id, filename), watch)]
 
 
 def remove(repo_id: str, filename: str | None = None, *, cache_dir: str | os.PathLike[str] | None = None) -> int:
-    """Removes a repository from the cache, or the files of it that have this name or match this pattern.
+    """Removes a repository from the cache, or only the files that match `filename`.
+
+    Args:
+        repo_id, cache_dir: as in `download`.
+        filename: a file or a pattern. None: the whole repository.
 
     Returns:
-        How many bytes are free again.
+        The number of bytes that are free again.
 
     Raises:
-        BusyError: another process is downloading from that repository.
-        ModelNotFoundError: there is no such file in the cache.
+        BusyError: another process is downloading from this repository.
+        ModelNotFoundError: the cache has no such file.
     """
-    given = options.checked(options.HUB, locals())
-    return _hub(cache_dir=given["cache_dir"]).remove(given["repo_id"], given["filename"])
+    args = _check(repo_id=repo_id, filename=filename, cache_dir=cache_dir)
+    return _hub(cache_dir=args["cache_dir"]).remove(resolve(repo_id), filename)
+
+
+def _check(**given: object) -> dict[str, Any]:
+    return options.checked(options.HUB, given)
 
 
 def _hub(
@@ -216,7 +301,7 @@ def _cached_file(repo: str, name: str, commit: str, revisions: list[str], path: 
 
 
 def _system_proxies() -> dict[str, str]:
-    """What the system's settings say, by scheme; the environment is the engine's to read, and comes first."""
+    """The proxies of the system's settings, by scheme. The engine itself reads those of the environment first."""
     from urllib.parse import urlsplit
     from urllib.request import getproxies, proxy_bypass  # not at import: it takes as long as all of this package
 

@@ -1,14 +1,24 @@
 """What a prompt may be: text, messages or token ids; and what is wrong with one that is none of these."""
 
 import operator
-from collections.abc import Iterable, Mapping
-from typing import SupportsIndex, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, SupportsIndex, TypeAlias
 
 from .errors import NotInThisVersionError
 from .options import did_you_mean, encodable
 
 Message: TypeAlias = Mapping[str, object]
-Prompt: TypeAlias = str | Iterable[Message] | Iterable[SupportsIndex]
+
+
+class TokenIds(Protocol):
+    """A sequence of ints. Not bytes, whose `__contains__` does not take every object."""
+
+    def __iter__(self) -> Iterator[SupportsIndex]: ...
+    def __len__(self) -> int: ...
+    def __contains__(self, key: object, /) -> bool: ...
+
+
+Prompt: TypeAlias = str | Iterable[Message] | TokenIds
 """One user turn, messages, or token ids."""
 Turn: TypeAlias = tuple[str, str]
 """A checked message: `(role, content)`, the role one of system, user, assistant."""

@@ -1,34 +1,59 @@
 """`Phi`: an open model."""
 
 import functools
-import inspect
 import logging
 import os
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Literal, Never, ParamSpec, Self, SupportsIndex, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Never, Self, SupportsIndex, TypedDict, Unpack
 
 from . import _engine, aio, hub, memory, options
 from ._engine import DEFAULT_REPO
 from .aio import AsyncStream
-from .errors import ModelNotFoundError
+from .errors import ModelNotFoundError, missing_attribute
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
-from .progress import OnProgress, finished, watching, watching_tokens
+from .metadata import Metadata
+from .options import Device, Engine, KvCache, OptionValueError
+from .progress import OnProgress, progress_callback, token_callback, wait_for
 from .results import Result
+from .signatures import adds_options, hides_unknown, same_options, takes_path, takes_prompt
 from .stream import Stream
 
-Device = Literal["auto", "cpu", "cuda", "metal"]
-Engine = Literal["native", "candle"]
-KvCache = Literal["f16", "f32", "q8_0"]
+_DEMO = "phi3-demo-q4_k_m.gguf"
+
+_LATER = (
+    *("accepts", "adapters", "amap", "cache_info", "chat", "count_tokens", "load_chat", "map", "perplexity"),
+    *("score", "warm"),
+)
+"""Methods and attributes that a later version has."""
+
+_FOREIGN = {
+    "create_chat_completion": "use .generate(messages), whose result is the text",
+    "create_completion": "use .generate(text, raw=True), whose result is the text",
+    "complete": "use .generate(prompt)",
+    "invoke": "use .generate(prompt)",
+    "predict": "use .generate(prompt)",
+    "agenerate_stream": "use .astream(prompt)",
+    "stream_generate": "use .stream(prompt)",
+    "encode": "use .tokenize(text)",
+    "decode": "use .detokenize(ids)",
+    "tokenizer": "use .tokenize(text) and .detokenize(ids)",
+    "apply_chat_template": "use .render(messages), or .tokenize(messages) for the ids",
+    "eval": "use .logits(ids)",
+    "forward": "use .logits(ids)",
+    "embed": "this package computes no embeddings",
+    "create_embedding": "this package computes no embeddings",
+    "model_path": "use .path",
+    "to": "give the device when opening: Phi(path, device=...)",
+}
+"""Other libraries' methods and attributes, each with what to use here."""
 
 _logger = logging.getLogger("candle_phi")
-_logger.addHandler(logging.NullHandler())  # without a handler of the application's, a warning would go to stderr
-_Parameters = ParamSpec("_Parameters")
-_Returned = TypeVar("_Returned")
+_logger.addHandler(logging.NullHandler())  # if the application has no handler, a warning would go to stderr
 
 
 class ModelOptions(TypedDict, total=False):
-    """The options of `Phi`, which `Phi.demo` and `Phi.from_pretrained` pass on to it."""
+    """The options of `Phi`, which `Phi.demo` and `Phi.from_pretrained` take too."""
 
     n_ctx: int | None
     n_threads: int | None
@@ -43,46 +68,42 @@ class ModelOptions(TypedDict, total=False):
     on_progress: OnProgress | None
 
 
-def _parameters_of(
-    method: Callable[_Parameters, object],
-) -> Callable[[Callable[..., _Returned]], Callable[_Parameters, _Returned]]:
-    """Gives a method the parameters of another, so that thirty names and defaults are written down once."""
+class _Recipe(NamedTuple):
+    """How to open a model again."""
 
-    def decorate(function: Callable[..., _Returned]) -> Callable[_Parameters, _Returned]:
-        returned = inspect.signature(function).return_annotation
-        signature = inspect.signature(method).replace(return_annotation=returned)
-        function.__signature__ = signature  # type: ignore[attr-defined]  # what inspect and help() read
-        return function
-
-    return decorate
+    open: Callable[..., "Phi"]
+    args: tuple[object, ...]
+    options: dict[str, Any]
 
 
 class Phi:
     """An open Phi-3-family model. Any number of threads and streams may share one.
 
     Args:
-        model_path: a GGUF file, or the first part of a split one.
-        n_ctx: how many tokens the context holds; None: the file's. The cache grows with use.
-        n_threads: None: `CANDLE_PHI_NUM_THREADS`, else what affinity and the cgroup's quota allow.
-        device: `"auto"`, `"cpu"`, `"cuda"` or `"metal"`; the last two where the build has that cargo feature.
-        engine: `"native"`, or `"candle"`: Candle's own loop, for comparison.
-        kernel: None: `CANDLE_PHI_KERNEL`, else the best that runs here; a name from `candle-phi doctor`.
-        kv_cache: what keys and values are stored as: `"f16"`, `"f32"` or `"q8_0"`.
-        mmap: False reads the file into private memory, for files that may change or lie on a network mount.
-        tokenizer: the path of a `tokenizer.json`, or a repository of the Hub that has one; None: the GGUF's own.
-        chat_template: a Jinja source; None: the file's, else the family's.
-        max_concurrent: how many streams may hold a KV cache at once; None: no bound. A stream takes its slot at its
-            first read and gives it up when its text is complete, or when it is cancelled, closed or dropped; the others
-            wait in the order they came. `logits` takes one, too.
-        on_progress: called with a `Progress` while it loads. An exception that it raises ends that.
+        model_path: a GGUF file. Of a split model, its first part.
+        n_ctx: the context's length in tokens. Default: the file's. The KV cache grows with use.
+        n_threads: the number of threads that compute. Default: `CANDLE_PHI_NUM_THREADS`, else the number of CPUs that
+            affinity and the cgroup's quota allow.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"metal"`. The last two need a build with the cargo feature of that name.
+        engine: `"native"`, or `"candle"` for Candle's own loop, for comparison.
+        kernel: a name that `candle-phi doctor` prints. Default: `CANDLE_PHI_KERNEL`, else the fastest for this CPU.
+        kv_cache: the type of the stored keys and values: `"f16"`, `"f32"` or `"q8_0"`.
+        mmap: False reads the file into private memory. Use it for files that may change and for network mounts.
+        tokenizer: the path of a `tokenizer.json`, or a repository of the Hub that has one. Default: the file's own.
+        chat_template: a Jinja source. Default: the file's, else the model family's.
+        max_concurrent: how many streams may hold a KV cache at once. Default: no limit. A stream takes a slot at its
+            first read and frees it at its end, or when it is cancelled, closed or dropped. Further streams queue.
+            `logits` takes a slot too.
+        on_progress: called with a `Progress` while the model loads. An exception that it raises stops the loading.
 
     Raises:
-        ModelNotFoundError: there is no such file. The message names the call that works.
+        ModelNotFoundError: the file does not exist. The message names the call that works.
         InvalidModelError: the file is damaged or contradicts itself.
-        UnsupportedModelError: the file is sound, but not one that this build can run.
+        UnsupportedModelError: the file is valid, but this build cannot run it.
         TypeError, ValueError: an option that is unknown, of the wrong type or out of range.
     """
 
+    @takes_path
     def __init__(
         self,
         model_path: str | os.PathLike[str],
@@ -100,33 +121,52 @@ class Phi:
         on_progress: OnProgress | None = None,
         **unknown: Never,
     ) -> None:
-        given = _arguments(locals(), "model_path")
         path = options.path("model_path", model_path)
-        checked = options.checked(options.MODEL, given)
+        checked = options.checked(
+            options.MODEL,
+            {
+                "n_ctx": n_ctx,
+                "n_threads": n_threads,
+                "device": device,
+                "engine": engine,
+                "kernel": kernel,
+                "kv_cache": kv_cache,
+                "mmap": mmap,
+                "tokenizer": tokenizer,
+                "chat_template": chat_template,
+                "max_concurrent": max_concurrent,
+                "on_progress": on_progress,
+                **unknown,
+            },
+        )
         del checked["on_progress"]
         _check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
-        memory.warn(path, checked["n_ctx"], checked["kv_cache"])
-        with watching("", False, on_progress) as watch:
-            self._model = finished(_engine.Model.load(path, **checked), watch)
-        # how to open it again: what to call, with which path, with which options
-        self._recipe: tuple[Callable[..., Phi], tuple[object, ...], dict[str, Any]]
-        self._recipe = type(self), (os.path.abspath(path),), checked
+        memory.warn_if_too_large(path, checked["n_ctx"], checked["kv_cache"])
+        with progress_callback("", False, on_progress) as watch:
+            self._model = wait_for(_engine.Model.load(path, **checked), watch)
+        self._recipe = _Recipe(type(self), (os.path.abspath(path),), checked)
 
     @classmethod
+    @adds_options(__init__, __doc__)
     def demo(cls, **options: Unpack[ModelOptions]) -> Self:
-        """Opens the model that comes with this package: small, real, and good for haiku about ice hockey only."""
+        """Opens the model that comes with this package: 3 MB, trained to write haiku about ice hockey.
+
+        Raises:
+            ModelNotFoundError: the installation lacks the file.
+        """
         from importlib.resources import files
 
-        bundled = [file for file in files(__package__).joinpath("demo").iterdir() if file.name.endswith(".gguf")]
-        if len(bundled) != 1:
-            raise ModelNotFoundError(f"this installation has {len(bundled)} bundled models where 1 belongs")
-        phi = cls(str(bundled[0]), **options)
-        phi._recipe = cls.demo, (), phi._recipe[2]  # another installation keeps the file elsewhere
+        path = str(files(__package__ or "candle_phi").joinpath("demo", _DEMO))
+        if not os.path.exists(path):
+            raise ModelNotFoundError(f"this installation lacks the bundled model, {path}: install candle-phi again")
+        phi = cls(path, **options)
+        phi._recipe = _Recipe(cls.demo, (), phi._recipe.options)  # another installation has the file elsewhere
         return phi
 
     @classmethod
+    @adds_options(__init__, __doc__)
     def from_pretrained(
         cls,
         repo_id: str | os.PathLike[str],
@@ -139,97 +179,115 @@ class Phi:
         progress: bool | None = None,
         **model_options: Unpack[ModelOptions],
     ) -> Self:
-        """Opens a model of the Hugging Face Hub, which is downloaded once; an existing local path is opened as it is.
+        """Opens a model of the Hugging Face Hub, and downloads it at the first call. Opens an existing path as it is.
+
+        `on_progress` is called during the download too.
 
         Args:
-            repo_id, filename, revision, cache_dir, token, local_files_only, progress: as `hub.download` has them.
-            model_options: those of `Phi`. `on_progress` is told of the download too; `tokenizer` may be a repository
-                that has a `tokenizer.json`.
+            repo_id: `"organisation/name"`, a short name such as `"phi-4-mini"` (`hub.SHORT_NAMES`), one of Ollama's
+                names (`hub.ALIASES`), or a path.
+            filename: a file of the repository, or a pattern such as `"*Q4_K_M.gguf"` that matches one model. Default:
+                the file that `hub.SHORT_NAMES` has, else the only GGUF model.
+            revision: a branch, a tag or a commit. Default: `main`.
+            cache_dir: the cache folder. Default: HF_HUB_CACHE, else the folder `hub` in HF_HOME, else the usual one.
+            token: an access token; True requires one of HF_TOKEN or a login, False uses none. Default: one of these if
+                there is one.
+            local_files_only: never use the network.
+            progress: whether to draw a progress bar on stderr. Default: on a terminal or in a notebook.
 
         Raises:
-            DownloadError, OfflineError: the file cannot be had.
-            ModelNotFoundError: no file of the repository is meant, or several are; the message lists them.
+            DownloadError: the download failed.
+            OfflineError: the file is not in the cache, and downloads are not allowed.
+            ModelNotFoundError: no file of the repository matches, or several do. The message lists them.
+            Further errors: those of `Phi`.
         """
-        options.checked(options.MODEL, model_options)
         repo_id = options.path("repo_id", repo_id)
-        place: dict[str, Any] = {
+        location: dict[str, Any] = {
             "cache_dir": cache_dir,
             "token": token,
             "local_files_only": local_files_only,
             "progress": progress,
             "on_progress": model_options.get("on_progress"),
         }
-        options.checked(options.HUB, {**place, "filename": filename, "revision": revision})
+        options.checked(
+            {**options.HUB, **options.MODEL}, {**model_options, **location, "filename": filename, "revision": revision}
+        )
         tokenizer = model_options.get("tokenizer")
         if tokenizer is not None and _is_repository(tokenizer):
-            model_options["tokenizer"] = hub.download(os.fspath(tokenizer), "tokenizer.json", **place)
+            model_options["tokenizer"] = hub.download(os.fspath(tokenizer), "tokenizer.json", **location)
         if not _is_repository(repo_id):
-            if revision or cache_dir:
-                raise ValueError(f"revision and cache_dir are for the Hub's repositories, and {repo_id!r} is a path")
+            for name, value in (("revision", revision), ("cache_dir", cache_dir)):
+                if value:
+                    raise OptionValueError(name, f"is for repositories of the Hub, and {repo_id!r} is a path")
             return cls(repo_id if filename is None else os.path.join(repo_id, filename), **model_options)
-        path = hub.download(repo_id, filename, revision=revision, **place)
+        path = hub.download(repo_id, filename, revision=revision, **location)
         return cls(path, **model_options)
 
     @property
     def path(self) -> str:
-        """The file, as it was given."""
+        """The path of the file, as it was given."""
         return self._model.path
 
     @property
     def n_ctx(self) -> int:
-        """How many tokens the context holds."""
+        """The context's length in tokens."""
         return self._model.n_ctx
 
     @property
     def n_vocab(self) -> int:
-        """How many tokens the vocabulary has."""
+        """The number of tokens in the vocabulary."""
         return self._model.n_vocab
 
     @property
     def metadata(self) -> dict[str, object]:
-        """The file's keys and values; `ClosedError` once the model is closed, since they lie in the file."""
-        return self._model.metadata
+        """The metadata of the GGUF file. A dict whose repr is short.
+
+        Raises:
+            ClosedError: the model is closed, and with it the file.
+        """
+        return Metadata(self._model.metadata)
 
     @property
     def chat_template(self) -> str:
-        """The Jinja source in use."""
+        """The Jinja source of the chat template in use."""
         return self._model.chat_template
 
     @property
     def bos_token_id(self) -> int | None:
-        """The id of the token that begins a text, which `add_bos=True` prepends."""
+        """The id of the beginning-of-text token, which `add_bos=True` puts first; None if the tokenizer has none."""
         return self._model.bos_token_id
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The ids that end an answer."""
+        """The ids that end an answer, not only the file's one EOS id."""
         return self._model.eos_token_ids
 
     @property
     def device(self) -> str:
-        """Where it computes: `"cpu"`, `"cuda"` or `"metal"`."""
+        """The device in use: `"cpu"`, `"cuda"` or `"metal"`."""
         return self._model.device
 
     @property
     def engine(self) -> str:
-        """`"native"` or `"candle"`."""
+        """The engine in use: `"native"` or `"candle"`."""
         return self._model.engine
 
     @property
     def kernel(self) -> str:
-        """The kernel in use."""
+        """The name of the kernel in use."""
         return self._model.kernel
 
     @property
     def n_threads(self) -> int:
-        """How many threads compute."""
+        """The number of threads that compute."""
         return self._model.n_threads
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
+        """Whether the model is closed."""
         return self._model.closed
 
+    @takes_prompt
     def stream(
         self,
         prompt: Prompt,
@@ -256,125 +314,178 @@ class Phi:
         add_bos: bool = False,
         **unknown: Never,
     ) -> Stream:
-        """Generates text piece by piece. Whatever is wrong with the call is raised here; work starts at the first read.
+        """Generates text piece by piece. Errors of the call are raised here. Work starts at the first read.
 
         Args:
             prompt: a str (one user turn), messages (`{"role": ..., "content": ...}`), or token ids. A last message of
                 the assistant is continued.
-            max_tokens: how many tokens at most; None: until a stop or the end of the context.
-            temperature: 0 always takes the most likely token.
-            top_k: keep this many of the most likely tokens; None or 0: all.
-            top_p: keep the smallest set of tokens with this probability together; None or 1: all.
-            min_p: keep tokens at least this probable relative to the most likely one; None or 0: all.
-            repeat_penalty: lowers tokens among the last generated; None: 1.2, or 1 (off) when temperature is 0.
-            repeat_last_n: how many generated tokens repeat_penalty looks back at; 0: none, -1: all.
-            presence_penalty: subtracted from the logit of every token generated so far, -2 to 2.
-            frequency_penalty: the same, times how often it was generated.
-            logit_bias: token id to what is added to its logit, -100 to 100.
-            seed: the same seed gives the same text; None draws one, which the stream and the result report.
-            stop: a str or several that end the text, and are no part of it.
-            ignore_eos: generate through the model's own stop ids, for benchmarks.
+            max_tokens: the maximal number of tokens. Default: until a stop token or the end of the context.
+            temperature: 0 always takes the most likely token. 1 samples from the model's own distribution.
+            top_k: keep only this many of the most likely tokens. Default: all, as with 0.
+            top_p: keep only the smallest set of tokens with this total probability. Default: all, as with 1.
+            min_p: keep only tokens at least this likely relative to the most likely one. Default: all, as with 0.
+            repeat_penalty: above 1, makes the last generated tokens less likely. Default: off, as with 1.
+            repeat_last_n: the number of generated tokens that `repeat_penalty` looks back at. 0: none, -1: all.
+            presence_penalty: subtracted from the logit of every token generated so far, from -2 to 2.
+            frequency_penalty: the same, times the number of its occurrences, from -2 to 2.
+            logit_bias: token ids to numbers from -100 to 100, which are added to their logits.
+            seed: the same seed gives the same text. Default: a random one, which the stream and the result report.
+            stop: a str or a list of str that end the text. They are not part of it.
+            ignore_eos: generate past the model's own stop tokens, for benchmarks.
             logprobs: report the log probability of every token.
-            top_logprobs: and of this many of the most likely at its place, at most 20.
-            timeout: seconds from this call on, the time in the queue included; then the text ends as it is.
-            on_progress: called with a `Progress` while a reader waits: phase `"wait"`, `"prefill"` or `"decode"`, in
-                tokens. An exception that it raises cancels the stream, and comes out of the read.
-            raw: take a str as it stands instead of as a user turn.
-            parse_special: whether special tokens in a raw prompt count as such; None: they do.
+            top_logprobs: report this many of the most likely tokens at each position too, at most 20.
+            timeout: seconds from this call on, including the time in the queue. Then the text ends as it is. Default:
+                none.
+            on_progress: called with a `Progress` in tokens while a reader waits, in the phases `"wait"`, `"prefill"`
+                and `"decode"`. An exception that it raises cancels the stream and is raised by the read.
+            raw: take a str as it stands, not as a user turn.
+            parse_special: whether special tokens in a raw prompt count as such. Default: True.
             add_bos: put the beginning-of-text token before a raw prompt.
 
         Raises:
             ContextLengthError: the prompt leaves no room to generate.
             ClosedError: the model is closed.
+            ForkError: the model was opened before a `fork()`.
             TypeError, ValueError: an option or a message that is unknown, of the wrong type or out of range.
-            NotInThisVersionError: a role that a later version has.
+            NotInThisVersionError: an option or a role that a later version has.
 
         A read raises:
-            BusyError: with `max_concurrent`, when all slots are held by streams that nobody has read for 10 seconds.
+            BusyError: with `max_concurrent`, if all slots are held by streams that were not read for 10 seconds.
             ClosedError: the model was closed meanwhile.
         """
-        given = _arguments(locals(), "prompt")
-        read = options.checked(options.PROMPT, {name: given.pop(name) for name in options.PROMPT})
-        watch = watching_tokens(
-            options.checked(options.WATCH, {"on_progress": given.pop("on_progress")})["on_progress"]
+        call = options.generation(
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repeat_penalty": repeat_penalty,
+                "repeat_last_n": repeat_last_n,
+                "presence_penalty": presence_penalty,
+                "frequency_penalty": frequency_penalty,
+                "logit_bias": logit_bias,
+                "seed": seed,
+                "stop": stop,
+                "ignore_eos": ignore_eos,
+                "logprobs": logprobs,
+                "top_logprobs": top_logprobs,
+                "timeout": timeout,
+                "on_progress": on_progress,
+                "raw": raw,
+                "parse_special": parse_special,
+                "add_bos": add_bos,
+                **unknown,
+            }
         )
-        chosen = options.sampling(given)
-        for token in chosen["logit_bias"]:
-            if token >= self.n_vocab:
-                raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {self.n_vocab}")
-        ids = self._read(prompt, **read)
-        return Stream(self._model, self._model.stream(ids, **chosen), watch, logprobs=chosen["logprobs"])
+        for token_id in call.sampling["logit_bias"]:
+            if token_id >= self.n_vocab:
+                problem = f"has the token id {token_id}, which is outside the vocabulary of {self.n_vocab}"
+                raise OptionValueError("logit_bias", problem)
+        ids = self._prompt_ids(prompt, **call.prompt)
+        watch = token_callback(call.on_progress)
+        return Stream(self._model, self._model.stream(ids, **call.sampling), watch, logprobs=call.sampling["logprobs"])
 
-    @_parameters_of(stream)
-    def generate(self, *args: Any, **kwargs: Any) -> Result:
-        """Generates the whole text: the options and errors of `stream`, and the same text."""
-        with self.stream(*args, **kwargs) as stream:
+    @same_options(stream)
+    def generate(self, prompt: Prompt, **options: Any) -> Result:
+        """Generates the whole text: the same text as `stream`, with the same options and errors."""
+        with self.stream(prompt, **options) as stream:
             for _ in stream:
                 pass
             return stream._result()
 
-    @_parameters_of(stream)
-    def astream(self, *args: Any, **kwargs: Any) -> AsyncStream:
-        """The same for event loops: the options of `stream` and, at the call, its errors; nothing here waits.
+    @same_options(stream)
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncStream:
+        """`stream` for event loops. Errors of the call are raised here, without an `await`.
 
         Reading it blocks no loop and takes no thread. `on_progress` is called in the loop's thread.
         """
-        return AsyncStream(self.stream(*args, **kwargs))
+        return AsyncStream(self.stream(prompt, **options))
 
-    @_parameters_of(stream)
-    def agenerate(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Result]:
-        """Generates the whole text for event loops: the options of `stream`, its errors at the call, the same text."""
-        return aio.generate(self.astream(*args, **kwargs))
+    @same_options(stream)
+    def agenerate(self, prompt: Prompt, **options: Any) -> Coroutine[Any, Any, Result]:
+        """`generate` for event loops. Errors of the call are raised here, without an `await`."""
+        return aio.agenerate(self.astream(prompt, **options))
 
     def render(self, messages: str | Iterable[Message]) -> str:
-        """The exact text that messages become; a str is one user turn."""
+        """Applies the chat template: returns the exact text that messages become. A str is one user turn.
+
+        Raises:
+            ClosedError: the model is closed.
+            TypeError, ValueError: a message that is not valid. Its index is named.
+        """
         return self._model.render(turns(messages))
 
     def tokenize(
         self, prompt: str | Iterable[Message], *, parse_special: bool = False, add_bos: bool = False
     ) -> list[int]:
-        """The token ids of a text as it stands; or of messages, exactly as `stream` would read them.
+        """The token ids of a text as it stands, or of messages, exactly as `stream` reads them.
 
         Args:
             prompt: a str or messages.
             parse_special: whether special tokens in a str count as such.
             add_bos: put the beginning-of-text token before a str.
+
+        Raises:
+            ClosedError: the model is closed.
+            TypeError, ValueError: an option or a message that is not valid.
         """
         options.checked(options.PROMPT, {"parse_special": parse_special, "add_bos": add_bos})
         if isinstance(prompt, str):
             return self._model.tokenize_text(options.encodable("the text", prompt), bool(parse_special), add_bos)
         if parse_special or add_bos:
-            raise ValueError("parse_special and add_bos are for a str: messages have their template's special tokens")
+            name = "parse_special" if parse_special else "add_bos"
+            raise OptionValueError(name, "is for a str; messages have the special tokens of their template")
         return self._model.tokenize_messages(turns(prompt))
 
     def detokenize(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
-        """The text of token ids, with special tokens left out or spelled out."""
-        options.checked({"skip_special": options.PROMPT["raw"]}, {"skip_special": skip_special})
+        """The text of token ids.
+
+        Args:
+            ids: token ids.
+            skip_special: leave special tokens out. False writes their names.
+
+        Raises:
+            ClosedError: the model is closed.
+            TypeError, ValueError: an id that is not an int or is outside the vocabulary.
+        """
+        options.flag("skip_special", skip_special)
         return self._model.detokenize(token_ids(ids, self.n_vocab), skip_special)
 
+    @hides_unknown
     def logits(
         self,
         ids: Iterable[SupportsIndex],
         *,
         every_position: bool = False,
         on_progress: OnProgress | None = None,
+        **unknown: Never,
     ) -> "memoryview[float]":
-        """The logits after the last id, float32 of shape (n_vocab,); or after each, (len(ids), n_vocab).
+        """The logits after the last id, float32 of shape (n_vocab,).
 
-        `numpy.asarray` takes the buffer without a copy. The call takes a slot of `max_concurrent`, and waits for one;
-        meanwhile, and while it computes, it calls `on_progress`, whose exception ends it.
+        `numpy.asarray` takes the buffer without a copy. The call waits for a slot of `max_concurrent`.
+
+        Args:
+            ids: token ids, at least one.
+            every_position: return the logits after each id, of shape (len(ids), n_vocab).
+            on_progress: called with a `Progress` in tokens during the call. An exception that it raises ends the call.
+
+        Raises:
+            ContextLengthError: there are more ids than the context holds.
+            BusyError, ClosedError, ForkError: as in `stream`.
+            TypeError, ValueError: `ids` is empty, or has an id that is not an int or is outside the vocabulary.
+            MemoryError: the logits do not fit the available memory.
         """
-        options.checked({"every_position": options.PROMPT["raw"]}, {"every_position": every_position})
-        options.checked(options.WATCH, {"on_progress": on_progress})
+        options.checked(options.LOGITS, {"every_position": every_position, "on_progress": on_progress, **unknown})
         checked = token_ids(ids, self.n_vocab)
         if not checked:
-            raise ValueError("logits() of no ids: give at least 1")
+            raise ValueError("ids is empty; logits() needs at least 1")
         shape = [len(checked), self.n_vocab] if every_position else [self.n_vocab]
-        logits = finished(self._model.logits(checked, every_position), watching_tokens(on_progress))
+        logits = wait_for(self._model.logits(checked, every_position), token_callback(on_progress))
         return memoryview(logits).cast("f", shape)
 
     def close(self) -> None:
-        """Ends every stream, whose readers get `ClosedError`, and lets go of the file. Any thread may, and again."""
+        """Ends every stream and closes the file. Readers get `ClosedError`. Safe from any thread, repeatedly."""
         self._model.close()
 
     def __enter__(self) -> Self:
@@ -388,24 +499,33 @@ class Phi:
         return f"{type(self).__name__}({self.path!r}, n_ctx={self.n_ctx}, device={self.device!r}, {state})"
 
     def __reduce__(self) -> tuple[Callable[[], "Phi"], tuple[()]]:
-        opens, arguments, options = self._recipe
-        return functools.partial(opens, *arguments, **options), ()
+        recipe = self._recipe
+        return functools.partial(recipe.open, *recipe.args, **recipe.options), ()
 
-    def _read(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
-        """The ids of what a generation was given."""
+    if not TYPE_CHECKING:  # a type checker would take every name, and every call
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute(self, name, later=_LATER, foreign=_FOREIGN)
+
+        def __call__(self, *args: object, **options: object) -> Never:
+            raise TypeError(f"a {type(self).__name__} cannot be called: use .generate(prompt) or .stream(prompt)")
+
+    def _prompt_ids(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
+        """The token ids of a prompt."""
         if raw:
             if not isinstance(prompt, str):
-                raise TypeError(f"raw=True takes a str as it stands, not {type(prompt).__name__}")
+                raise TypeError(f"raw=True needs a str as the prompt, not {type(prompt).__name__}")
             ids = self._model.tokenize_text(
                 options.encodable("the prompt", prompt), parse_special is not False, add_bos
             )
             if not ids:
                 raise ValueError("the raw prompt has no tokens")
             return ids
-        if parse_special is not None or add_bos:
-            raise ValueError("parse_special and add_bos are for raw=True")
         if isinstance(prompt, str) and ("<|user|>" in prompt or "<|assistant|>" in prompt):
-            _logger.warning("the prompt has <|user|> or <|assistant|> as plain text; raw=True takes it as it stands")
+            _logger.warning(
+                "the prompt has <|user|> or <|assistant|> as plain text; %s takes it as it stands",
+                options.Option("raw", "True"),
+            )
         if not isinstance(prompt, str):
             prompt = items(prompt)  # once: it may be a generator
             if are_ids(prompt):
@@ -413,27 +533,25 @@ class Phi:
         return self._model.tokenize_messages(turns(prompt))
 
 
-def _arguments(local: dict[str, object], *positional: str) -> dict[str, object]:
-    """The keyword arguments of a call, from the `locals()` of its first line."""
-    given = {name: value for name, value in local.items() if name not in ("self", "unknown", *positional)}
-    return given | cast(dict[str, object], local["unknown"])
-
-
 def _is_repository(path: object) -> bool:
-    """Whether it reads as `organisation/name` or is a short name, and no such path exists."""
+    """Whether it is a repository (`organisation/name`, a short name or an alias) and not an existing path."""
     if not isinstance(path, str) or path.endswith((".gguf", ".json")) or os.path.exists(path):
         return False
-    return path in hub.SHORT_NAMES or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
+    return hub.resolve(path) != path or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
 
 
 def _check_file(path: str) -> None:
-    """Names the call that works for what is no file: a repository's name, another name, a folder."""
+    """Names the call that works, if the path is a repository, a misspelt name or a folder."""
     if _is_repository(path):
-        raise ModelNotFoundError(f"{path!r} is no file; for the Hub's repository: Phi.from_pretrained({path!r})")
+        repo = hub.resolve(path)
+        what = "the repository" if repo == path else repo
+        raise ModelNotFoundError(f"{path!r} is not a file. To download {what}: Phi.from_pretrained({path!r})")
     if not path.endswith(".gguf") and not os.path.exists(path):
+        close = hub.closest(path)
+        question = f"; did you mean Phi.from_pretrained({close!r})?" if close else "."
         raise ModelNotFoundError(
-            f"{path!r}: no such file; Phi.demo() opens the bundled model, "
-            f"Phi.from_pretrained({DEFAULT_REPO!r}) Microsoft's"
+            f"{path!r} is neither a file nor a model's name{question} Phi.demo() opens the bundled model, "
+            f"Phi.from_pretrained(name) downloads one. Its short names: {', '.join(hub.SHORT_NAMES)}"
         )
     if not os.path.isdir(path):
         return
@@ -441,11 +559,13 @@ def _check_file(path: str) -> None:
     if files:
         first = os.path.join(path, files[0])
         raise ModelNotFoundError(f"{path!r} is a folder with {len(files)} .gguf files: Phi({first!r}) opens the first")
-    raise ModelNotFoundError(f"{path!r} is a folder without .gguf files: Phi.from_pretrained({DEFAULT_REPO!r})")
+    raise ModelNotFoundError(
+        f"{path!r} is a folder without .gguf files. Phi.from_pretrained({DEFAULT_REPO!r}) downloads a model"
+    )
 
 
 def _tokenizer_path(path: str) -> str:
-    """The absolute path of a `tokenizer.json`."""
+    """The absolute path of a `tokenizer.json`, downloaded if `path` is a repository."""
     if _is_repository(path):
         path = str(hub.download(path, "tokenizer.json"))
     if not os.path.isfile(path):

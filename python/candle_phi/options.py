@@ -5,14 +5,67 @@ import numbers
 import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
+
+from .errors import NotInThisVersionError
+
+Device = Literal["auto", "cpu", "cuda", "metal"]
+Engine = Literal["native", "candle"]
+KvCache = Literal["f16", "f32", "q8_0"]
 
 Check = Callable[[str, object], Any]
-"""Takes an option's name and value; returns the value as the engine wants it, or raises and names both."""
+"""Takes an option's name and value. Returns the value for the engine, or raises an `OptionError` that names both."""
+
+Spelling = Callable[[str, str | None], str]
+"""Spells an option for a front end. Takes the option's name and its value, if the message has one."""
 
 
-def _shown(value: object) -> str:
-    """A value as a message shows it: on one line, and not a page of it."""
+class Option(NamedTuple):
+    """An option inside a message, and its value where the message has one: `top_logprobs=3`."""
+
+    name: str
+    value: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value}"
+
+
+class OptionError(Exception):
+    """An option has a value that it cannot have. Raised as `OptionTypeError` or `OptionValueError`.
+
+    Args:
+        option: the option, a str or an `Option`. A str may have an index: `"stop[0]"`.
+        problem: what is wrong. Every option that it mentions is an `Option`, so that a front end can spell it.
+
+    Attributes:
+        name: the option's name in the Python API, without an index.
+    """
+
+    def __init__(self, option: str | Option, *problem: str | Option) -> None:
+        self._option = Option(option) if isinstance(option, str) else option
+        self._problem = problem
+        self.name = self._option.name.partition("[")[0]
+        super().__init__(f"{self._option} {''.join(map(str, problem))}")
+
+    def spelled(self, spell: Spelling) -> str:
+        """The message with each option spelled by `spell`. Indices are left out."""
+        problem = "".join(part if isinstance(part, str) else spell(*part) for part in self._problem)
+        return f"{spell(self.name, self._option.value)} {problem}"
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self._option, *self._problem)
+
+
+class OptionTypeError(OptionError, TypeError):
+    """An option has a value of the wrong type."""
+
+
+class OptionValueError(OptionError, ValueError):
+    """An option has a value that is out of range, or that another option rules out."""
+
+
+def _abbreviate(value: object) -> str:
+    """A value's repr, cut to one short line."""
     try:
         text = repr(value)
     except ValueError:  # an int of more than 4300 digits has no repr
@@ -23,31 +76,34 @@ def _shown(value: object) -> str:
 def _wrong_type(name: str, wanted: str, value: object) -> NoReturn:
     kind = type(value)
     shown = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    raise TypeError(f"{name} must be {wanted}, not {shown} ({_shown(value)})")
+    raise OptionTypeError(name, f"must be {wanted}, not {shown} ({_abbreviate(value)})")
 
 
 def _out_of_range(name: str, wanted: str, value: object) -> NoReturn:
-    raise ValueError(f"{name} must be {wanted}, not {_shown(value)}")
+    raise OptionValueError(name, f"must be {wanted}, not {_abbreviate(value)}")
 
 
-def _integer(low: int, high: int = 2**31 - 1) -> Check:
+def _integer(low: int, high: int | None = None) -> Check:
+    """Accepts ints from `low` to `high`. None stands for the engine's own limit, 2**31 - 1."""
+    limit = 2**31 - 1 if high is None else high
+
     def check(name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             _wrong_type(name, "an int", value)
         integer = int(value)
-        if not low <= integer <= high:
-            _out_of_range(name, f"from {low} to {high}", value)
+        if not low <= integer <= limit:
+            one_sided = f"at least {low}" if integer < low else f"at most {limit}"
+            _out_of_range(name, one_sided if high is None else f"from {low} to {high}", value)
         return integer
 
     return check
 
 
 def _number(low: float, high: float = math.inf, *, above_low: bool = False) -> Check:
-    wanted = "a finite number"
-    if math.isfinite(low):
-        wanted += f" above {low:g}" if above_low else f" from {low:g}"
     if math.isfinite(high):
-        wanted += f" to {high:g}"
+        wanted = f"above {low:g} and at most {high:g}" if above_low else f"from {low:g} to {high:g}"
+    else:
+        wanted = f"a finite number {'above' if above_low else 'of at least'} {low:g}"
 
     def check(name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -58,7 +114,7 @@ def _number(low: float, high: float = math.inf, *, above_low: bool = False) -> C
         except OverflowError:
             _out_of_range(name, wanted, value)
         if math.isfinite(number) and not math.isfinite(single) and high == math.inf:
-            _out_of_range(name, f"{wanted} to 3.4e38", value)
+            _out_of_range(name, "at most 3.4e38", value)
         if not math.isfinite(single) or not low <= number <= high or (above_low and single == low):
             _out_of_range(name, wanted, value)
         return number
@@ -72,10 +128,32 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
-def _name(name: str, value: object) -> str:
+seconds = _number(0)
+"""Accepts a length of time."""
+
+
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         _wrong_type(name, "a str", value)
-    return encodable(name, value)
+    if fault := _surrogate(value):
+        raise OptionValueError(name, fault)
+    return value
+
+
+def _choice(choices: tuple[str, ...], hints: Mapping[str, str] | None = None) -> Check:
+    """Accepts these strings. `hints` has a word more for some of the others."""
+    *most, last = map(repr, choices)
+    wanted = f"{', '.join(most)} or {last}"
+
+    def check(name: str, value: object) -> str:
+        if not isinstance(value, str):
+            _wrong_type(name, wanted, value)
+        if value not in choices:
+            hint = (hints or {}).get(value)
+            raise OptionValueError(name, f"must be {wanted}, not {_abbreviate(value)}{'; ' + hint if hint else ''}")
+        return value
+
+    return check
 
 
 def path(name: str, value: object) -> str:
@@ -83,27 +161,29 @@ def path(name: str, value: object) -> str:
         _wrong_type(name, "a str or os.PathLike", value)
     text = os.fspath(value)
     if not isinstance(text, str):
-        _wrong_type(name, "a path of text", text)
+        _wrong_type(name, "a path of type str", text)
     if "\0" in text:
         _out_of_range(name, "a path without NUL characters", text)
     return text
 
 
-def _maybe(check: Check, absent: object = None) -> Check:
-    """`check`, where None stands for `absent`."""
+def _optional(check: Check, absent: object = None) -> Check:
+    """Accepts None too, and returns `absent` for it."""
     return lambda name, value: absent if value is None else check(name, value)
 
 
-def _callable(name: str, value: object) -> object:
+def _function(name: str, value: object) -> object:
     if not callable(value):
         _wrong_type(name, "a function", value)
     return value
 
 
 def _token(name: str, value: object) -> str | bool:
-    if not isinstance(value, (str, bool)):
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
         _wrong_type(name, "a str, True or False", value)
-    return value if isinstance(value, bool) else encodable(name, value)
+    return _text(name, value)
 
 
 def _stop(name: str, value: object) -> list[str]:
@@ -112,19 +192,15 @@ def _stop(name: str, value: object) -> list[str]:
     if isinstance(value, str):
         value = [value]
     elif isinstance(value, (bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
-        _wrong_type(name, "a str or several", value)
-    strings = list(value)
+        _wrong_type(name, "a str or a list of str", value)
+    strings = [_text(f"{name}[{i}]", string) for i, string in enumerate(value)]
     for i, string in enumerate(strings):
-        if not isinstance(string, str):
-            _wrong_type(f"{name}[{i}]", "a str", string)
         if not string:
-            raise ValueError(f"{name}[{i}] is empty: every text contains it")
-        encodable(f"{name}[{i}]", string)
+            raise OptionValueError(f"{name}[{i}]", "is empty, and every text contains an empty string")
     return strings
 
 
 _bias = _number(-100, 100)
-_token_id = _integer(0, 2**32 - 1)
 
 
 def _logit_bias(name: str, value: object) -> dict[int, float]:
@@ -136,110 +212,200 @@ def _logit_bias(name: str, value: object) -> dict[int, float]:
     for key, bias in value.items():
         # OpenAI's JSON has the ids as strings of digits
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12 else key
-        token = _token_id(f"{name}: a token id", token)
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise OptionTypeError(name, f"needs token ids as its keys, not {_abbreviate(key)}")
+        token = int(token)
+        if not 0 <= token < 2**32:
+            raise OptionValueError(name, f"has the key {_abbreviate(key)}, and token ids are from 0 to {2**32 - 1}")
         if token in biases:
-            raise ValueError(f"{name} names the token id {token} twice")
-        biases[token] = _bias(f"{name}[{_shown(key)}]", bias)
+            raise OptionValueError(name, f"has the token id {token} twice")
+        biases[token] = _bias(f"{name}[{_abbreviate(key)}]", bias)
     return biases
 
 
-def encodable(name: str, text: str) -> str:
-    """`text`, or ValueError where UTF-8 has no bytes for it."""
+def _surrogate(text: str) -> str | None:
+    """Why UTF-8 has no bytes for a text, or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has a lone surrogate, {text[error.start]!r}, at position {error.start}: it is not text"
-        ) from None
+        return f"has a lone surrogate, {text[error.start]!r}, at position {error.start}"
+    return None
+
+
+def encodable(name: str, text: str) -> str:
+    """Returns `text`. Raises ValueError if it has characters that UTF-8 has no bytes for."""
+    if fault := _surrogate(text):
+        raise ValueError(f"{name} {fault}")
     return text
 
 
 MODEL: dict[str, Check] = {
-    "n_ctx": _maybe(_integer(1)),
-    "n_threads": _maybe(_integer(1, 1024)),
-    "device": _name,
-    "engine": _name,
-    "kernel": _maybe(_name),
-    "kv_cache": _name,
+    "n_ctx": _optional(_integer(1)),
+    "n_threads": _optional(_integer(1, 1024)),
+    "device": _choice(get_args(Device), {"mps": "Apple's GPUs are 'metal'", "gpu": "NVIDIA's GPUs are 'cuda'"}),
+    "engine": _choice(get_args(Engine)),
+    "kernel": _optional(_text),
+    "kv_cache": _choice(get_args(KvCache)),
     "mmap": flag,
-    "tokenizer": _maybe(path),
-    "chat_template": _maybe(_name),
-    "max_concurrent": _maybe(_integer(1)),
-    "on_progress": _maybe(_callable),
+    "tokenizer": _optional(path),
+    "chat_template": _optional(_text),
+    "max_concurrent": _optional(_integer(1)),
+    "on_progress": _optional(_function),
 }
 """The options of `Phi`."""
 
 HUB: dict[str, Check] = {
-    "repo_id": _name,
-    "filename": _maybe(_name),
-    "revision": _maybe(_name),
-    "cache_dir": _maybe(path),
-    "token": _maybe(_token),
+    "repo_id": _text,
+    "filename": _optional(_text),
+    "revision": _optional(_text),
+    "cache_dir": _optional(path),
+    "token": _optional(_token),
     "local_files_only": flag,
-    "progress": _maybe(flag),
-    "on_progress": _maybe(_callable),
+    "progress": _optional(flag),
+    "on_progress": _optional(_function),
 }
-"""Where a model comes from: the options of `Phi.from_pretrained` and of `candle_phi.hub`."""
+"""The options of `Phi.from_pretrained` and of `candle_phi.hub` that say where a model comes from."""
 
-PROMPT: dict[str, Check] = {"raw": flag, "parse_special": _maybe(flag), "add_bos": flag}
-"""The options of a generation that say how a prompt is read."""
+PROMPT: dict[str, Check] = {"raw": flag, "parse_special": _optional(flag), "add_bos": flag}
+"""The options of a generation that say how its prompt is read."""
 
 SAMPLING: dict[str, Check] = {
-    "max_tokens": _maybe(_integer(1)),
+    "max_tokens": _optional(_integer(1)),
     "temperature": _number(0),
-    "top_k": _maybe(_integer(0), absent=0),
-    "top_p": _maybe(_number(0, 1, above_low=True), absent=1.0),
-    "min_p": _maybe(_number(0, 1), absent=0.0),
-    "repeat_penalty": _maybe(_number(0, above_low=True)),
+    "top_k": _optional(_integer(0), absent=0),
+    "top_p": _optional(_number(0, 1, above_low=True), absent=1.0),
+    "min_p": _optional(_number(0, 1), absent=0.0),
+    "repeat_penalty": _optional(_number(0, above_low=True), absent=1.0),
     "repeat_last_n": _integer(-1),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
     "logit_bias": _logit_bias,
-    "seed": _maybe(_integer(0, 2**64 - 1)),
+    "seed": _optional(_integer(0, 2**64 - 1)),
     "stop": _stop,
     "ignore_eos": flag,
     "logprobs": flag,
     "top_logprobs": _integer(0, 20),
-    "timeout": _maybe(_number(0)),
+    "timeout": _optional(seconds),
 }
-"""The options of a generation that the engine takes; "off" is what `absent` says."""
+"""The options of a generation that the engine takes. `absent` is the value that turns an option off."""
 
-WATCH: dict[str, Check] = {"on_progress": _maybe(_callable)}
-"""The option that everything has that takes long."""
+GENERATION: dict[str, Check] = {**SAMPLING, "on_progress": _optional(_function), **PROMPT}
+"""The options of `Phi.stream`, `generate`, `astream` and `agenerate`."""
 
-GENERATION: dict[str, Check] = {**SAMPLING, **WATCH, **PROMPT}
+LOGITS: dict[str, Check] = {"every_position": flag, "on_progress": _optional(_function)}
+"""The options of `Phi.logits`."""
 
-_FOREIGN = {
-    "max_new_tokens": "use max_tokens",
-    "num_predict": "use max_tokens",
-    "max_length": "use max_tokens",
-    "temp": "use temperature",
-    "repetition_penalty": "use repeat_penalty",
-    "stop_sequences": "use stop",
-    "stop_seqs": "use stop",
+_OWNERS = (
+    (MODEL, "Phi()"),
+    (GENERATION, "stream() and generate()"),
+    (HUB, "Phi.from_pretrained()"),
+    (LOGITS, "logits()"),
+)
+
+UNBUILT: Mapping[str, str] = {
+    "prefix_cache": "prefix reuse",
+    "prefix_cache_dir": "prefix reuse",
+    "cache_scope": "prefix reuse",
+    "max_batch": "batched decoding",
+    "speculate": "speculative decoding",
+    "prediction": "speculative decoding",
+    "draft": "speculative decoding",
+    "response_format": "structured output",
+    "regex": "structured output",
+    "grammar": "structured output",
+    "choices": "structured output",
+    "tools": "tool calls",
+    "tool_choice": "tool calls",
+    "parallel_tool_calls": "tool calls",
+    "reasoning": "reasoning output",
+    "adapters": "LoRA adapters",
+    "adapter": "LoRA adapters",
+    "quantize": "conversion",
+}
+"""Options that a later version has, each with the feature that it belongs to."""
+
+RENAMED: Mapping[str, str] = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "max_length": "max_tokens",
+    "temp": "temperature",
+    "repetition_penalty": "repeat_penalty",
+    "stop_sequences": "stop",
+    "stop_seqs": "stop",
+    "stop_strings": "stop",
+    "random_seed": "seed",
+    "n_gpu_layers": "device",
+    "device_map": "device",
+    "num_ctx": "n_ctx",
+    "context_length": "n_ctx",
+    "num_thread": "n_threads",
+    "type_k": "kv_cache",
+    "type_v": "kv_cache",
+    "cache": "cache_dir",
+    "hf_token": "token",
+    "use_auth_token": "token",
+    "model_id": "repo_id",
+    "json_schema": "response_format",
+    "format": "response_format",
+    "guided_json": "response_format",
+    "response_model": "response_format",
+    "output_type": "response_format",
+    "lora_path": "adapters",
+    "draft_model": "draft",
+}
+"""Names of other libraries' options, each with the option that does the same here."""
+
+FOREIGN: Mapping[str, str] = {
+    "messages": "give the messages as the prompt, the first argument",
     "do_sample": "temperature=0 is greedy, any other temperature samples",
-    "stream": "use .stream(), which yields the text as it is made; .generate() returns it whole",
-    "n_gpu_layers": "use device, an option of Phi()",
+    "stream": "use .stream(), which yields the text piece by piece; .generate() returns it whole",
+    "streamer": "use .stream(), which yields the text piece by piece",
+    "stopping_criteria": "use stop, or leave the loop over .stream()",
+    "logits_processor": "use logit_bias; for a sampler of your own, .logits() returns the logits",
+    "sampler": "use temperature, top_k, top_p and min_p; for a sampler of your own, .logits() returns the logits",
+    "n": "call generate() once per answer, each with a seed of its own",
+    "num_return_sequences": "call generate() once per answer, each with a seed of its own",
+    "model": "give the path first, Phi(path); one Phi is one model",
     "verbose": 'the library prints nothing; logging.getLogger("candle_phi") has its messages',
-    "num_ctx": "use n_ctx, an option of Phi()",
-    "context_length": "use n_ctx, an option of Phi()",
+    "n_batch": "leave it out, the engine chooses the size of its steps",
+    "batch_size": "leave it out, the engine chooses the size of its steps",
+    "flash_attn": "leave it out, attention is computed in blocks already",
+    "torch_dtype": "leave it out, weights keep the type that the file has",
+    "dtype": "leave it out, weights keep the type that the file has",
+    "use_mmap": "use mmap, an option of Phi()",
     "system": 'use a system message: {"role": "system", "content": ...} first in the messages',
 }
-"""Names that other libraries have, and the answer to each."""
+"""Names of other libraries' options that have no counterpart of one name here, each with what to do instead."""
 
 
 def unknown_option(name: str, known: Collection[str]) -> str:
-    """What to say of a name that is not in `known`."""
-    if name in _FOREIGN:
-        return f"unknown option {name!r}: {_FOREIGN[name]}"
-    close = _closest(name, [*known, *MODEL, *GENERATION])
+    """The message for a name that is not in `known`."""
+    if name in FOREIGN:
+        return f"unknown option {name!r}: {FOREIGN[name]}"
+    if name in RENAMED:
+        right = RENAMED[name]
+        if right in UNBUILT:
+            return f"unknown option {name!r}: the name is {right} here, and this version does not have it"
+        return f"unknown option {name!r}: use {right}{'' if right in known else ', an option of ' + _owner(right)}"
+    every = [*known, *(option for options, _ in _OWNERS for option in options)]
+    close = _closest(name, every)
     if close is None:
         return f"unknown option {name!r}"
     if close in known:
         return f"unknown option {name!r}; did you mean {close!r}?"
-    owner = "Phi()" if close in MODEL else "stream() and generate()"
     meant = "it" if close == name else f"{close!r}"
-    return f"unknown option {name!r} here: {meant} is an option of {owner}"
+    return f"unknown option {name!r} here: {meant} is an option of {_owner(close)}"
+
+
+def _owner(name: str) -> str:
+    return next(owner for options, owner in _OWNERS if name in options)
+
+
+def not_in_this_version(name: str) -> str:
+    """The message for an option of `UNBUILT`."""
+    return f"option {name!r} is not in this version ({UNBUILT[name]})"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -255,23 +421,45 @@ def _closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def checked(known: Mapping[str, Check], given: Mapping[str, object]) -> dict[str, Any]:
-    """The options of `given`, each as the engine wants it.
+    """The options in `given`, each as the engine wants it.
 
     Raises:
+        NotInThisVersionError: an option that a later version has.
         TypeError: a name that is not in `known`, or a value of the wrong type.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or one that another option rules out.
     """
     for name in given:
         if name not in known:
+            if name in UNBUILT:
+                raise NotInThisVersionError(not_in_this_version(name))
             raise TypeError(unknown_option(name, known))
-    return {name: known[name](name, value) for name, value in given.items()}
+    values = {name: known[name](name, value) for name, value in given.items()}
+    if known is GENERATION:
+        _check_together(values)
+    return values
 
 
-def sampling(given: Mapping[str, object]) -> dict[str, Any]:
-    """`checked`, for `SAMPLING` with all its names given; then what follows from several options together."""
-    options = checked(SAMPLING, given)
-    if options["top_logprobs"] and not options["logprobs"]:
-        raise ValueError(f"top_logprobs={options['top_logprobs']} needs logprobs=True")
-    if options["repeat_penalty"] is None:
-        options["repeat_penalty"] = 1.0 if options["temperature"] == 0 else 1.2
-    return options
+def _check_together(values: Mapping[str, Any]) -> None:
+    if values.get("top_logprobs") and not values.get("logprobs"):
+        option = Option("top_logprobs", str(values["top_logprobs"]))
+        raise OptionValueError(option, "needs ", Option("logprobs", "True"))
+    if not values.get("raw"):
+        for name, default in (("parse_special", None), ("add_bos", False)):
+            if values.get(name, default) is not default:
+                raise OptionValueError(name, "needs ", Option("raw", "True"))
+
+
+class Generation(NamedTuple):
+    """The options of a call, by the part of this package that takes them."""
+
+    prompt: dict[str, Any]
+    sampling: dict[str, Any]
+    on_progress: Any
+
+
+def generation(given: Mapping[str, object]) -> Generation:
+    """`checked`, for `GENERATION` with all its names given."""
+    values = checked(GENERATION, given)
+    return Generation(
+        {name: values[name] for name in PROMPT}, {name: values[name] for name in SAMPLING}, values["on_progress"]
+    )

@@ -1,26 +1,45 @@
-"""What a generation yields: text that knows its tokens."""
+"""What a generation returns: text that knows its tokens."""
 
 import builtins
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from .errors import missing_attribute
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+"""Why a generation ended. `"stop"`: a stop token or a stop string; `"length"`: `max_tokens` or the context's end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How many tokens a call took."""
+    """The number of tokens of a call.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated, without the stop token.
+        total_tokens: the sum of the two.
+        cached_tokens: prompt tokens that were not computed again. Always 0 in this version.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     cached_tokens: int
-    """Prompt tokens that were not computed again; 0 until prefixes are reused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of a call went. A speed is None until something was measured."""
+    """The time of a call, in seconds, and its speeds. A value is None until it is measured.
+
+    Attributes:
+        queue_seconds: waiting for a slot and for other streams.
+        prefill_seconds: reading the prompt.
+        decode_seconds: generating.
+        time_to_first_token: from the first read to the first token.
+        prefill_tokens_per_second: prompt tokens per second of prefill.
+        decode_tokens_per_second: generated tokens per second of decode, without the first, which prefill computes.
+    """
 
     queue_seconds: float
     prefill_seconds: float
@@ -28,20 +47,25 @@ class Timings:
     time_to_first_token: float | None
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
-    """Without the first token, which the prefill gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its natural-log probability under the model's own distribution, before penalties and temperature."""
+    """A token and its log probability under the model's own distribution, before penalties and temperature.
+
+    Attributes:
+        token_id: the token's id.
+        text: the token's text. Bytes that are not whole characters are replaced.
+        bytes: the token's bytes, which may be part of a character.
+        logprob: the natural logarithm of its probability.
+        top: the `top_logprobs` most likely tokens at this position, best first. Their own `top` is empty.
+    """
 
     token_id: int
     text: str
     bytes: builtins.bytes
-    """The token's own bytes, which need not be whole characters."""
     logprob: float
     top: tuple["TokenLogprob", ...]
-    """The `top_logprobs` most likely tokens at this position, best first; their own `top` is empty."""
 
 
 class _Text(str):
@@ -51,6 +75,14 @@ class _Text(str):
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
+
+    _LATER: ClassVar[Collection[str]] = ()
+    _FOREIGN: ClassVar[Mapping[str, str]] = {}
+
+    if not TYPE_CHECKING:  # a type checker would take every name
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute(self, name, later=self._LATER, foreign=self._FOREIGN)
 
     @property
     def text(self) -> str:
@@ -62,9 +94,9 @@ class Chunk(_Text):
     """A piece of a stream's text, never empty.
 
     Attributes:
-        text: the same as a plain str.
-        token_ids: the ids behind it, with those before it that had no text of their own.
-        logprobs: one entry per id, when the call asked for `logprobs`; else None.
+        text: the same text as a plain str.
+        token_ids: its token ids, and the ids before it that had no text of their own.
+        logprobs: one entry per id if the call has `logprobs=True`, else None.
     """
 
     __slots__ = ()
@@ -80,24 +112,35 @@ class Chunk(_Text):
 
 
 class _PrettyPrinter(Protocol):
+    """IPython's, as far as it is used here."""
+
+    stack: list[int]
+    """The objects that are being printed, this one included."""
+
     def text(self, text: str, /) -> Any: ...
 
 
 class Result(_Text):
-    """A whole answer: a str, displayed as text in IPython.
+    """A whole answer: a str with attributes. IPython displays it as text.
 
     Attributes:
-        text: the same as a plain str.
-        token_ids: the sampled ids, without the stop id.
-        logprobs: one entry per id, when the call asked for `logprobs`; else None.
+        text: the same text as a plain str.
+        token_ids: the generated ids, without the stop id.
+        logprobs: one entry per id if the call has `logprobs=True`, else None.
         finish_reason: `"stop"`, `"length"`, `"cancelled"` or `"timeout"`.
-        usage: how many tokens it took.
-        timings: where the time went.
-        seed: passing it back gives the same text.
-        system_fingerprint: same seed, options and fingerprint, same text.
+        usage: the number of tokens.
+        timings: seconds and speeds.
+        seed: the seed in use. Passing it back gives the same text.
+        system_fingerprint: identifies the file, the version and the kernel. The same seed, options and fingerprint
+            give the same text.
     """
 
     __slots__ = ("finish_reason", "seed", "system_fingerprint", "timings", "usage")
+
+    _LATER = ("parsed", "reasoning", "tool_calls")
+    _FOREIGN: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("choices", "content", "message", "outputs", "response", "generated_text"), "a Result is the text itself"
+    )
 
     finish_reason: FinishReason
     usage: Usage
@@ -139,4 +182,5 @@ class Result(_Text):
         )
 
     def _repr_pretty_(self, printer: _PrettyPrinter, cycle: bool) -> None:
-        printer.text(self.text)
+        outermost = len(printer.stack) == 1
+        printer.text(self.text if outermost else repr(self))

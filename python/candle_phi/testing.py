@@ -1,4 +1,4 @@
-"""For the tests of applications: a `Phi` that says what it is told, without a model file and at once.
+"""A fake `Phi` for the tests of applications. It answers with given replies, at once and without a model file.
 
 from candle_phi.testing import FakePhi
 
@@ -18,12 +18,13 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 from . import _engine, options
 from .errors import ClosedError, ContextLengthError, UnsupportedModelError
 from .messages import Prompt, Turn, items
-from .model import Phi
+from .model import Phi, _Recipe
+from .signatures import same_options
 from .stream import Stream
 
 Failure: TypeAlias = BaseException | type[BaseException]
 Reply: TypeAlias = str | Sequence[str | Failure] | Failure
-"""A text, chunks (the last may be an exception), or an exception."""
+"""A text, a list of chunks (the last may be an exception), or an exception."""
 
 _SPECIAL = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 _BOS, _END = 0, 1
@@ -32,42 +33,42 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 _WORD = re.compile(r"\s*\S+|\s+")
-_LOOK = 0.075  # seconds between two looks of somebody who waits, as in the engine
+_POLL_INTERVAL = 0.075  # seconds, as in the engine
 
 
 class Call(NamedTuple):
-    """A call that a `FakePhi` took: what it was given, no defaults added."""
+    """A call of a `FakePhi`, with the arguments as they were given, without defaults."""
 
     messages: object
-    """The prompt: a str, messages or token ids. A copy, which stays as it was at the call."""
+    """The prompt: a str, messages or token ids. A copy, made at the call."""
     options: dict[str, Any]
 
 
 class FakePhi(Phi):
-    """A `Phi` whose replies are given. All but the model is real: checks, streams, results, cancelling, closing.
+    """A `Phi` whose replies are given. Only the model is fake: checks, streams, results and cancelling are real.
 
-    A token is a chunk here, and a word in a prompt; `max_tokens`, `stop`, `timeout`, `logprobs` and the context's end
-    count and cut as they do with a model. Options of sampling are checked, and change nothing; a reply that was not cut
-    ends with `"stop"`.
+    A token is a chunk of a reply, or a word of a prompt. `max_tokens`, `stop`, `timeout`, `logprobs` and the context's
+    end count and cut as they do with a model. The options of sampling are checked and have no effect. A reply that is
+    not cut ends with `"stop"`.
 
     Args:
-        replies: one for each call: a str, which is cut into words that keep their spaces; a list of chunks; or an
-            exception, which comes where a model's failure would, at the first read (`generate` itself, or a stream's
-            first `next`); a list's last entry may be one. Or a function of `(messages, options)`, which are as `calls`
-            has them, that returns one of these.
+        replies: one reply for each call: a str, which is split into words that keep their spaces; a list of chunks; or
+            an exception, which is raised where a model's failure would be: by `generate`, or by the first read of a
+            stream. The last chunk of a list may be an exception. `replies` may also be a function of `(messages,
+            options)` that returns a reply. The arguments are those of `calls`.
         delay: seconds before each chunk.
 
     Raises:
-        TypeError, ValueError: a reply is none of these, or delay is no number from 0.
+        TypeError, ValueError: `replies` or `delay` is not valid.
 
     A call beyond the last reply raises AssertionError.
 
     Attributes:
-        calls: what it was asked so far, a `Call` each; a call that raised for its own arguments is none.
+        calls: the calls so far, a `Call` each. A call that raised for its own arguments is not among them.
     """
 
     def __init__(self, replies: Iterable[Reply] | Callable[[Any, dict[str, Any]], Reply], *, delay: float = 0) -> None:
-        seconds = options.checked({"delay": options.SAMPLING["temperature"]}, {"delay": delay})["delay"]
+        seconds = options.seconds("delay", delay)
         if not callable(replies):
             if isinstance(replies, (str, bytes, Mapping)) or not isinstance(replies, Iterable):
                 raise TypeError(
@@ -80,20 +81,21 @@ class FakePhi(Phi):
         self._replies = replies
         self._calling = threading.Lock()
         self._model = cast(_engine.Model, _Model(seconds))
-        self._recipe = type(self), (replies,), {"delay": delay}
+        self._recipe = _Recipe(type(self), (replies,), {"delay": delay})
 
     @classmethod
     def demo(cls, **options: Any) -> NoReturn:
-        """Raises TypeError: there is nothing to open."""
-        raise TypeError(f"{cls.__name__} opens no model: {cls.__name__}(replies)")
+        """Raises TypeError: a fake opens no model."""
+        raise TypeError(f"{cls.__name__} opens no model: use {cls.__name__}(replies)")
 
     @classmethod
     def from_pretrained(cls, *args: object, **options: Any) -> NoReturn:
-        """Raises TypeError: there is nothing to open."""
+        """Raises TypeError: a fake opens no model."""
         cls.demo()
 
+    @same_options(Phi.stream)
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
-        """Streams the next reply: `Phi.stream`, with its options and errors."""
+        """Streams the next reply, with the options and errors of `Phi.stream`."""
         prompt = prompt if isinstance(prompt, str) else cast(Prompt, items(prompt))  # once: it may be a generator
         stream = super().stream(prompt, **options)
         call = Call(copy.deepcopy(prompt), options)
@@ -104,7 +106,7 @@ class FakePhi(Phi):
         return stream
 
     def _reply(self, number: int, call: Call) -> tuple[list[str], BaseException | None]:
-        """The chunks of a reply, and what comes after them if that is an exception."""
+        """The chunks of a reply, and the exception that ends them, if there is one."""
         if callable(self._replies):
             return _chunks(f"the reply to call {number}", self._replies(*call))
         if number > len(self._replies):
@@ -119,7 +121,7 @@ class FakePhi(Phi):
 
 
 def _chunks(name: str, reply: object) -> tuple[list[str], BaseException | None]:
-    """Checks a reply and cuts it."""
+    """Checks a reply and splits it into chunks, and the exception that ends them."""
     if isinstance(reply, str):
         return _WORD.findall(options.encodable(name, reply)), None
     if (failure := _failure(reply)) is not None:
@@ -144,7 +146,7 @@ def _failure(value: object) -> BaseException | None:
 
 
 class _Model:
-    """Stands where `_engine.Model` does. Its tokens are words, numbered as they come."""
+    """The fake of `_engine.Model`. Its tokens are words, numbered in the order of their first use."""
 
     path = "FakePhi"
     n_ctx = 4096
@@ -161,7 +163,7 @@ class _Model:
         self.delay = delay
         self.closed = False
         self.changed = threading.Condition()  # guards this and its streams
-        self._words = list(_SPECIAL)
+        self._words: list[str] = list(_SPECIAL)
         self._timers: dict[tuple[_engine.ReadyQueue, int], threading.Timer] = {}
         self._ids: dict[str, int] = {}  # without the special tokens: no text becomes one
 
@@ -184,13 +186,13 @@ class _Model:
             self.change()
 
     def change(self) -> None:
-        """Lets everybody look again who waits."""
+        """Wakes all readers that wait."""
         self.changed.notify_all()
         for queue, ticket in list(self._timers):
             self._ring(queue, ticket)
 
     def call(self, queue: _engine.ReadyQueue, ticket: int, seconds: float) -> None:
-        """Puts a ticket into a queue after so long, or at the next change."""
+        """Puts a ticket into a queue after `seconds`, or at the next change."""
         timer = threading.Timer(max(seconds, 0), self._ring, (queue, ticket))
         timer.daemon = True
         self._timers[queue, ticket] = timer
@@ -203,11 +205,11 @@ class _Model:
             timer.cancel()
             queue.put(ticket)
 
-    def id(self, word: str) -> int:
+    def token_id(self, word: str) -> int:
         with self.changed:
             if word not in self._ids:
                 if len(self._words) == self.n_vocab:
-                    raise ValueError(f"this FakePhi has seen {self.n_vocab} different words: make a new one")
+                    raise ValueError(f"this FakePhi has seen {self.n_vocab} different words: create a new one")
                 self._ids[word] = len(self._words)
                 self._words.append(word)
             return self._ids[word]
@@ -218,41 +220,42 @@ class _Model:
 
     def tokenize_messages(self, turns: list[Turn]) -> list[int]:
         self.check()
-        return [id for text, special in _rendered(turns) for id in self._tokenize(text, special)]
+        return [token for text, special in _rendered(turns) for token in self._tokenize(text, special)]
 
     def tokenize_text(self, text: str, parse_special: bool, add_bos: bool) -> list[int]:
         self.check()
         pieces = re.split(f"({'|'.join(map(re.escape, _SPECIAL))})", text) if parse_special else [text]
-        ids = [id for piece in pieces for id in self._tokenize(piece, parse_special and piece in _SPECIAL)]
+        ids = [token for piece in pieces for token in self._tokenize(piece, parse_special and piece in _SPECIAL)]
         return [_BOS, *ids] if add_bos else ids
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
-        return [_SPECIAL.index(text)] if special else [self.id(word) for word in _WORD.findall(text)]
+        return [_SPECIAL.index(text)] if special else [self.token_id(word) for word in _WORD.findall(text)]
 
     def detokenize(self, ids: list[int], skip_special: bool) -> str:
         self.check()
         known = len(self._words)
-        for id in ids:
-            if id >= known:
-                raise ValueError(f"token id {id}: this FakePhi has given out {known} so far")
-        return "".join(self._words[id] for id in ids if id >= len(_SPECIAL) or not skip_special)
+        for token in ids:
+            if token >= known:
+                raise ValueError(f"token id {token} is unknown to this FakePhi, which has {known} so far")
+        return "".join(self._words[token] for token in ids if token >= len(_SPECIAL) or not skip_special)
 
     def logits(self, ids: list[int], *_: object) -> NoReturn:
         raise UnsupportedModelError(f"a FakePhi has no weights: no logits of {len(ids)} ids")
 
-    def stream(self, prompt: list[int], **chosen: Any) -> "_Stream":
+    def stream(self, prompt: list[int], **sampling: Any) -> "_Stream":
         self.check()
         if len(prompt) >= self.n_ctx:
             raise ContextLengthError(
-                f"{len(prompt)} tokens do not fit n_ctx {self.n_ctx}; a prompt must leave room for at least 1 more",
+                f"the prompt has {len(prompt)} tokens, the context {self.n_ctx}; "
+                "generating needs room for at least 1 more",
                 len(prompt),
                 self.n_ctx,
             )
-        return _Stream(self, len(prompt), chosen)
+        return _Stream(self, len(prompt), sampling)
 
 
 def _rendered(turns: list[Turn]) -> list[tuple[str, bool]]:
-    """The pieces of a prompt, and of each whether it is a special token. A last message of the assistant goes on."""
+    """The pieces of a prompt, each with whether it is a special token. A last message of the assistant is continued."""
     pieces = []
     for role, content in turns:
         pieces += [(f"<|{role}|>", True), ("\n" + content, False), ("<|end|>", True), ("\n", False)]
@@ -260,18 +263,18 @@ def _rendered(turns: list[Turn]) -> list[tuple[str, bool]]:
 
 
 class _Stream:
-    """Stands where `_engine.Stream` does."""
+    """The fake of `_engine.Stream`."""
 
-    def __init__(self, model: _Model, prompt_tokens: int, chosen: dict[str, Any]) -> None:
-        self.seed: int = int.from_bytes(os.urandom(4)) if chosen["seed"] is None else chosen["seed"]
+    def __init__(self, model: _Model, prompt_tokens: int, sampling: dict[str, Any]) -> None:
+        self.seed: int = int.from_bytes(os.urandom(4)) if sampling["seed"] is None else sampling["seed"]
         self._model = model
         self._prompt_tokens = prompt_tokens
-        self._chosen = chosen
-        self._pieces: list[_engine._Read] = []
+        self._sampling = sampling
+        self._pieces: list[_engine._Piece] = []
         self._end = "stop"
         self._failure: BaseException | None = None
         self._ids: list[int] = []  # of the pieces that were read
-        self._read = 0
+        self._n_read = 0
         self._finish_reason: str | None = None
         self._reported = "", 0.0  # a phase, and when
         self._called = time.perf_counter()
@@ -280,38 +283,41 @@ class _Stream:
         self._last = 0.0
 
     def play(self, chunks: list[str], failure: BaseException | None) -> None:
-        """What to say: cut to `max_tokens` and the context, and at a stop string, whose beginnings are held back."""
+        """Sets the reply. Cuts it at `max_tokens`, at the context's end and at a stop string.
+
+        Text that may be the beginning of a stop string is held back.
+        """
         self._failure = failure
-        stops: list[str] = self._chosen["stop"]
+        stops: list[str] = self._sampling["stop"]
         room = self._model.n_ctx - self._prompt_tokens
-        most = min(self._chosen["max_tokens"] or room, room)
+        most = min(self._sampling["max_tokens"] or room, room)
         text, told, ids, entries = "", 0, list[int](), list["_engine._Logprob"]()
         for number, chunk in enumerate(chunks, 1):
             text += chunk
-            id = self._model.id(chunk)
-            ids.append(id)
-            entries.append(self._entry(id, chunk))
+            token = self._model.token_id(chunk)
+            ids.append(token)
+            entries.append(self._entry(token, chunk))
             found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
             certain = min(found)[1] if found else _certain(text, stops)
             ended = bool(found) or number == most
             if not found and (ended or number == len(chunks)):
                 certain = len(text)
             if certain > told or ended:
-                self._pieces.append((text[told:certain], ids, entries if self._chosen["logprobs"] else None))
+                self._pieces.append((text[told:certain], ids, entries if self._sampling["logprobs"] else None))
                 told, ids, entries = max(told, certain), [], []
             if ended:
                 self._failure = None
                 self._end = "stop" if found else "length"
                 break
         if ids:  # of chunks without text, at the end
-            self._pieces.append(("", ids, entries if self._chosen["logprobs"] else None))
+            self._pieces.append(("", ids, entries if self._sampling["logprobs"] else None))
 
-    def _entry(self, id: int, text: str) -> "_engine._Logprob":
-        """Nothing else could have come: log probability 0."""
-        top = (id, text, text.encode(), 0.0)
-        return (*top, [top] if self._chosen["top_logprobs"] else [])
+    def _entry(self, token: int, text: str) -> "_engine._Logprob":
+        """The chunk is certain: its log probability is 0."""
+        top = (token, text, text.encode(), 0.0)
+        return (*top, [top] if self._sampling["top_logprobs"] else [])
 
-    def poll(self) -> "tuple[bool, _engine._Read | None]":
+    def poll(self) -> "tuple[bool, _engine._Piece | None]":
         with self._model.changed:
             self._start()
             return (False, None) if self._seconds() > 0 else (True, self._now())
@@ -319,7 +325,7 @@ class _Stream:
     def wait(self) -> None:
         with self._model.changed:
             if (seconds := self._seconds()) > 0:
-                self._model.changed.wait(min(seconds, _LOOK))
+                self._model.changed.wait(min(seconds, _POLL_INTERVAL))
 
     def notify(self, queue: _engine.ReadyQueue, ticket: int) -> None:
         with self._model.changed:
@@ -327,19 +333,19 @@ class _Stream:
 
     @property
     def time_left(self) -> float | None:
-        timeout: float | None = self._chosen["timeout"]
+        timeout: float | None = self._sampling["timeout"]
         return None if timeout is None else max(self._called + timeout - time.perf_counter(), 0.0)
 
     def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
-        """What is to be told now: at most some 13 times a second, and no phase is left out."""
+        """The reports due now: at most 13 a second, and every phase at least once."""
         reached = ["prefill", "decode"][: 1 + (self._first is not None)]
         since, at = self._reported
         phases = reached[reached.index(since) :] if since else reached
         now = time.perf_counter()
-        if now - at < _LOOK and len(phases) == 1 and not end:
+        if now - at < _POLL_INTERVAL and len(phases) == 1 and not end:
             return []
         self._reported = phases[-1], now
-        prompt, most = self._prompt_tokens, self._chosen["max_tokens"]
+        prompt, most = self._prompt_tokens, self._sampling["max_tokens"]
         counts = {"prefill": (prompt * (len(reached) - 1), prompt), "decode": (len(self._ids), most)}
         return [(phase, *counts[phase]) for phase in phases]
 
@@ -348,14 +354,14 @@ class _Stream:
             self._started = self._last = time.perf_counter()
 
     def _seconds(self) -> float:
-        """Until there is something to read."""
-        if self._finish_reason is not None or self._model.closed or self._read == len(self._pieces):
+        """Seconds until the next piece is ready."""
+        if self._finish_reason is not None or self._model.closed or self._n_read == len(self._pieces):
             return 0
         seconds = self._last + self._model.delay - time.perf_counter()
         return seconds if self.time_left is None else min(seconds, self.time_left)
 
-    def _now(self) -> "_engine._Read | None":
-        """The next piece; None at the end."""
+    def _now(self) -> "_engine._Piece | None":
+        """The next piece, or None at the end."""
         if self._finish_reason is not None:
             return None
         if self._model.closed:
@@ -364,18 +370,18 @@ class _Stream:
         if self.time_left == 0:
             self._finish_reason = "timeout"
             return None
-        if self._read < len(self._pieces):
+        if self._n_read < len(self._pieces):
             return self._take()
         self._finish_reason = self._end if self._failure is None else "error"
         if self._failure is not None:
             raise self._failure
         return None
 
-    def _take(self) -> "_engine._Read":
+    def _take(self) -> "_engine._Piece":
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        piece = self._pieces[self._read]
-        self._read += 1
+        piece = self._pieces[self._n_read]
+        self._n_read += 1
         self._ids += piece[1]
         return piece
 
@@ -384,6 +390,9 @@ class _Stream:
             if self._finish_reason is None:
                 self._finish_reason = "cancelled"
             self._model.change()
+
+    def check_process(self) -> None:
+        """The fake has no threads that a fork would lose."""
 
     @property
     def finish_reason(self) -> str | None:
@@ -402,11 +411,11 @@ class _Stream:
         if self._started is None or self._first is None:
             return 0.0, 0.0, 0.0, None, 0
         prefill = self._first - self._started
-        return 0.0, prefill, self._last - self._first, prefill, self._read - 1
+        return 0.0, prefill, self._last - self._first, prefill, self._n_read - 1
 
 
 def _certain(text: str, stops: list[str]) -> int:
-    """How much of a text can be no beginning of a stop string."""
+    """The length of the part of a text that is not the beginning of a stop string."""
     longest = max(map(len, stops), default=1)
     for start in range(max(len(text) - longest + 1, 0), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):

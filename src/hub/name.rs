@@ -16,9 +16,8 @@ pub fn check_repo(repo: &str) -> Result<()> {
     if repo.len() <= 193 && repo.split('/').count() <= 2 && repo.split('/').all(part) {
         return Ok(());
     }
-    Err(Error::Value(format!(
-        "repo_id must be 'organisation/name' of letters, digits, '-', '_' and '.', or a short name; not {repo:?}"
-    )))
+    let wanted = "must be 'organisation/name' (letters, digits, '-', '_' and '.') or a short name";
+    Err(Error::option("repo_id", format!("{wanted}, not {repo:?}")))
 }
 
 /// A branch, a tag or a commit.
@@ -27,7 +26,7 @@ pub fn check_revision(revision: &str) -> Result<()> {
     if allowed && is_inside(revision) {
         return Ok(());
     }
-    Err(Error::Value(format!("revision must be a branch, a tag or a commit, not {revision:?}")))
+    Err(Error::option("revision", format!("must be a branch, a tag or a commit, not {revision:?}")))
 }
 
 /// Whether a file's name, as the Hub writes it, stays inside the folder that it is joined to, on every platform.

@@ -1,5 +1,7 @@
 //! What the fast kernels do in f32: products with float weights (and with formats that have no integer products), norms
 //! and activations. Written once over [`Simd`].
+//!
+//! Decisions: docs/design/kernels.md
 
 use std::marker::PhantomData;
 use std::ops::Range;

@@ -2,6 +2,8 @@
 //!
 //! Keys lie (head_dim, PAGE), so that a vector of keys meets one feature of a query; values lie (PAGE, head_dim). As 8 bits
 //! (`Q8`), every 32 features of a position share an f16 scale, as in ggml's Q8_0.
+//!
+//! Decisions: docs/design/kv.md
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;

@@ -4,6 +4,8 @@
 //! hands each of them one call. `portable` is the specification; the others are compiled for an instruction set and
 //! chosen at run time. What they share is written once: `products` (the shapes of a matrix product), `pack`
 //! (activations), `float` and `attention` (over the vectors of `simd`).
+//!
+//! Decisions: docs/design/kernels.md
 
 #![allow(clippy::needless_range_loop)] // several arrays of registers at a time, by constant indices
 #![allow(clippy::undocumented_unsafe_blocks)] // instructions: `simd` gives the reason, once for all

@@ -10,6 +10,8 @@
 //! ```
 //! A panel is read once from memory, in order, and used for every token. While it is multiplied, the next one is
 //! prefetched. A sum depends on nothing but its row and its token: not on how many of either there are.
+//!
+//! Decisions: docs/design/kernels.md
 
 use std::ops::Range;
 

@@ -1,11 +1,13 @@
-//! Attention on the CPU, and what it attends to: the pages of a layer's cache.
+//! Attention on the CPU, and the writes to the pages of a layer's cache.
 //!
-//! The context is walked in blocks of 1024 positions that start at multiples of it. Each block gives a part of the
-//! result for each query, and the parts are merged in order: the same bits whether blocks are computed one after the
-//! other or side by side.
+//! The context is divided into blocks of 1024 positions that start at multiples of it. Each block gives a partial
+//! softmax for each query, and the partials are merged in the order of the blocks. A task walks through the blocks if
+//! there are tasks enough for all threads, else blocks are computed side by side. Both give the same bits, and the
+//! partials that are held at a time do not grow with the context.
+//!
+//! Decisions: docs/design/kv.md
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 use half::f16;
@@ -13,22 +15,26 @@ use half::f16;
 use super::AttentionShape;
 use super::cpu::{Disjoint, PARALLEL_FROM, Rows, RowsMut};
 use crate::cache::{KvBuffer, KvLayer, PAGE, Page};
-use crate::error::Error;
 use crate::kernels::{Kernel, KvPage, KvSliceMut, Line, Query, Scratch, view_mut};
-use crate::threads::{Cancel, Pool, lock};
+use crate::memory;
+use crate::threads::{Cancel, Pool};
 
 /// Pages of a block of the context.
 const PAGES: usize = 8;
 const BLOCK: usize = PAGES * PAGE;
-/// Queries that one task takes together.
+/// Queries of a task.
 const QUERIES: usize = 16;
+/// With this many tasks for each thread the last ones leave few threads idle.
+const TASKS_PER_THREAD: usize = 4;
+/// Partial softmaxes that are held at a time, in bytes at most.
+pub const SCRATCH_BYTES: usize = 4 << 20;
 
-/// Multiplications that take as long as storing a feature of a key: each lies in a cache line of its own.
-const STORE: usize = 64;
-/// Multiplications that take as long as what a query does with a feature of a key and of a value.
-const GATHER: usize = 4;
+/// Cost of storing one feature of a key, in multiplications of a matrix product: each store touches its own cache line.
+const KEY_STORE_COST: usize = 64;
+/// Cost of one feature of a key and of a value for one query, in the same unit.
+pub const ATTEND_COST: usize = 4;
 
-/// Write the keys and values of some rows of qkv to a page, from position `at` of the page on.
+/// Writes the keys and values of some rows of qkv to a page, from position `at` of the page on.
 pub fn append(
     pool: &Pool,
     qkv: &Tensor,
@@ -38,13 +44,13 @@ pub fn append(
     at: usize,
 ) -> Result<()> {
     let (storage, layout) = qkv.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("activations of another device met the CPU") };
+    let Storage::Cpu(storage) = &*storage else { bail!("activations are not on the CPU") };
     let qkv = Rows::of(storage, layout)?;
     let AttentionShape { n_head_kv, head_dim, .. } = shape;
     let (k, v) = (Heads::new(&mut page.k, n_head_kv)?, Heads::new(&mut page.v, n_head_kv)?);
-    let work = STORE * rows.len() * shape.kv_dim();
+    let work = KEY_STORE_COST * rows.len() * shape.kv_dim();
     let head = |head: usize| {
-        // SAFETY: a head a task.
+        // SAFETY: each task has one head.
         let (mut k, mut v) = unsafe { (k.head(head), v.head(head)) };
         for (i, row) in rows.clone().enumerate() {
             let (_, kv) = qkv.row(row).split_at(shape.q_dim());
@@ -60,7 +66,7 @@ pub fn append(
     Ok(())
 }
 
-/// The heads of a page's buffer, to be written side by side.
+/// The heads of a page's buffer, for tasks that write them side by side.
 enum Heads<'a> {
     F16(Disjoint<'a, f16>, usize),
     F32(Disjoint<'a, f32>, usize),
@@ -73,12 +79,12 @@ impl<'a> Heads<'a> {
             KvBuffer::F16(x) => Heads::F16(Disjoint::new(x), heads),
             KvBuffer::F32(x) => Heads::F32(Disjoint::new(x), heads),
             KvBuffer::Q8 { q, scales } => Heads::Q8 { q: Disjoint::new(q), scales: Disjoint::new(scales), heads },
-            KvBuffer::Candle(_) => bail!("a KV page of Candle met the kernels"),
+            KvBuffer::Candle(_) => bail!("a KV page of Candle passed to a kernel"),
         })
     }
 
     /// # Safety
-    /// Nobody else has this head.
+    /// No other live slice belongs to this head.
     unsafe fn head(&self, head: usize) -> KvSliceMut<'_> {
         fn share(len: usize, head: usize, heads: usize) -> Range<usize> {
             head * (len / heads)..(head + 1) * (len / heads)
@@ -105,11 +111,72 @@ pub struct Attention<'a> {
     pub shape: AttentionShape,
 }
 
-/// What a query gathered from some keys: `out` is their weighted mean, `sum` is that of `exp(score - max)`.
+/// The softmax of a query over some keys: the largest score, and the sum of `exp(score - max)`.
 #[derive(Copy, Clone)]
-struct Gathered {
+struct SoftmaxPartial {
     max: f32,
     sum: f32,
+}
+
+impl SoftmaxPartial {
+    /// Over no keys.
+    const EMPTY: Self = SoftmaxPartial { max: f32::NEG_INFINITY, sum: 0.0 };
+}
+
+/// The division of the queries into tasks: a few query heads of one KV head at a few tokens.
+#[derive(Copy, Clone)]
+struct Tasks {
+    rows: usize,
+    n_head_kv: usize,
+    /// Query heads of a KV head.
+    group: usize,
+    heads_per_task: usize,
+    tokens_per_task: usize,
+}
+
+struct Task {
+    kv_head: usize,
+    heads: Range<usize>,
+    tokens: Range<usize>,
+}
+
+impl Tasks {
+    fn new(shape: AttentionShape, rows: usize) -> Self {
+        let group = shape.n_head / shape.n_head_kv;
+        let heads_per_task = group.min(QUERIES);
+        Tasks { rows, n_head_kv: shape.n_head_kv, group, heads_per_task, tokens_per_task: QUERIES / heads_per_task }
+    }
+
+    /// Tasks of one KV head at the same tokens.
+    fn parts(self) -> usize {
+        self.group.div_ceil(self.heads_per_task)
+    }
+
+    fn count(self) -> usize {
+        self.rows.div_ceil(self.tokens_per_task) * self.n_head_kv * self.parts()
+    }
+
+    fn get(self, task: usize) -> Task {
+        let (token, head) = (task / (self.n_head_kv * self.parts()), task % (self.n_head_kv * self.parts()));
+        let (kv_head, part) = (head / self.parts(), head % self.parts());
+        let (token, first) = (token * self.tokens_per_task, kv_head * self.group + part * self.heads_per_task);
+        Task {
+            kv_head,
+            heads: first..((kv_head + 1) * self.group).min(first + self.heads_per_task),
+            tokens: token..self.rows.min(token + self.tokens_per_task),
+        }
+    }
+}
+
+impl Task {
+    fn len(&self) -> usize {
+        self.tokens.len() * self.heads.len()
+    }
+
+    /// Token and head of each query.
+    fn queries(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.tokens.clone().flat_map(|token| self.heads.clone().map(move |head| (token, head)))
+    }
 }
 
 impl InplaceOp2 for Attention<'_> {
@@ -119,73 +186,17 @@ impl InplaceOp2 for Attention<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, qkv: &CpuStorage, qkv_l: &Layout) -> Result<()> {
         let (qkv, out) = (Rows::of(qkv, qkv_l)?, RowsMut::of(out, out_l)?);
-        let AttentionShape { n_head, n_head_kv, head_dim, .. } = self.shape;
-        let group = n_head / n_head_kv;
-        // A task takes a few query heads of one KV head at a few tokens.
-        let heads_per_task = group.min(QUERIES);
-        let tokens_per_task = QUERIES / heads_per_task;
-        let parts = group.div_ceil(heads_per_task);
+        let tasks = Tasks::new(self.shape, qkv.rows);
         let seen = self.sees(qkv.rows, 0).start..self.layer.len();
         let blocks = seen.start / BLOCK..seen.end.div_ceil(BLOCK);
-        let (width, n_blocks) = (n_head * head_dim, blocks.len());
-        let tasks = qkv.rows.div_ceil(tokens_per_task) * n_head_kv * parts;
-
-        // (blocks, tokens, heads, head_dim) and (blocks, tokens, heads, 2): what each block gives
-        let mut scratch = Scratch::take(Line::count(4 * n_blocks * qkv.rows * (width + 2 * n_head)));
-        let (means, sums) = view_mut::<f32>(&mut scratch).split_at_mut(n_blocks * qkv.rows * width);
-        let (means, sums) = (Disjoint::new(means), Disjoint::new(sums));
-        let failure = Mutex::new(None);
-        let one = |task: usize| {
-            if self.cancel.is_set() {
-                return;
-            }
-            let (block, task) = (task / tasks, task % tasks);
-            let (token, head) = (task / (n_head_kv * parts) * tokens_per_task, task % (n_head_kv * parts));
-            let (kv_head, part) = (head / parts, head % parts);
-            let tokens = token..qkv.rows.min(token + tokens_per_task);
-            let first_head = kv_head * group + part * heads_per_task;
-            let heads = first_head..((kv_head + 1) * group).min(first_head + heads_per_task);
-            let keys = (blocks.start + block) * BLOCK..(blocks.start + block + 1) * BLOCK;
-            let place = |token: usize, head: usize| (block * qkv.rows + token) * n_head + head;
-            if let Err(error) = self.gather(qkv, tokens, heads, kv_head, keys, |token, head| {
-                let place = place(token, head);
-                // SAFETY: every block, token and head is one task's.
-                unsafe {
-                    let mean = means.range(place * head_dim..(place + 1) * head_dim);
-                    (mean, sums.range(2 * place..2 * place + 2))
-                }
-            }) {
-                *lock(&failure) = Some(error);
-            }
-        };
-        if GATHER * qkv.rows * seen.len() * width < PARALLEL_FROM {
-            (0..n_blocks * tasks).for_each(one)
+        let (width, n_head) = (self.shape.q_dim(), self.shape.n_head);
+        let parallel = ATTEND_COST * qkv.rows * seen.len() * width >= PARALLEL_FROM;
+        let many = tasks.count() >= TASKS_PER_THREAD * self.pool.n_threads();
+        let side_by_side = SCRATCH_BYTES / (4 * qkv.rows * (width + 2 * n_head) + 1);
+        if blocks.len() == 1 || many || !parallel || side_by_side <= 1 {
+            self.walk(qkv, out, tasks, blocks, parallel);
         } else {
-            self.pool.run(n_blocks * tasks, one)
-        }
-        if let Some(error) = lock(&failure).take() {
-            bail!("{error}")
-        }
-        let target = Disjoint::new(out.data);
-        let token = |token: usize| {
-            // SAFETY: a token a task; the tasks that wrote the parts are done.
-            let out = unsafe { target.range(token * width..(token + 1) * width) };
-            for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                let mut so_far = Gathered { max: f32::NEG_INFINITY, sum: 0.0 };
-                for block in 0..n_blocks {
-                    let place = (block * qkv.rows + token) * n_head + head;
-                    // SAFETY: as above.
-                    let (mean, sum) = unsafe {
-                        (means.range(place * head_dim..(place + 1) * head_dim), sums.range(2 * place..2 * place + 2))
-                    };
-                    so_far = merge(so_far, out, Gathered { max: sum[0], sum: sum[1] }, mean);
-                }
-            }
-        };
-        if qkv.rows * width < PARALLEL_FROM {
-            (0..qkv.rows).for_each(token)
-        } else {
-            self.pool.run(qkv.rows, token)
+            self.spread(qkv, out, tasks, blocks, side_by_side);
         }
         Ok(())
     }
@@ -198,55 +209,132 @@ impl Attention<'_> {
         self.shape.window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
     }
 
-    /// What some queries of one KV head gather from one block of the context.
-    fn gather<'a>(
-        &self,
-        qkv: Rows<'a>,
-        tokens: Range<usize>,
-        heads: Range<usize>,
-        kv_head: usize,
-        block: Range<usize>,
-        target: impl Fn(usize, usize) -> (&'a mut [f32], &'a mut [f32]),
-    ) -> std::result::Result<(), Error> {
-        let AttentionShape { n_head_kv, head_dim, .. } = self.shape;
-        let count = tokens.len() * heads.len();
-        let mut sums: [&mut [f32]; QUERIES] = Default::default();
-        let mut queries: [Query; QUERIES] = std::array::from_fn(|i| {
-            if i >= count {
-                return Query { q: &[], keys: 0..0, out: &mut [], max: 0.0, sum: 0.0 };
+    /// Each task walks through the blocks.
+    fn walk(&self, qkv: Rows<'_>, out: RowsMut<'_>, tasks: Tasks, blocks: Range<usize>, parallel: bool) {
+        let (n_head, head_dim) = (self.shape.n_head, self.shape.head_dim);
+        let target = Disjoint::new(out.data);
+        let run = |task: usize| {
+            let task = tasks.get(task);
+            let mut scratch = Scratch::take(Line::count(4 * QUERIES * head_dim));
+            let means = &mut view_mut::<f32>(&mut scratch)[..task.len() * head_dim];
+            let mut so_far = [SoftmaxPartial::EMPTY; QUERIES];
+            for block in blocks.clone() {
+                if self.cancel.is_set() {
+                    return;
+                }
+                let partials = self.attend(qkv, &task, block, means.chunks_exact_mut(head_dim));
+                let means = means.chunks_exact(head_dim);
+                for ((((token, head), mean), so_far), partial) in
+                    task.queries().zip(means).zip(&mut so_far).zip(partials)
+                {
+                    let place = token * n_head + head;
+                    // SAFETY: each token and head belong to one task.
+                    let out = unsafe { target.range(place * head_dim..(place + 1) * head_dim) };
+                    *so_far = merge(*so_far, out, partial, mean);
+                }
             }
-            let (token, head) = (tokens.start + i / heads.len(), heads.start + i % heads.len());
-            let (out, sum) = target(token, head);
-            sums[i] = sum;
+        };
+        if parallel { self.pool.run(tasks.count(), run) } else { (0..tasks.count()).for_each(run) }
+    }
+
+    /// Some blocks are computed side by side, then merged, then the next ones.
+    fn spread(&self, qkv: Rows<'_>, out: RowsMut<'_>, tasks: Tasks, blocks: Range<usize>, side_by_side: usize) {
+        let AttentionShape { n_head, head_dim, .. } = self.shape;
+        let (queries, count) = (qkv.rows * n_head, tasks.count());
+        let held = side_by_side.min(blocks.len());
+        // (blocks, tokens, heads, head_dim); (blocks, tokens, heads, 2); (tokens, heads, 2)
+        let mut scratch = Scratch::take(Line::count(4 * queries * (held * (head_dim + 2) + 2)));
+        let (means, sums) = view_mut::<f32>(&mut scratch).split_at_mut(held * queries * head_dim);
+        let (sums, merged) = sums.split_at_mut(held * queries * 2);
+        for merged in merged.as_chunks_mut().0 {
+            *merged = [SoftmaxPartial::EMPTY.max, SoftmaxPartial::EMPTY.sum];
+        }
+        let (means, sums, merged) = (Disjoint::new(means), Disjoint::new(sums), Disjoint::new(merged));
+        let target = Disjoint::new(out.data);
+        for first in blocks.clone().step_by(held) {
+            let now = first..blocks.end.min(first + held);
+            self.pool.run(now.len() * count, |i| {
+                if self.cancel.is_set() {
+                    return;
+                }
+                let (block, task) = (i / count, tasks.get(i % count));
+                let place = |(token, head)| (block * qkv.rows + token) * n_head + head;
+                // SAFETY: each block, token and head belong to one task.
+                let means = task
+                    .queries()
+                    .map(|query| unsafe { means.range(place(query) * head_dim..(place(query) + 1) * head_dim) });
+                let partials = self.attend(qkv, &task, now.start + block, means);
+                for (query, partial) in task.queries().zip(partials) {
+                    // SAFETY: as above.
+                    let sums = unsafe { sums.range(2 * place(query)..2 * place(query) + 2) };
+                    sums.copy_from_slice(&[partial.max, partial.sum]);
+                }
+            });
+            self.pool.run(queries, |query| {
+                // SAFETY: each query belongs to one task, and the tasks that wrote the partials have ended.
+                let (out, merged) = unsafe {
+                    (target.range(query * head_dim..(query + 1) * head_dim), merged.range(2 * query..2 * query + 2))
+                };
+                let mut so_far = SoftmaxPartial { max: merged[0], sum: merged[1] };
+                for block in 0..now.len() {
+                    let place = block * queries + query;
+                    // SAFETY: as above.
+                    let (mean, sums) = unsafe {
+                        (means.range(place * head_dim..(place + 1) * head_dim), sums.range(2 * place..2 * place + 2))
+                    };
+                    so_far = merge(so_far, out, SoftmaxPartial { max: sums[0], sum: sums[1] }, mean);
+                }
+                merged.copy_from_slice(&[so_far.max, so_far.sum]);
+            });
+        }
+    }
+
+    /// The softmax of the queries of a task over one block. Their weighted means of the values go to `outs`; a query
+    /// that sees no key of the block leaves its own as it is.
+    fn attend<'a>(
+        &'a self,
+        qkv: Rows<'a>,
+        task: &Task,
+        block: usize,
+        outs: impl Iterator<Item = &'a mut [f32]>,
+    ) -> [SoftmaxPartial; QUERIES] {
+        let AttentionShape { n_head_kv, head_dim, .. } = self.shape;
+        let block = block * BLOCK..(block + 1) * BLOCK;
+        let mut queries: [Query; QUERIES] =
+            std::array::from_fn(|_| Query { q: &[], keys: 0..0, out: &mut [], max: 0.0, sum: 0.0 });
+        for ((query, (token, head)), out) in queries.iter_mut().zip(task.queries()).zip(outs) {
             let seen = self.sees(qkv.rows, token);
             let keys = seen.start.max(block.start)..seen.end.min(block.end).max(block.start);
-            Query { q: &qkv.row(token)[head * head_dim..][..head_dim], keys, out, max: 0.0, sum: 0.0 }
-        });
-        let queries = &mut queries[..count];
-        let from = queries.iter().filter(|q| !q.keys.is_empty()).map(|query| query.keys.start).min();
-        let to = queries.iter().map(|query| query.keys.end).max().unwrap_or(0);
-        if let Some(from) = from {
-            let first = from / PAGE * PAGE;
-            let mut pages = [const { None }; PAGES];
-            for (i, page) in pages.iter_mut().enumerate().take((to - first).div_ceil(PAGE)) {
-                let held = self.layer.page_of(first + i * PAGE);
-                let (k, v) = (held.k.head(kv_head, n_head_kv)?, held.v.head(kv_head, n_head_kv)?);
-                *page = Some(KvPage { start: held.start, k, v });
+            *query = Query { q: &qkv.row(token)[head * head_dim..][..head_dim], keys, out, max: 0.0, sum: 0.0 };
+        }
+        let queries = &mut queries[..task.len()];
+        let first = queries.iter().filter(|query| !query.keys.is_empty()).map(|query| query.keys.start).min();
+        let mut partials = [SoftmaxPartial::EMPTY; QUERIES];
+        let Some(first) = first else { return partials };
+        let end = queries.iter().map(|query| query.keys.end).max().unwrap_or(first);
+        let first = first / PAGE * PAGE;
+        let mut pages = [const { None }; PAGES];
+        for (start, page) in (first..end).step_by(PAGE).zip(&mut pages) {
+            let Page { start, k, v } = self.layer.page_of(start);
+            let head = |buffer: &'a KvBuffer| {
+                buffer.head(task.kv_head, n_head_kv).unwrap_or_else(|error| memory::raise(error))
+            };
+            *page = Some(KvPage { start: *start, k: head(k), v: head(v) });
+        }
+        let Some(any) = pages[0] else { return partials };
+        let pages = pages.map(|page| page.unwrap_or(any));
+        self.kernel.attention(queries, &pages[..(end - first).div_ceil(PAGE)], head_dim);
+        for (partial, query) in partials.iter_mut().zip(queries.iter()) {
+            if !query.keys.is_empty() {
+                *partial = SoftmaxPartial { max: query.max, sum: query.sum };
             }
-            let Some(some) = pages[0] else { return Ok(()) };
-            let pages = pages.map(|page| page.unwrap_or(some));
-            self.kernel.attention(queries, &pages[..(to - first).div_ceil(PAGE)], head_dim);
         }
-        for (query, sums) in queries.iter().zip(&mut sums) {
-            let gathered = if query.keys.is_empty() { [f32::NEG_INFINITY, 0.0] } else { [query.max, query.sum] };
-            sums.copy_from_slice(&gathered);
-        }
-        Ok(())
+        partials
     }
 }
 
-/// Adds what one more block gave to a mean. The first that saw any key is taken as it is.
-fn merge(so_far: Gathered, out: &mut [f32], more: Gathered, mean: &[f32]) -> Gathered {
+/// Adds the partial of one more block to a mean. The first that has any key is copied.
+fn merge(so_far: SoftmaxPartial, out: &mut [f32], more: SoftmaxPartial, mean: &[f32]) -> SoftmaxPartial {
     if more.sum == 0.0 {
         return so_far;
     }
@@ -259,5 +347,5 @@ fn merge(so_far: Gathered, out: &mut [f32], more: Gathered, mean: &[f32]) -> Gat
     for (out, mean) in out.iter_mut().zip(mean) {
         *out = (*out * a + mean * b) / (a + b);
     }
-    Gathered { max, sum: a + b }
+    SoftmaxPartial { max, sum: a + b }
 }

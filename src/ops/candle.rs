@@ -1,4 +1,4 @@
-//! The same operations composed of Candle's own: for CUDA and Metal, and as an independent check on the CPU.
+//! The same operations, composed of Candle's own: for CUDA and Metal, and as an independent check on the CPU.
 
 use std::ops::Range;
 
@@ -7,6 +7,7 @@ use candle_core::{D, DType, Module, Result, Tensor};
 
 use super::{AttentionShape, Matrix, Norm};
 use crate::cache::{KvLayer, Page};
+use crate::memory;
 use crate::rope::Angles;
 
 pub fn embed(table: &Matrix, ids: &[u32]) -> Result<Tensor> {
@@ -63,15 +64,17 @@ pub fn attention(qkv: &Tensor, layer: &KvLayer, shape: AttentionShape) -> Result
     let q = q.reshape((tokens, n_head, head_dim))?.transpose(0, 1)?.contiguous()?;
     let q = q.reshape((n_head_kv, group * tokens, head_dim))?;
     let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (head_dim as f64).sqrt())?;
-    let mask: Vec<f32> = (0..group * tokens)
-        .flat_map(|row| {
-            let position = layer.len() - tokens + row % tokens;
-            let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
-            (layer.start()..layer.len())
-                .map(move |key| if (first..=position).contains(&key) { 0.0 } else { f32::NEG_INFINITY })
-        })
-        .collect();
-    let mask = Tensor::from_vec(mask, (1, group * tokens, layer.len() - layer.start()), q.device())?;
+    let (rows, keys) = (group * tokens, layer.len() - layer.start());
+    let mut mask = Vec::new();
+    let what = format_args!("an attention mask of {rows} queries and {keys} keys");
+    memory::reserve(&mut mask, rows * keys, what).unwrap_or_else(|error| memory::raise(error));
+    mask.extend((0..rows).flat_map(|row| {
+        let position = layer.len() - tokens + row % tokens;
+        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
+        (layer.start()..layer.len())
+            .map(move |key| if (first..=position).contains(&key) { 0.0 } else { f32::NEG_INFINITY })
+    }));
+    let mask = Tensor::from_vec(mask, (1, rows, keys), q.device())?;
     let weights = candle_nn::ops::softmax_last_dim(&scores.broadcast_add(&mask)?)?;
     let out = weights.matmul(&v)?.reshape((n_head, tokens, head_dim))?;
     out.transpose(0, 1)?.reshape((tokens, n_head * head_dim))

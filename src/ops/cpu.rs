@@ -11,7 +11,7 @@ use crate::kernels::{self, Kernel, Line, Phase, Scratch, Tile, view_mut};
 use crate::rope::Angles;
 use crate::threads::{Cancel, Pool};
 
-/// Work below this many multiplications is done where it is: waking a thread costs about as much.
+/// Work below this many multiplications runs on the calling thread: waking another thread costs about as much.
 pub const PARALLEL_FROM: usize = 1 << 17;
 
 /// A (rows, cols) tensor whose rows lie end to end.
@@ -34,7 +34,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// As `Rows`, to be written.
+/// As `Rows`, writable.
 pub struct RowsMut<'a> {
     pub data: &'a mut [f32],
     pub rows: usize,
@@ -53,11 +53,11 @@ impl<'a> RowsMut<'a> {
 fn contiguous(layout: &Layout) -> Result<Range<usize>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(start..end),
-        None => bail!("a contiguous tensor is due: {:?}, stride {:?}", layout.shape(), layout.stride()),
+        None => bail!("expected a contiguous tensor: {:?}, stride {:?}", layout.shape(), layout.stride()),
     }
 }
 
-/// A buffer that tasks write disjoint ranges of.
+/// A buffer whose disjoint ranges are written by several tasks.
 pub struct Disjoint<'a, T = f32> {
     start: *mut T,
     len: usize,
@@ -105,7 +105,7 @@ impl InplaceOp1 for Embed<'_> {
     }
 }
 
-/// What every product with a weight matrix needs.
+/// The context of a product with a weight matrix.
 pub struct Linear<'a> {
     pub kernel: &'a dyn Kernel,
     pub pool: &'a Pool,
@@ -148,7 +148,7 @@ impl Linear<'_> {
         let target = Disjoint::new(packed);
         let tiles = tokens.div_ceil(tile.tokens);
         self.spread(tokens * weights.cols * 16, tiles, |i| {
-            // SAFETY: every task has a tile of its own.
+            // SAFETY: each tile belongs to one task.
             let lines = unsafe { target.range(i * tile.lines..(i + 1) * tile.lines) };
             let mut row = Scratch::take(Line::count(4 * weights.cols));
             let row = &mut view_mut::<f32>(&mut row)[..weights.cols];
@@ -159,13 +159,13 @@ impl Linear<'_> {
         });
     }
 
-    /// Runs the tasks here, or on the pool if that is worth while.
+    /// Runs the tasks on the calling thread, or on the pool if there is work enough.
     fn spread(&self, work: usize, tasks: usize, task: impl Fn(usize) + Sync) {
         if work < PARALLEL_FROM { (0..tasks).for_each(task) } else { self.pool.run(tasks, task) }
     }
 
-    /// Enough tasks that an unlucky thread does not keep the others waiting and that a cancellation is seen soon; long
-    /// enough that memory is read in long runs, and in prefill whole panels.
+    /// Small enough that the threads end together and a cancellation takes effect soon. Large enough that memory is read
+    /// in long runs, and in prefill by whole panels.
     fn rows_per_task(&self) -> usize {
         let share = |parts: usize| self.weights.rows / (parts * self.pool.n_threads());
         match self.phase {
@@ -237,7 +237,7 @@ impl InplaceOp2 for SwiGluLinearAdd<'_> {
     }
 }
 
-/// Turns q and k in place.
+/// Rotates q and k in place.
 pub struct Rope<'a> {
     pub pool: &'a Pool,
     pub angles: &'a Angles,
@@ -254,7 +254,7 @@ impl InplaceOp1 for Rope<'_> {
         let (half, turned) = (self.angles.half, self.shape.q_dim() + self.shape.kv_dim());
         let target = Disjoint::new(data);
         let row = |row: usize| {
-            // SAFETY: a row a task.
+            // SAFETY: each row belongs to one task.
             let heads = unsafe { target.range(row * cols..row * cols + turned) };
             let cos = &self.angles.cos[row * half..][..half];
             let sin = &self.angles.sin[row * half..][..half];

@@ -1,4 +1,4 @@
-//! A weight matrix: on the CPU the file's own bytes, elsewhere Candle's quantized tensor.
+//! A weight matrix: on the CPU the bytes of the file, on other devices Candle's quantized tensor.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use super::Backend;
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, GgmlType, Tensor};
 use crate::kernels::{Format, Weights};
+use crate::memory;
 
 /// (rows, cols): rows are output features.
 pub enum Matrix {
@@ -16,7 +17,7 @@ pub enum Matrix {
     Candle(Arc<QTensor>),
 }
 
-/// Weights that stay where the file is mapped.
+/// Weights in the mapped file.
 pub struct Mapped {
     bytes: Bytes,
     format: Format,
@@ -31,19 +32,21 @@ impl Mapped {
 }
 
 impl Matrix {
-    /// A two-dimensional tensor of the file, whose size `gguf` has checked.
+    /// A two-dimensional tensor of the file. `gguf` has checked its size.
     pub fn load(tensor: &Tensor, backend: &Backend) -> Result<Self> {
         let format = format(tensor)?;
         let &[rows, cols] = tensor.shape.as_slice() else {
             return Err(Error::InvalidModel(format!(
-                "tensor `{}` has shape {:?}; two dimensions are due",
+                "tensor `{}` has shape {:?}; expected two dimensions",
                 tensor.name, tensor.shape
             )));
         };
         Ok(match backend {
             Backend::Cpu { .. } => Matrix::Mapped(Mapped { bytes: tensor.data(), format, rows, cols }),
             Backend::Candle(device) => {
-                let storage = QStorage::from_data(Cow::Borrowed(&aligned(tensor.bytes())), device, ggml_dtype(format))?;
+                let bytes = aligned(tensor)?;
+                memory::probe(bytes.len() as u64, format_args!("tensor `{}`", tensor.name))?; // Candle copies it
+                let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, ggml_dtype(format))?;
                 Matrix::Candle(Arc::new(QTensor::new(storage, (rows, cols))?))
             }
         })
@@ -52,19 +55,19 @@ impl Matrix {
     pub(super) fn mapped(&self) -> Result<&Mapped> {
         match self {
             Matrix::Mapped(mapped) => Ok(mapped),
-            Matrix::Candle(_) => Err(Error::Internal("a matrix of another device met the CPU".into())),
+            Matrix::Candle(_) => Err(Error::Internal("a matrix of another device passed to the CPU".into())),
         }
     }
 
     pub(super) fn candle(&self) -> candle_core::Result<&Arc<QTensor>> {
         match self {
             Matrix::Candle(tensor) => Ok(tensor),
-            Matrix::Mapped(_) => candle_core::bail!("a matrix of the CPU met another device"),
+            Matrix::Mapped(_) => candle_core::bail!("a matrix of the CPU passed to another device"),
         }
     }
 }
 
-/// The kernels' name for a tensor's type, or which types there are.
+/// The kernels' name for a tensor's type, or an error that lists the supported types.
 pub fn format(tensor: &Tensor) -> Result<Format> {
     Ok(match tensor.dtype {
         GgmlType::F32 => Format::F32,
@@ -109,7 +112,15 @@ fn ggml_dtype(format: Format) -> GgmlDType {
     }
 }
 
-/// Candle views the bytes as structs and asserts their alignment, which a file does not promise.
-fn aligned(bytes: &[u8]) -> Cow<'_, [u8]> {
-    if bytes.as_ptr().align_offset(8) == 0 { Cow::Borrowed(bytes) } else { Cow::Owned(bytes.to_vec()) }
+/// The bytes of a tensor, aligned to 8: Candle views them as structs and asserts their alignment, which a file does not
+/// guarantee.
+fn aligned(tensor: &Tensor) -> Result<Cow<'_, [u8]>> {
+    let bytes = tensor.bytes();
+    if bytes.as_ptr().align_offset(8) == 0 {
+        return Ok(Cow::Borrowed(bytes));
+    }
+    let mut copy = Vec::new();
+    memory::reserve(&mut copy, bytes.len(), format_args!("an aligned copy of tensor `{}`", tensor.name))?;
+    copy.extend_from_slice(bytes);
+    Ok(Cow::Owned(copy))
 }

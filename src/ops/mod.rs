@@ -1,10 +1,12 @@
-//! The operations that `phi3.rs` is written in, over Candle tensors.
+//! The operations of `phi3.rs`, over Candle tensors.
 //!
-//! Activations are (tokens, features) f32 tensors, and results are written over what was in a tensor of the right
-//! shape, so that a decoded token allocates nothing. On the CPU each operation is a Candle custom op that cuts its work
-//! into tasks for our own thread pool and calls a kernel for each; no Candle op that computes runs there, since those
-//! use a global pool that neither `n_threads` nor a fork governs. On other devices, and where the tests ask for it on
-//! the CPU, each operation is composed of Candle's own (`candle.rs`).
+//! Activations are (tokens, features) f32 tensors. Results overwrite a tensor of the right shape, so that a decoded token
+//! allocates nothing. On the CPU each operation is a Candle custom op that divides its work into tasks for our own thread
+//! pool and calls a kernel for each. Candle's own operations do not run there: they use a global pool that ignores
+//! `n_threads` and does not survive a fork. On other devices, and on the CPU in tests, each operation is composed of
+//! Candle's own (`candle.rs`).
+//!
+//! Decisions: docs/design/compute.md
 
 mod attention;
 mod candle;
@@ -19,9 +21,10 @@ use crate::kernels::{Kernel, Phase};
 use crate::rope::Angles;
 use crate::threads::{Cancel, Pool};
 
+pub use attention::{ATTEND_COST, SCRATCH_BYTES as ATTENTION_SCRATCH};
 pub use matrix::{Matrix, format};
 
-/// Where a model computes, and with what.
+/// The device of a model, and its means of computing.
 pub enum Backend {
     Cpu { kernel: Box<dyn Kernel>, pool: Pool },
     Candle(Device),
@@ -35,7 +38,7 @@ impl Backend {
         }
     }
 
-    /// The kernel's name; Candle's own operations go by "candle".
+    /// The kernel's name, or "candle" for Candle's own operations.
     pub fn kernel_name(&self) -> &'static str {
         match self {
             Backend::Cpu { kernel, .. } => kernel.name(),
@@ -43,7 +46,7 @@ impl Backend {
         }
     }
 
-    /// Threads that compute; other devices have their own.
+    /// Computing threads; 1 for other devices.
     pub fn n_threads(&self) -> usize {
         match self {
             Backend::Cpu { pool, .. } => pool.n_threads(),
@@ -51,14 +54,14 @@ impl Backend {
         }
     }
 
-    /// The operations of one pass. They stop early, with results that mean nothing, once `cancel` is set: the pass asks
-    /// it before it uses them.
+    /// The operations of one pass. Once `cancel` is set they stop early, and their results are invalid: the pass calls
+    /// `check` before it uses them.
     pub fn ops<'a>(&'a self, phase: Phase, cancel: &'a Cancel) -> Ops<'a> {
         Ops { backend: self, phase, cancel }
     }
 }
 
-/// The operations of one pass. The last argument takes the result.
+/// The operations of one pass. The last argument receives the result.
 #[derive(Copy, Clone)]
 pub struct Ops<'a> {
     backend: &'a Backend,
@@ -66,7 +69,7 @@ pub struct Ops<'a> {
     cancel: &'a Cancel,
 }
 
-/// How the query heads look at the KV heads. A row of q, k and v holds `n_head` heads, then `n_head_kv`, then as many.
+/// Query heads and KV heads. A row of q, k and v has `n_head` heads of q, then `n_head_kv` of k, then `n_head_kv` of v.
 #[derive(Copy, Clone, Debug)]
 pub struct AttentionShape {
     pub n_head: usize,
@@ -137,8 +140,8 @@ impl Ops<'_> {
         Ok(())
     }
 
-    /// Rotary embedding, NEOX order, of the first `2 * angles.half` features of every head of q and k; the rest passes
-    /// through.
+    /// Rotary embedding, NEOX order, of the first `2 * angles.half` features of every head of q and k. The others stay as
+    /// they are.
     pub fn rope(&self, angles: &Angles, shape: AttentionShape, qkv: &mut Tensor) -> Result<()> {
         match self.backend {
             Backend::Cpu { pool, .. } => qkv.inplace_op1(&cpu::Rope { pool, angles, shape })?,
@@ -147,7 +150,7 @@ impl Ops<'_> {
         Ok(())
     }
 
-    /// Append the keys and values of the next positions to a layer's cache.
+    /// Appends the keys and values of the next positions to a layer's cache.
     pub fn append(&self, qkv: &Tensor, shape: AttentionShape, layer: &mut KvLayer) -> Result<()> {
         let tokens = qkv.dim(0)?;
         layer.forget_behind_window();
@@ -181,7 +184,7 @@ impl Ops<'_> {
         Ok(cpu::Linear { kernel, pool, phase: self.phase, cancel: self.cancel, weights: weights.mapped()? })
     }
 
-    /// Has the pass been cancelled?
+    /// `Error::Cancelled` once the pass is cancelled.
     pub fn check(&self) -> Result<()> {
         if self.cancel.is_set() { Err(Error::Cancelled) } else { Ok(()) }
     }

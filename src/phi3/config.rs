@@ -1,15 +1,28 @@
-//! The hyperparameters that a file states, with the documented defaults for what Microsoft's own files leave out, and
-//! checked against each other and against the shape of every tensor before anything is computed.
+//! The hyperparameters of a file, with documented defaults for the keys that Microsoft's files leave out. They are checked
+//! against each other and against the shape of every tensor before anything is computed.
+
+use std::ops::RangeInclusive;
 
 use crate::cache::KvType;
 use crate::error::{Error, Result, excerpt};
 use crate::gguf::{Gguf, Tensor};
 use crate::kernels::Weights;
+use crate::memory;
 use crate::rope::{LongRope, default_attn_factor};
 
-/// The window of the 4k models, whose files do not state it (llama.cpp's own rule, from its PR 8931).
+/// The window of the 4k models, whose files have no key for it (the rule of llama.cpp's pull request 8931).
 const WINDOW_OF_4K: usize = 2047;
 const VOCABULARY_OF_4K: usize = 32064;
+
+/// The format bounds no size. These bounds are far above any published model, and keep the memory that a token and a
+/// thread take within some hundred MB, whatever a file says.
+const MOST_LAYERS: usize = 4096;
+const MOST_HIDDEN: usize = 1 << 16;
+const MOST_FEED_FORWARD: usize = 1 << 18;
+const MOST_HEADS: usize = 4096;
+const MOST_HEAD_DIM: usize = 8192;
+const MOST_TOKENS: usize = 1 << 24;
+const MOST_CONTEXT: usize = 1 << 28;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -23,12 +36,12 @@ pub struct Config {
     pub context_length: usize,
     pub rms_eps: f32,
     pub rope_base: f32,
-    /// Features of each head that turn; the rest passes through.
+    /// Rotated features of each head; the others pass through.
     pub rope_dims: usize,
     pub long_rope: Option<LongRope>,
-    /// Keys that a query sees, itself included; None: all before it.
+    /// Keys that a query sees, its own included; None: all before it.
     pub sliding_window: Option<usize>,
-    /// Is there no `output.weight`, so that the embedding table is the head too?
+    /// The file has no `output.weight`: the embedding table is the head too.
     pub tied: bool,
 }
 
@@ -46,14 +59,14 @@ impl Config {
         2 * self.n_layers * kv_type.bytes(self.n_head_kv, self.head_dim)
     }
 
-    /// Read and check.
+    /// Reads and checks.
     pub fn read(gguf: &Gguf) -> Result<Self> {
         let keys = Keys { gguf };
         keys.architecture()?;
-        let hidden = keys.size("phi3.embedding_length", 1 << 20)?;
-        let n_head = keys.size("phi3.attention.head_count", 4096)?;
-        let n_head_kv = keys.size_or("phi3.attention.head_count_kv", 4096, n_head)?;
-        let context_length = keys.size("phi3.context_length", 1 << 28)?;
+        let hidden = keys.size("phi3.embedding_length", 1..=MOST_HIDDEN)?;
+        let n_head = keys.size("phi3.attention.head_count", 1..=MOST_HEADS)?;
+        let n_head_kv = keys.size_or("phi3.attention.head_count_kv", 1..=MOST_HEADS, n_head)?;
+        let context_length = keys.size("phi3.context_length", 1..=MOST_CONTEXT)?;
         if !hidden.is_multiple_of(n_head) || !n_head.is_multiple_of(n_head_kv) {
             return Err(keys.invalid(format!(
                 "phi3.embedding_length {hidden}, phi3.attention.head_count {n_head} and phi3.attention.head_count_kv \
@@ -61,7 +74,13 @@ impl Config {
             )));
         }
         let head_dim = hidden / n_head;
-        let rope_dims = keys.size_or("phi3.rope.dimension_count", 1 << 20, head_dim)?;
+        if head_dim > MOST_HEAD_DIM {
+            return Err(keys.invalid(format!(
+                "phi3.embedding_length {hidden} and phi3.attention.head_count {n_head} make heads of {head_dim} features; \
+                 at most {MOST_HEAD_DIM} are possible"
+            )));
+        }
+        let rope_dims = keys.size_or("phi3.rope.dimension_count", 1..=MOST_HEAD_DIM, head_dim)?;
         if rope_dims > head_dim || !rope_dims.is_multiple_of(2) {
             return Err(keys.invalid(format!(
                 "phi3.rope.dimension_count {rope_dims} must be even and at most the head dimension {head_dim}"
@@ -70,14 +89,19 @@ impl Config {
         let token_embd = tensor(gguf, "token_embd.weight")?;
         let &[n_vocab, _] = token_embd.shape.as_slice() else {
             return Err(keys.invalid(format!(
-                "tensor `token_embd.weight` has shape {:?}; two dimensions are due",
+                "tensor `token_embd.weight` has shape {:?}; expected two dimensions",
                 token_embd.shape
             )));
         };
+        if !(1..=MOST_TOKENS).contains(&n_vocab) {
+            return Err(keys.invalid(format!(
+                "tensor `token_embd.weight` has {n_vocab} rows, one for each token; it must have 1 to {MOST_TOKENS}"
+            )));
+        }
         let config = Config {
-            n_layers: keys.size("phi3.block_count", 4096)?,
+            n_layers: keys.size("phi3.block_count", 1..=MOST_LAYERS)?,
             hidden,
-            feed_forward: keys.size("phi3.feed_forward_length", 1 << 24)?,
+            feed_forward: keys.size("phi3.feed_forward_length", 1..=MOST_FEED_FORWARD)?,
             n_head,
             n_head_kv,
             head_dim,
@@ -94,7 +118,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Every tensor that the model uses is there, and has the shape that the keys say.
+    /// Every tensor of the model exists and has the shape that follows from the keys.
     fn check_tensors(&self, gguf: &Gguf) -> Result<()> {
         let check = |name: &str, shape: &[usize]| {
             let found = tensor(gguf, name)?;
@@ -102,8 +126,7 @@ impl Config {
             if found.shape == shape {
                 return Ok(());
             }
-            let message =
-                format!("tensor `{name}` has shape {:?}; by the file's keys it must be {shape:?}", found.shape);
+            let message = format!("tensor `{name}` has shape {:?}; the file's keys require {shape:?}", found.shape);
             Err(at(gguf, Error::InvalidModel(message)))
         };
         let (hidden, feed_forward) = (self.hidden, self.feed_forward);
@@ -121,12 +144,12 @@ impl Config {
     }
 }
 
-/// A tensor that must be there.
+/// A required tensor.
 pub fn tensor<'a>(gguf: &'a Gguf, name: &str) -> Result<&'a Tensor> {
     gguf.tensor(name).ok_or_else(|| at(gguf, Error::InvalidModel(format!("there is no tensor `{name}`"))))
 }
 
-/// The same error, with the file's name before it.
+/// The same error after the file's name.
 fn at(gguf: &Gguf, error: Error) -> Error {
     let file = gguf.path().display();
     match error {
@@ -136,7 +159,7 @@ fn at(gguf: &Gguf, error: Error) -> Error {
     }
 }
 
-/// The metadata, read with errors that name the file.
+/// The metadata, with errors that name the file.
 struct Keys<'a> {
     gguf: &'a Gguf,
 }
@@ -155,29 +178,30 @@ impl Keys<'_> {
             Some("phi3") => {}
             Some("llama") if self.is_old_phi3() => {
                 return Err(self.unsupported(
-                    "this Phi-3 file is of an old conversion (general.architecture `llama`, split q, k and v): fetch the \
+                    "this Phi-3 file is an old conversion (general.architecture `llama`, split q, k and v): download the \
                      file again, its newer revision has architecture `phi3`"
                         .into(),
                 ));
             }
             Some(other) => {
-                return Err(self.unsupported(format!(
-                    "general.architecture is `{}`; this is a library for `phi3`",
-                    excerpt(other)
-                )));
+                return Err(
+                    self.unsupported(format!("general.architecture is `{}`; this library runs `phi3`", excerpt(other)))
+                );
             }
             None => return Err(self.invalid("the key general.architecture is missing".into())),
         }
         match self.gguf.metadata().str("phi3.rope.scaling.type")? {
             None | Some("none" | "longrope" | "su") => {}
             Some(other) => {
-                return Err(self
-                    .unsupported(format!("phi3.rope.scaling.type is `{}`; only `longrope` is known", excerpt(other))));
+                return Err(self.unsupported(format!(
+                    "phi3.rope.scaling.type is `{}`; only `longrope` is supported",
+                    excerpt(other)
+                )));
             }
         }
         for (key, because) in [
             ("phi3.expert_count", "mixtures of experts are another architecture"),
-            ("phi3.rope.scaling.factor", "linear rope scaling is not what Phi-3 uses"),
+            ("phi3.rope.scaling.factor", "Phi-3 does not use linear rope scaling"),
         ] {
             if self.gguf.metadata().f32(key).ok().flatten().is_some_and(|n| n > 1.0) {
                 return Err(self.unsupported(format!("the key {key} is set: {because}")));
@@ -191,17 +215,17 @@ impl Keys<'_> {
         name.to_lowercase().replace(['-', ' '], "").contains("phi3")
     }
 
-    fn size(&self, key: &str, most: usize) -> Result<usize> {
+    fn size(&self, key: &str, range: RangeInclusive<usize>) -> Result<usize> {
         let value = self.gguf.metadata().u32(key)?;
         let value = value.ok_or_else(|| self.invalid(format!("the key {key} is missing")))? as usize;
-        if (1..=most).contains(&value) {
+        if range.contains(&value) {
             return Ok(value);
         }
-        Err(self.invalid(format!("the key {key} is {value}; it must be from 1 to {most}")))
+        Err(self.invalid(format!("the key {key} is {value}; it must be from {} to {}", range.start(), range.end())))
     }
 
-    fn size_or(&self, key: &str, most: usize, default: usize) -> Result<usize> {
-        if self.gguf.metadata().get(key).is_none() { Ok(default) } else { self.size(key, most) }
+    fn size_or(&self, key: &str, range: RangeInclusive<usize>, default: usize) -> Result<usize> {
+        if self.gguf.metadata().get(key).is_none() { Ok(default) } else { self.size(key, range) }
     }
 
     fn positive(&self, key: &str, default: f32) -> Result<f32> {
@@ -232,15 +256,22 @@ impl Keys<'_> {
             (None, None) => return Ok(None),
             _ => {
                 return Err(self.invalid(
-                    "of the tensors `rope_factors_short.weight` and `rope_factors_long.weight` one is missing".into(),
+                    "one of the tensors `rope_factors_short.weight` and `rope_factors_long.weight` is missing".into(),
                 ));
             }
         };
-        let original_context = self.size_or("phi3.rope.scaling.original_context_length", 1 << 28, context_length)?;
+        // From 2: the attention factor divides by its logarithm.
+        let key = "phi3.rope.scaling.original_context_length";
+        let original_context = self.size_or(key, 2..=MOST_CONTEXT, context_length)?;
+        if original_context < 2 {
+            return Err(
+                self.invalid(format!("the key phi3.context_length is {context_length}; LongRoPE must have at least 2"))
+            );
+        }
         if original_context > context_length {
-            return Err(self.invalid(format!(
-                "phi3.rope.scaling.original_context_length {original_context} is larger than phi3.context_length {context_length}"
-            )));
+            return Err(
+                self.invalid(format!("{key} {original_context} is larger than phi3.context_length {context_length}"))
+            );
         }
         let default = default_attn_factor(context_length, original_context);
         let attn_factor = self.positive("phi3.rope.scaling.attn_factor", default)?;
@@ -251,16 +282,19 @@ impl Keys<'_> {
         let Some(tensor) = self.gguf.tensor(name) else { return Ok(None) };
         if tensor.shape != [rope_dims / 2] {
             return Err(self.invalid(format!(
-                "tensor `{name}` has shape {:?}; by phi3.rope.dimension_count it must be [{}]",
+                "tensor `{name}` has shape {:?}; phi3.rope.dimension_count requires [{}]",
                 tensor.shape,
                 rope_dims / 2
             )));
         }
         let format = crate::ops::format(tensor).map_err(|error| at(self.gguf, error))?;
-        let mut factors = vec![0f32; rope_dims / 2];
+        let mut factors = memory::filled(0f32, rope_dims / 2, format_args!("tensor `{name}`"))?;
         crate::kernels::dequantize(Weights { format, cols: factors.len(), bytes: tensor.bytes() }, &mut factors);
         match factors.iter().find(|f| !f.is_finite() || **f <= 0.0) {
-            Some(factor) => Err(self.invalid(format!("tensor `{name}` holds {factor}; rope factors must be positive"))),
+            Some(factor) => {
+                Err(self
+                    .invalid(format!("tensor `{name}` has the value {factor}; rope factors must be positive numbers")))
+            }
             None => Ok(Some(factors)),
         }
     }

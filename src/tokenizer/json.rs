@@ -3,6 +3,8 @@
 //! Read component by component, so that what is not a BPE of this family is refused by name, and so that its added
 //! tokens come into our hands. What belongs to training or to batches (dropout, truncation, padding) and the
 //! post-processor, which may add a BOS, play no part in turning a text into ids here.
+//!
+//! Decisions: docs/design/files.md
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 

@@ -47,6 +47,44 @@ pub fn small_model() -> Writer {
     writer
 }
 
+/// The sizes of a model of one layer.
+#[derive(Copy, Clone)]
+pub struct Shape {
+    pub hidden: u64,
+    pub feed_forward: u64,
+    pub n_head: u64,
+    pub n_head_kv: u64,
+    pub n_vocab: u64,
+    pub context: u32,
+}
+
+/// A model of these sizes without a tokenizer: F16 weights of noise, and the embedding table as its head.
+pub fn model_of(shape: Shape) -> Writer {
+    let Shape { hidden, feed_forward, n_head, n_head_kv, n_vocab, context } = shape;
+    let writer = Writer::new()
+        .str("general.architecture", "phi3")
+        .u32("phi3.block_count", 1)
+        .u32("phi3.embedding_length", hidden as u32)
+        .u32("phi3.feed_forward_length", feed_forward as u32)
+        .u32("phi3.attention.head_count", n_head as u32)
+        .u32("phi3.attention.head_count_kv", n_head_kv as u32)
+        .u32("phi3.context_length", context);
+    let writer = ["blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"]
+        .into_iter()
+        .fold(writer, |writer, name| writer.tensor(name, &[hidden], 0, &1f32.to_le_bytes().repeat(hidden as usize)));
+    let kv = hidden / n_head * n_head_kv;
+    let mut noise = Noise(1);
+    [
+        ("token_embd.weight", hidden, n_vocab),
+        ("blk.0.attn_qkv.weight", hidden, hidden + 2 * kv),
+        ("blk.0.attn_output.weight", hidden, hidden),
+        ("blk.0.ffn_up.weight", hidden, 2 * feed_forward),
+        ("blk.0.ffn_down.weight", feed_forward, hidden),
+    ]
+    .into_iter()
+    .fold(writer, |writer, (name, cols, rows)| writer.tensor(name, &[cols, rows], 1, &noise.f16(cols * rows)))
+}
+
 /// Texts and types.
 fn vocabulary() -> (Vec<String>, Vec<[u8; 4]>) {
     let bytes = (0..=255).map(|byte| format!("<0x{byte:02X}>"));
@@ -78,6 +116,11 @@ impl Noise {
 
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
+    }
+
+    /// Magnitudes from 1/4 to 1.
+    fn f16(&mut self, elements: u64) -> Vec<u8> {
+        (0..elements).flat_map(|_| (self.next() as u16 & 0x87ff | 0x3400).to_le_bytes()).collect()
     }
 
     /// Blocks of 32 elements: a scale of 2^-9 in f16, then as many bytes.

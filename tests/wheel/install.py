@@ -1,7 +1,8 @@
 """Installs a wheel or a source distribution as a user would, and streams: `PYTHON install.py FILE`.
 
-With the Python that runs it: into an empty virtual environment, with no index to take anything else from, and
-for a wheel without Rust on PATH. Then `smoke.py`, the command line, and the limits of size and of time to import.
+It uses the Python that runs it and an empty virtual environment. A wheel is installed without an index and without Rust
+on PATH. Then it runs `smoke.py` and the command line, and checks the sizes. The time to import is reported only: it
+depends on the machine.
 """
 
 import json
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 MAX_WHEEL, MAX_INSTALLED = 12_000_000, 30_000_000  # bytes
-MAX_IMPORT = 50.0  # ms
 SMOKE = Path(__file__).resolve().with_name("smoke.py")
 
 
@@ -50,12 +50,11 @@ def main(distribution: Path) -> None:
         haiku = run(scripts / "candle-phi", "Write a haiku about ice hockey", "--model", "demo", "--seed", "1")
         assert len(haiku.split("\n")) >= 3, haiku
         print(json.dumps({"file": distribution.name, **found}, indent=2))
-        assert found["haiku"], "the sampled text under `portable` is not the golden one"
+        assert found["haiku"], "the sampled text under `portable` differs from the expected one"
         assert found["same"], f"{found['kernel']} and portable write different texts"
         assert found["installed_mb"] * 1e6 < MAX_INSTALLED
         if is_wheel:
             assert found["file_mb"] * 1e6 < MAX_WHEEL
-            assert found["import_ms"] < MAX_IMPORT, "slow to import: see python -X importtime -c 'import candle_phi'"
 
 
 def has_rust(folder: str) -> bool:
@@ -63,7 +62,7 @@ def has_rust(folder: str) -> bool:
 
 
 def import_ms(run: Callable[..., str], python: Path) -> float:
-    """The import's processor time, which other processes do not lengthen; the least of ten."""
+    """The processor time of an import, which does not count other processes: the least of ten measurements."""
     script = "import time; s = time.process_time(); import candle_phi; print(1e3 * (time.process_time() - s))"
     return min(float(run(python, "-c", script)) for _ in range(10))
 

@@ -1,8 +1,8 @@
-"""Does an installed candle-phi work? Run by whatever Python has it: `python smoke.py [FILE]`.
+"""Checks an installed candle-phi, with the Python that has it: `python smoke.py [FILE]`.
 
-Streams the bundled model, and compares: a seed gives its text to the letter under `portable`, and the kernel that was
-chosen here writes what `portable` writes. The result, as JSON, goes to FILE if there is no stdout. Nothing but the
-package and the standard library is needed, not even standard streams.
+A seed must give its text to the letter under `portable`, and the kernel chosen here must write the same text as
+`portable`. The result, as JSON, goes to FILE, or to stdout without one. It needs the package and the standard library,
+but no standard streams.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from candle_phi import Phi, __version__
 
 HAIKU = "The Zamboni rolls\nshadows glide a final shift,\nsnow on the way home."  # as tests/test_sampled.py has it
-PROMPTS = ["Write a haiku about the rink", "Tell me about ice hockey", "What is a Zamboni?"]  # no close calls in these
+PROMPTS = ["Write a haiku about the rink", "Tell me about ice hockey", "What is a Zamboni?"]  # with clear best tokens
 
 
 def greedy(phi: Phi) -> list[str]:

@@ -1,4 +1,4 @@
-"""The wheel in dist as users meet it: in bare environments, on old CPUs and frozen into an app. `make test-wheel`."""
+"""The wheel in dist, in bare environments, on old CPUs and frozen into an app. `make test-wheel`."""
 
 import json
 import os
@@ -19,12 +19,12 @@ EMULATOR = shutil.which("qemu-x86_64")
 
 
 def pythons() -> list[str]:
-    """Every CPython from 3.11 on that can be found here."""
+    """Every CPython from 3.11 on that is installed here."""
     names = [f"python3.{minor}" for minor in range(11, 20)]
     named = [path for name in names if (path := shutil.which(name))]
     of_pyenv = sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
     ask = "import sys, venv, ensurepip; assert sys.version_info >= (3, 11); print(sys.version, sys.base_prefix)"
-    found = {}
+    found: dict[str, str] = {}
     for python in [sys.executable, *named, *of_pyenv]:
         done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
         if done.returncode == 0:
@@ -33,7 +33,7 @@ def pythons() -> list[str]:
 
 
 def ended(*command: str | Path, **options: object) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900, **options)  # type: ignore[call-overload]  # whatever subprocess takes
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900, **options)  # type: ignore[call-overload]  # any option of subprocess.run
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     return str(done.stdout)
 
@@ -60,13 +60,13 @@ def test_it_installs_and_streams_without_rust(wheel: Path, python: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about the C library of Linux")
-def test_any_linux_of_the_last_decade_has_what_it_links_to(wheel: Path) -> None:
+def test_it_links_only_to_libraries_of_any_recent_linux(wheel: Path) -> None:
     assert f"manylinux_2_17_{MACHINE}" in wheel.name
     shown = ended(sys.executable, "-m", "auditwheel", "show", wheel)
     assert f'the following platform tag:\n"manylinux_2_17_{MACHINE}"' in shown
 
 
-def test_any_python_from_3_11_on_has_what_it_calls(wheel: Path) -> None:
+def test_it_calls_only_the_stable_abi_of_3_11(wheel: Path) -> None:
     report = json.loads(ended(sys.executable, "-m", "abi3audit", "--strict", "--report", wheel))
     (library,) = report["specs"][str(wheel)]["wheel"]
     assert (library["result"]["baseline"], library["result"]["non_abi3_symbols"]) == ("3.11", [])
@@ -86,7 +86,7 @@ def test_old_cpus(python: Path, cpu: str, kernel: str) -> None:
 
 
 def test_inside_an_archive_the_error_names_what_works(python: Path, wheel: Path, tmp_path: Path) -> None:
-    command = [python, "-S", "-c", "import candle_phi"]
+    command = [str(python), "-S", "-c", "import candle_phi"]
     done = subprocess.run(command, env={"PYTHONPATH": str(wheel)}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "ImportError: candle_phi: it cannot be imported from inside" in done.stderr
@@ -95,12 +95,12 @@ def test_inside_an_archive_the_error_names_what_works(python: Path, wheel: Path,
 
 @pytest.fixture(scope="module")
 def app(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A onefile app that writes a haiku to the file it is given, with or without standard streams."""
+    """A onefile app that writes a haiku to a file, with or without standard streams."""
     folder = tmp_path_factory.mktemp("app")
     source = """
         import sys
         from candle_phi import Phi
-        if "none" in sys.argv:  # what a windowed app finds
+        if "none" in sys.argv:  # as in a windowed app
             sys.stdin = sys.stdout = sys.stderr = None
         with open(sys.argv[1], "w", encoding="utf-8") as file, Phi.demo(kernel="portable") as phi:
             for chunk in phi.stream("Write a haiku about ice hockey", seed=1, temperature=1.0):

@@ -1,4 +1,4 @@
-"""What a model does on this machine, beside what the machine's memory allows: the measuring of `candle-phi bench`."""
+"""The measurements of `candle-phi bench`: a model's speeds on this machine, and the bandwidth that limits them."""
 
 import platform
 import random
@@ -12,6 +12,7 @@ from statistics import median, median_low
 from typing import NamedTuple
 
 from . import __version__, _engine
+from ._private_memory import private_bytes
 from .errors import PhiError
 from .model import Phi
 from .stream import Stream
@@ -24,7 +25,7 @@ _AHEAD = 8
 _DECODED = 16
 """Tokens of which decoding is timed."""
 _TURN = 2 * _AHEAD + _DECODED
-"""Positions that a turn of decoding may take, with what is computed while the memory is looked at."""
+"""Positions that a turn of decoding may take, with those computed while the bandwidth is measured."""
 _TOGETHER = 4
 
 
@@ -45,11 +46,11 @@ class Decode:
     context: int
     """Tokens before, on average; at 0 there is one, since a prompt has at least one."""
     tokens_per_second: float
-    """Of 16 tokens, read one after the other, sampling and detokenizing included."""
+    """Measured over 16 tokens, read one after the other, with sampling and detokenizing."""
     bytes_per_token: int
-    """What the model has to read for each: the weights, and the keys and values before it."""
+    """Bytes that a token reads: the weights, and the keys and values before it."""
     bandwidth_fraction: float
-    """What it reads in a second over the bandwidth before and after; above 1 when the processor's cache holds it."""
+    """Bytes read per second over the bandwidth before and after; above 1 if the processor's cache holds them."""
     samples: list[float]
 
 
@@ -59,7 +60,7 @@ class Turn(NamedTuple):
     tokens_per_second: float
     bytes_per_token: int
     bandwidth: float
-    """Bytes per second, the mean of before and after: it changes within seconds where others use the memory, too."""
+    """Bytes per second, the mean of before and after: it changes within seconds while other processes use memory."""
 
     @property
     def bandwidth_fraction(self) -> float:
@@ -68,57 +69,57 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was measured. Speeds and times are medians; their samples are in the order of the rounds."""
+    """All measurements. Speeds and times are medians; their samples are in the order of the rounds."""
 
     model: str
     version: str
     date: str
     machine: str
     cpu: object
-    """As `doctor` has it."""
+    """The report of `doctor`."""
     engine: str
     kernel: str
     n_threads: int
     repeat: int
     bandwidth_bytes_per_second: float
-    """How fast `n_threads` threads read the weights and do nothing else."""
+    """The speed at which `n_threads` threads read the weights and do nothing else."""
     bandwidth_samples: list[float]
-    """Each the mean of before and after a sample of decoding."""
+    """Each is the mean of before and after a sample of decoding."""
     weight_bytes_per_token: int
     prefill: list[Prefill]
     decode: list[Decode]
     load_seconds: float
     """From the call that opens the model to the start of its first pass."""
     private_bytes_loaded: int | None
-    """Memory of the process that no file backs, before the first pass; None where the system, not Linux, is silent."""
+    """Memory of the process that no file backs, before the first pass; None where the system does not report it."""
     private_bytes_decoding: int | None
-    """The same while it decodes, the largest found: with the KV cache."""
+    """The largest while decoding: with the KV cache."""
     four_tokens_over_one: float | None
-    """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None: not for this engine."""
+    """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None for the other engine."""
     left_out: list[str]
-    """What does not fit the model's context."""
+    """Measurements that do not fit the model's context."""
 
 
 class Bench:
-    """A model that is measured figure by figure, so that others can have their turns in between.
+    """A model that is measured figure by figure, so that other engines can take turns.
 
-    A stream at a long context is kept from turn to turn, from a tenth below the context to a tenth above: to get there
-    takes far longer than to measure.
+    A stream at a long context is kept from turn to turn, from a tenth below the context to a tenth above: reading its
+    prompt takes far longer than a measurement.
     """
 
     def __init__(self, phi: Phi, *, prompts: Sequence[int], contexts: Sequence[int]) -> None:
-        """Makes the first pass, which touches everything once.
+        """Makes the first pass, which touches all weights once.
 
         Args:
-            phi: just opened.
-            prompts: lengths in tokens of the prompts that are to be timed.
-            contexts: positions around which decoding is to be timed.
+            phi: a model that was just opened.
+            prompts: lengths in tokens of the prompts to time.
+            contexts: positions around which decoding is timed.
         """
         self.phi = phi
-        self.private_loaded = _private_bytes()
+        self.private_loaded = private_bytes()
         self.private_decoding: int | None = None
         self.left_out: dict[str, str] = {}
-        """What does not fit the model's context ("prefill 512", "decode 1500"), and why."""
+        """Figures that do not fit the model's context ("prefill 512", "decode 1500"), and why."""
         self._ids = random.Random(0)
         self._kept: dict[int, Stream] = {}
         self.prompts = [n for n in prompts if self._fits(f"prefill {n}", n, 1)]
@@ -134,7 +135,7 @@ class Bench:
             return tokens / _first_token_seconds(stream)
 
     def decode(self, context: int) -> Turn:
-        """Times some tokens, and how fast the memory is before and after."""
+        """Times some tokens, and measures the bandwidth before and after."""
         before = self.bandwidth()
         prompt, more = self._span(context)
         stream = self._kept.pop(context, None) or self._stream(prompt, more)
@@ -143,18 +144,20 @@ class Bench:
         _read(stream, first + _DECODED)
         decoded = len(stream.token_ids) - first
         speed = decoded / (time.perf_counter() - start)
-        private = _private_bytes()
+        private = private_bytes()
         self.private_decoding = max(private or 0, self.private_decoding or 0) or None
         if len(stream.token_ids) + _TURN <= more:
             self._kept[context] = stream
-            time.sleep(_AHEAD / speed)  # until it has computed ahead what it may, so that it disturbs nobody
+            time.sleep(
+                _AHEAD / speed
+            )  # until it has computed ahead as far as it may: then it disturbs no other measurement
         else:
             stream.close()
         read = sum(self.phi._model.bytes_per_token(prompt + first + decoded // 2))
         return Turn(speed, read, (before + self.bandwidth()) / 2)
 
     def bandwidth(self) -> float:
-        """Bytes per second, when the weights are only read."""
+        """Bytes per second at which the weights are only read."""
         return self.phi._model.bandwidth()
 
     def four_tokens_over_one(self) -> float | None:
@@ -175,14 +178,14 @@ class Bench:
         return self.phi.stream(ids, max_tokens=max_tokens, temperature=0, ignore_eos=True)
 
     def _fits(self, figure: str, prompt: int, more: int) -> bool:
-        """Whether prompt and completion fit; if not, `left_out` gets a word about it."""
+        """Whether prompt and completion fit. If not, `left_out` gets the reason."""
         positions = prompt + more
         if positions > self.phi.n_ctx:
-            self.left_out[figure] = f"{figure}: takes {positions} positions, and the context has {self.phi.n_ctx}"
+            self.left_out[figure] = f"{figure}: needs {positions} positions, the context has {self.phi.n_ctx}"
             return False
         try:
             self._stream(prompt, more).close()  # nothing is computed before the first read
-        except PhiError as error:  # engine="candle" knows no sliding window
+        except PhiError as error:  # engine="candle" has no sliding window
             self.left_out[figure] = f"{figure}: {error}"
             return False
         return True
@@ -196,13 +199,13 @@ def measure(
     contexts: Sequence[int] = CONTEXTS,
     on_round: Callable[[int], object] = lambda number: None,
 ) -> Report:
-    """Measures in rounds, so that what slows the machine for a while slows everything alike.
+    """Measures in rounds, so that a slow moment of the machine affects all figures alike.
 
     Args:
-        open_model: opens the model, each time anew.
-        repeat: how many rounds.
-        prompts: lengths in tokens of the prompts that are timed.
-        contexts: lengths of the prompts after which decoding is timed.
+        open_model: opens the model, anew for each measurement of the load time.
+        repeat: number of rounds.
+        prompts: lengths in tokens of the prompts to time.
+        contexts: positions around which decoding is timed.
         on_round: called with the number of each round, from 1.
     """
     with open_model() as phi:
@@ -253,13 +256,13 @@ def measure(
 
 
 def table(report: Report) -> str:
-    """A report as lines for people."""
+    """A report as lines of text."""
     most = report.bandwidth_bytes_per_second / report.weight_bytes_per_token
     lines = [
         f"model    {report.model}",
-        f"engine   {report.engine}, kernel {report.kernel}, {_counted(report.n_threads, 'thread')}",
+        f"engine   {report.engine}, kernel {report.kernel}, {_count(report.n_threads, 'thread')}",
         f"machine  {report.machine}",
-        f"memory   {report.bandwidth_bytes_per_second / 1e9:.1f} GB/s when only read; a decoded token reads "
+        f"memory   {report.bandwidth_bytes_per_second / 1e9:.1f} GB/s; a decoded token reads "
         f"{report.weight_bytes_per_token / 1e9:.3g} GB of weights: at most {most:,.1f} tok/s",
         "",
         f"{'tok/s':>33}   of the bandwidth",
@@ -278,10 +281,10 @@ def table(report: Report) -> str:
     if report.four_tokens_over_one is not None:
         lines.append(f"a decode pass over 4 tokens takes {report.four_tokens_over_one:.2f} times as long as over one")
     lines += [f"left out: {what}" for what in report.left_out]
-    return "\n".join([*lines, f"medians of {_counted(report.repeat, 'round')}"]) + "\n"
+    return "\n".join([*lines, f"medians of {_count(report.repeat, 'round')}"]) + "\n"
 
 
-def _counted(n: int, thing: str) -> str:
+def _count(n: int, thing: str) -> str:
     return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
@@ -305,24 +308,13 @@ def load_seconds(open_model: Callable[[], Phi]) -> float:
 
 
 def _read(stream: Stream, tokens: int) -> None:
-    """Reads until the stream has made so many."""
+    """Reads until the stream has made this many tokens."""
     while len(stream.token_ids) < tokens:
         next(stream)
 
 
-def _private_bytes() -> int | None:
-    """Memory that this process shares with no other and that no file backs."""
-    try:
-        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return None
-    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE))
-    # the two overlap: anonymous pages are dirty as soon as they were written to
-    return 1024 * max(int(kilobytes["Private_Dirty"]), int(kilobytes["Anonymous"]))
-
-
 def machine() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, as far as the system reports it."""
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

@@ -1,0 +1,159 @@
+//! How many tokens of a prompt go through the model together: a chunk.
+//!
+//! The activations of a chunk fit a byte budget, and one layer of it takes about as long at any position, so that other
+//! sequences get their turns. The results have the same bits whatever the lengths are.
+
+use super::Config;
+use crate::ops::{ATTEND_COST, ATTENTION_SCRATCH};
+
+/// The longest chunk. Its tokens share one unpacking of the weights: 2 % of the work at 512 tokens, 4 % at 256.
+const LONGEST: usize = 512;
+/// Tokens of a tile of packed activations. Longer chunks are whole tiles.
+const TILE: usize = 16;
+/// The byte budget is this part of the weights, within the limits that follow.
+const PART_OF_WEIGHTS: u64 = 8;
+const LEAST_BUDGET: u64 = 64 << 20;
+const MOST_BUDGET: u64 = 256 << 20;
+
+/// The sizes and costs that decide the lengths.
+#[derive(Clone, Debug)]
+pub struct Chunks {
+    budget: u64,
+    /// Bytes of the activations of a token.
+    token_bytes: u64,
+    /// Bytes of a token in the widest packed activations, which are whole tiles.
+    packed_bytes: u64,
+    /// Bytes of the logits of a token.
+    logits_bytes: u64,
+    /// Multiplications of a layer for a token, without attention.
+    layer_cost: u64,
+    /// The same for each key that the token sees.
+    key_cost: u64,
+    /// Multiplications of the head for a token.
+    head_cost: u64,
+    /// Keys that a token sees at most.
+    window: u64,
+}
+
+impl Chunks {
+    /// For a model whose weights have `weights` bytes.
+    pub fn new(config: &Config, weights: u64) -> Self {
+        let [hidden, feed_forward, q, kv, vocabulary] =
+            [config.hidden, config.feed_forward, config.q_dim(), config.kv_dim(), config.n_vocab].map(|n| n as u64);
+        let widest = hidden.max(feed_forward).max(q);
+        Chunks {
+            budget: (weights / PART_OF_WEIGHTS).clamp(LEAST_BUDGET, MOST_BUDGET),
+            token_bytes: 4 * (hidden + (q + 2 * kv) + q + 2 * feed_forward + config.rope_dims as u64),
+            packed_bytes: 4 * widest,
+            logits_bytes: 4 * vocabulary,
+            layer_cost: hidden * (q + 2 * kv) + q * hidden + 3 * hidden * feed_forward,
+            key_cost: ATTEND_COST as u64 * q,
+            head_cost: hidden * vocabulary,
+            window: config.sliding_window.map_or(u64::MAX, |window| window as u64),
+        }
+    }
+
+    /// Tokens of the chunk that starts at `position`; `every`: with the logits of each of them.
+    pub fn length(&self, position: usize, every: bool) -> usize {
+        let turn = self.cost(LONGEST, 0, false);
+        let tiles = (1..=LONGEST / TILE).rev().map(|tiles| tiles * TILE);
+        let within_time = |&tokens: &usize| tokens <= TILE || self.cost(tokens, position, every) <= turn;
+        let within_memory = |tokens: &usize| self.bytes(*tokens, every) <= self.budget;
+        tiles.filter(within_time).chain([8, 4, 2]).find(within_memory).unwrap_or(1)
+    }
+
+    /// Bytes of the activations of a chunk, packed ones and the scratch of attention included.
+    pub fn bytes(&self, tokens: usize, every: bool) -> u64 {
+        let (tokens, tiles) = (tokens as u64, tokens.next_multiple_of(TILE) as u64);
+        let logits = if every { tokens } else { 1 };
+        tokens * self.token_bytes + tiles * self.packed_bytes + logits * self.logits_bytes + ATTENTION_SCRATCH as u64
+    }
+
+    /// Multiplications of the longest turn of a chunk: a layer, with the head if every token has logits.
+    fn cost(&self, tokens: usize, position: usize, every: bool) -> u64 {
+        let keys = (position as u64 + tokens as u64 / 2).min(self.window);
+        let head = if every { self.head_cost } else { 0 };
+        tokens as u64 * (self.layer_cost + self.key_cost * keys + head)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phi3_mini() -> Config {
+        Config {
+            n_layers: 32,
+            hidden: 3072,
+            feed_forward: 8192,
+            n_head: 32,
+            n_head_kv: 32,
+            head_dim: 96,
+            n_vocab: 32064,
+            context_length: 131_072,
+            rms_eps: 1e-5,
+            rope_base: 10_000.0,
+            rope_dims: 96,
+            long_rope: None,
+            sliding_window: None,
+            tied: false,
+        }
+    }
+
+    fn phi4() -> Config {
+        let sizes = (5120, 17_920, 40, 10, 128, 100_352);
+        let (hidden, feed_forward, n_head, n_head_kv, head_dim, n_vocab) = sizes;
+        Config { hidden, feed_forward, n_head, n_head_kv, head_dim, n_vocab, ..phi3_mini() }
+    }
+
+    #[test]
+    fn a_chunk_of_the_known_models_is_longest_at_short_contexts() {
+        for (config, weights) in [(phi3_mini(), 2_400_000_000), (phi4(), 8_900_000_000)] {
+            let chunks = Chunks::new(&config, weights);
+            assert_eq!(chunks.length(0, false), 512);
+            assert!(chunks.bytes(512, false) < 256 << 20);
+        }
+        assert_eq!(Chunks::new(&phi3_mini(), 2_400_000_000).length(512, false), 480);
+    }
+
+    #[test]
+    fn a_layer_of_a_chunk_costs_about_as_much_at_any_position() {
+        let chunks = Chunks::new(&phi3_mini(), 2_400_000_000);
+        let turn = chunks.cost(512, 0, false);
+        let lengths = [0, 4096, 32_768, 131_000].map(|position| (position, chunks.length(position, false)));
+        assert_eq!(lengths, [(0, 512), (4096, 336), (32_768, 96), (131_000, 32)]);
+        for (position, tokens) in lengths {
+            let cost = chunks.cost(tokens, position, false);
+            assert!(cost <= turn && cost > turn / 10 * 7, "{cost} of {turn} at {position}");
+        }
+    }
+
+    #[test]
+    fn a_window_bounds_the_cost_of_a_position() {
+        let windowed = Config { sliding_window: Some(2047), ..phi3_mini() };
+        let chunks = Chunks::new(&windowed, 2_400_000_000);
+        assert!(chunks.length(2048, false) > 384);
+        assert_eq!(chunks.length(2048, false), chunks.length(131_000, false));
+    }
+
+    #[test]
+    fn a_wide_model_takes_short_chunks_and_at_least_one_token() {
+        let wide =
+            |feed_forward| Config { hidden: 2, feed_forward, n_head: 1, n_head_kv: 1, head_dim: 2, ..phi3_mini() };
+        for (feed_forward, expected) in [(1 << 15, 144), (1 << 18, 16), (1 << 19, 4), (1 << 24, 1)] {
+            let chunks = Chunks::new(&wide(feed_forward), 1 << 20);
+            let tokens = chunks.length(0, false);
+            assert_eq!(tokens, expected, "{feed_forward}");
+            assert!(tokens == 1 || chunks.bytes(tokens, false) <= 64 << 20, "{feed_forward}");
+        }
+    }
+
+    #[test]
+    fn the_logits_of_every_token_count() {
+        let large = Config { n_vocab: 200_064, ..phi3_mini() };
+        let chunks = Chunks::new(&large, 2_400_000_000);
+        let tokens = chunks.length(0, true);
+        assert!((16..512).contains(&tokens) && chunks.bytes(tokens, true) <= 256 << 20, "{tokens}");
+        assert!(chunks.cost(tokens, 0, true) <= chunks.cost(512, 0, false));
+    }
+}

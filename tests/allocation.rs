@@ -1,0 +1,150 @@
+//! Memory of a prompt: bounded, and an error where the allocator refuses. A binary of its own: it counts and refuses
+//! allocations of the whole process.
+
+mod gguf_writer;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use candle_phi::cache::KvType;
+use candle_phi::error::{Error, Result};
+use candle_phi::gguf::Gguf;
+use candle_phi::kernels;
+use candle_phi::model::{Model, Phase, Want};
+use candle_phi::ops::Backend;
+use candle_phi::phi3::Phi3;
+use candle_phi::threads::{Cancel, Pool};
+use gguf_writer::model::{Shape, model_of};
+
+const MIB: usize = 1 << 20;
+/// Allocations of at least this size can be refused: a prompt or a file decides them.
+const LARGE: usize = 4 << 10;
+
+/// Bytes that are allocated now, the most since `start`, and the largest allocation since then.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+/// Large allocations up to the one that is refused; 0: none is.
+static UNTIL_REFUSAL: AtomicUsize = AtomicUsize::new(0);
+/// One test at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+struct Counted;
+
+// SAFETY: the system's allocator does the work; null stands for a refusal.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let one_less = |left: usize| left.checked_sub(1);
+        if layout.size() >= LARGE && UNTIL_REFUSAL.fetch_update(SeqCst, SeqCst, one_less) == Ok(1) {
+            return std::ptr::null_mut();
+        }
+        let live = LIVE.fetch_add(layout.size(), SeqCst) + layout.size();
+        PEAK.fetch_max(live, SeqCst);
+        LARGEST.fetch_max(layout.size(), SeqCst);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), SeqCst);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(start, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counted = Counted;
+
+/// The most bytes that `work` allocated at a time, and its largest allocation.
+fn measured(work: impl FnOnce()) -> (usize, usize) {
+    let before = LIVE.load(SeqCst);
+    PEAK.store(before, SeqCst);
+    LARGEST.store(0, SeqCst);
+    work();
+    (PEAK.load(SeqCst) - before, LARGEST.load(SeqCst))
+}
+
+fn load(shape: Shape, kernel: &str, n_threads: usize) -> Arc<Phi3> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = model_of(shape).save(folder.path(), "model.gguf");
+    let backend = Backend::Cpu { kernel: kernels::by_name(kernel).unwrap(), pool: Pool::new(n_threads) };
+    Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F16).unwrap())
+}
+
+fn run(model: &Arc<Phi3>, tokens: usize, want: Want) -> Result<usize> {
+    let ids: Vec<u32> = (0..tokens as u32).map(|i| i % 64).collect();
+    let mut sequence = model.clone().sequence()?;
+    sequence.forward(&ids, Phase::Prefill, want, &Cancel::default())?;
+    Ok(sequence.take_logits().len())
+}
+
+/// Its weights are a few features by many: small files with long rows.
+fn wide(feed_forward: u64) -> Shape {
+    Shape { hidden: 2, feed_forward, n_head: 1, n_head_kv: 1, n_vocab: 64, context: 1024 }
+}
+
+/// The specification, and the best for this CPU.
+fn two_kernels() -> [&'static str; 2] {
+    ["portable", kernels::available().pop().unwrap()]
+}
+
+#[test]
+fn a_wide_model_takes_a_bounded_part_of_the_memory() {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    for kernel in two_kernels() {
+        for (feed_forward, most) in [(87_000, 96 * MIB), (1 << 18, 128 * MIB)] {
+            let model = load(wide(feed_forward), kernel, 2);
+            let (peak, _) = measured(|| assert_eq!(run(&model, 130, Want::Last), Ok(64)));
+            assert!(peak < most, "{kernel}, {feed_forward}: {peak} bytes");
+        }
+    }
+}
+
+#[test]
+fn the_logits_of_every_position_are_held_once() {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    const N_VOCAB: usize = 1 << 18;
+    let shape = Shape { n_vocab: N_VOCAB as u64, ..wide(16) };
+    let model = load(shape, kernels::available()[0], 2);
+    let (peak, _) = measured(|| assert_eq!(run(&model, 200, Want::Every), Ok(200 * N_VOCAB)));
+    let logits = 4 * 200 * N_VOCAB;
+    assert!(peak < logits + 72 * MIB, "{peak} bytes, {logits} of logits");
+}
+
+#[test]
+fn attention_takes_no_memory_that_grows_with_the_context() {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let shape = Shape { hidden: 512, feed_forward: 1024, n_head: 8, n_head_kv: 8, n_vocab: 64, context: 1 << 14 };
+    for n_threads in [2, 100] {
+        let model = load(shape, kernels::available().pop().unwrap(), n_threads);
+        let (_, largest) = measured(|| assert_eq!(run(&model, 6500, Want::Last), Ok(64)));
+        // 7 blocks of partial results of 512 tokens would be 7.6 MB.
+        assert!(largest <= 5 * MIB, "{n_threads} threads: {largest} bytes at once");
+    }
+}
+
+/// Every large allocation of a prompt is refused once, in the order in which they come.
+#[test]
+fn a_refused_allocation_is_an_error_and_the_model_goes_on() {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    for kernel in two_kernels() {
+        for want in [Want::Last, Want::Every] {
+            let model = load(Shape { n_vocab: 4096, ..wide(1 << 14) }, kernel, 2);
+            let mut refused = 0;
+            loop {
+                UNTIL_REFUSAL.store(refused + 1, SeqCst);
+                // On threads of its own, which have no scratch yet.
+                let result = std::thread::scope(|scope| scope.spawn(|| run(&model, 300, want)).join().unwrap());
+                let all_granted = UNTIL_REFUSAL.swap(0, SeqCst) > 0;
+                match result {
+                    Err(Error::Memory(message)) => assert!(message.contains(" bytes of memory"), "{message}"),
+                    Ok(_) if all_granted => break,
+                    other => panic!("{kernel}, {want:?}, allocation {refused}: {other:?}"),
+                }
+                refused += 1;
+            }
+            assert!(refused > 5, "{kernel}, {want:?}: {refused} large allocations");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+"""Tables, signatures, docstrings and completion have the same names. Wrong calls and foreign names are answered."""
+
+import copy
+import inspect
+import pickle
+import re
+from typing import Any
+
+import pytest
+
+import candle_phi
+from candle_phi import Phi, hub
+from candle_phi import options as tables
+from candle_phi.cli import main
+from candle_phi.model import ModelOptions
+from candle_phi.testing import FakePhi
+from conftest import run_python
+from test_api_contract import GENERATION, HUB, MODEL
+
+
+def test_the_tables_have_the_options_of_the_signatures() -> None:
+    assert list(tables.MODEL) == list(MODEL)
+    assert list(tables.GENERATION) == list(GENERATION)
+    assert set(tables.HUB) == {*HUB, "repo_id", "filename", "on_progress"}
+    assert set(ModelOptions.__annotations__) == set(MODEL)
+    for table, values in ((tables.MODEL, MODEL), (tables.GENERATION, GENERATION), (tables.HUB, HUB)):
+        for name, value in values.items():
+            table[name](name, value)  # each default passes its own check
+
+
+def documented(docstring: str | None) -> list[str]:
+    """The names in a docstring's Args, in order."""
+    assert docstring is not None
+    lines = inspect.cleandoc(docstring).partition("\nArgs:\n")[2].partition("\n\n")[0]
+    return [name for names in re.findall(r"^    (\w[\w, ]*):", lines, re.MULTILINE) for name in names.split(", ")]
+
+
+@pytest.mark.parametrize(
+    "function", [Phi.stream, Phi.generate, Phi.astream, Phi.agenerate, Phi.demo, Phi.from_pretrained, FakePhi.stream]
+)
+def test_docstrings_have_the_options_of_the_signatures(function: Any) -> None:
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    assert documented(function.__doc__) == names
+    assert "**" not in str(inspect.signature(function))
+    assert function.__doc__.count("\nRaises:\n") + function.__doc__.count("    Raises:\n") == 1
+
+
+def test_the_class_documents_its_options() -> None:
+    assert documented(Phi.__doc__) == list(inspect.signature(Phi).parameters) == ["model_path", *MODEL]
+
+
+@pytest.mark.parametrize(
+    "function", [hub.download, hub.cached, hub.info, hub.list_cached, hub.verify, hub.remove, Phi.logits, Phi.tokenize]
+)
+def test_functions_document_their_options(function: Any) -> None:
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    assert sorted(documented(function.__doc__)) == sorted(names)
+
+
+def test_the_command_line_has_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "--help"])
+    shown = set(re.findall(r"--(?:no-|\[no-\])?([a-z-]+)", capsys.readouterr().out))
+    for name in {*MODEL, *HUB, *GENERATION, "filename"} - {"on_progress", "progress", "max_concurrent"}:
+        assert name.replace("_", "-") in shown, name
+
+
+METHODS = ["stream", "generate", "astream", "agenerate"]
+
+
+@pytest.mark.parametrize("opens", [Phi.demo, lambda: FakePhi(["a"])], ids=["demo", "fake"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("args", "options", "says"),
+    [
+        ((), {"messages": [{"role": "user", "content": "Hi"}]}, "takes messages as its first argument: {}(messages)"),
+        (("Hi", 50), {}, "options by name, such as max_tokens=50; 2 arguments came by position"),
+        ((), {}, "needs a prompt"),
+        ((), {"max_tokens": 5}, "needs a prompt"),
+        (("Hi",), {"prompt": "Hi"}, "got the prompt twice"),
+    ],
+)
+def test_a_wrong_call_is_explained_by_the_methods_own_name(
+    opens: Any, method: str, args: Any, options: Any, says: str
+) -> None:
+    with opens() as phi, pytest.raises(TypeError) as raised:
+        getattr(phi, method)(*args, **options)
+    assert str(raised.value).startswith(f"{method}() ")
+    assert says.format(method) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "says"),
+    [
+        ((), {"model": "a.gguf"}, r"as its first argument, not as model: Phi\('a.gguf'\)"),
+        ((), {"filename": "a.gguf", "n_ctx": 5}, r"not as filename: Phi\('a.gguf'\)"),
+        (("a.gguf", 512), {}, "options by name, such as n_ctx=4096"),
+        ((), {}, r"needs the path.*Phi\.demo\(\)"),
+        (("a.gguf",), {"model": "b"}, "give the path first"),
+    ],
+)
+def test_a_wrong_constructor_call_is_explained(args: Any, options: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        Phi(*args, **options)
+
+
+LATER = [
+    *("chat", "load_chat", "warm", "cache_info", "count_tokens", "map", "amap", "score", "perplexity", "accepts"),
+    "adapters",
+]
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_methods_of_later_versions(phi: Phi, name: str) -> None:
+    assert not hasattr(phi, name)
+    with pytest.raises(candle_phi.NotInThisVersionError, match=f"Phi.{name} is not in this version") as raised:
+        getattr(phi, name)
+    assert isinstance(raised.value, AttributeError)
+
+
+@pytest.mark.parametrize("name", ["partial", "reasoning", "events"])
+def test_stream_attributes_of_later_versions(phi: Phi, name: str) -> None:
+    for stream in (phi.stream("Hi"), phi.astream("Hi")):
+        assert not hasattr(stream, name)
+        with pytest.raises(candle_phi.NotInThisVersionError, match=f"Stream.{name} is not in this version"):
+            getattr(stream, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("create_chat_completion", r"\.generate\(messages\)"),
+        ("create_completion", "raw=True"),
+        ("encode", r"\.tokenize\(text\)"),
+        ("decode", r"\.detokenize\(ids\)"),
+        ("tokenizer", r"\.tokenize\(text\)"),
+        ("embed", "no embeddings"),
+        ("eval", r"\.logits\(ids\)"),
+        ("zebra", "'zebra'$"),
+    ],
+)
+def test_other_libraries_methods_are_answered(phi: Phi, name: str, answer: str) -> None:
+    with pytest.raises(AttributeError, match=f"'Phi' object has no attribute '{name}'.*|{answer}") as raised:
+        getattr(phi, name)
+    assert re.search(answer, str(raised.value))
+
+
+def test_a_model_that_is_called_is_answered(phi: Phi) -> None:
+    with pytest.raises(TypeError, match=r"\.generate\(prompt\)"):
+        phi("Hi")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("stream", "phi.stream"),
+        ("generate", "phi.generate"),
+        ("load", r"Phi\(path\)"),
+        ("Llama", "the class is Phi"),
+        ("zebra", "'zebra'$"),
+    ],
+)
+def test_other_libraries_module_names_are_answered(name: str, answer: str) -> None:
+    with pytest.raises(AttributeError, match=answer):
+        getattr(candle_phi, name)
+
+
+def test_completion_shows_what_is_public() -> None:
+    assert dir(candle_phi) == sorted(candle_phi.__all__)
+    assert dir(hub) == sorted(hub.__all__)
+    assert all(hasattr(hub, name) for name in hub.__all__)
+
+
+def test_testing_is_imported_at_its_first_use() -> None:
+    script = "import candle_phi, sys; before = set(sys.modules); candle_phi.testing.FakePhi; "
+    script += "print('candle_phi.testing' in before, 'candle_phi.testing' in sys.modules, candle_phi.testing.__name__)"
+    assert run_python(script) == "False True candle_phi.testing\n"
+    assert run_python("from candle_phi import testing, FinishReason; print(testing.__name__)") == "candle_phi.testing\n"
+
+
+def test_the_metadata_is_a_dict_with_a_short_repr(phi: Phi) -> None:
+    metadata = phi.metadata
+    assert isinstance(metadata, dict)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    assert len(tokens) == phi.n_vocab
+    assert len(repr(metadata)) < 4000
+    assert f"'tokenizer.ggml.tokens': ['<unk>', '<s>', '</s>', ... {phi.n_vocab} items]" in repr(metadata)
+    assert "'general.architecture': 'phi3'" in repr(metadata)
+    for again in (copy.copy(metadata), copy.deepcopy(metadata), pickle.loads(pickle.dumps(metadata))):
+        assert again == metadata == dict(metadata)
+        assert repr(again) == repr(metadata)
+
+
+def test_a_coroutine_that_is_not_awaited_has_the_methods_name() -> None:
+    coroutine = FakePhi(["a"]).agenerate("Hi")
+    assert coroutine.__qualname__ == "agenerate"  # type: ignore[attr-defined]
+    coroutine.close()

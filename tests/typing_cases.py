@@ -1,0 +1,56 @@
+"""What a type checker infers of the public names, and what it must refuse. mypy reads this; nothing runs it."""
+
+from collections.abc import Coroutine
+from typing import Any, assert_type
+
+import numpy as np
+
+from candle_phi import AsyncStream, Chunk, FinishReason, Message, OnProgress, Phi, Progress, Result, Stream
+
+
+def inferred(phi: Phi) -> None:
+    assert_type(Phi("model.gguf", n_ctx=4096), Phi)
+    assert_type(Phi.demo(device="cpu"), Phi)
+    assert_type(Phi.from_pretrained("phi-4-mini", revision="main", n_ctx=4096), Phi)
+    assert_type(phi.stream("Hi", temperature=0), Stream)
+    assert_type(phi.generate("Hi", max_tokens=5), Result)
+    assert_type(phi.astream("Hi"), AsyncStream)
+    coroutine = phi.agenerate("Hi")
+    assert_type(coroutine, Coroutine[Any, Any, Result])  # type: ignore[unused-coroutine]  # not run at all
+    assert_type(next(phi.stream("Hi")), Chunk)
+    assert_type(phi.stream("Hi").finish_reason, FinishReason | None)
+    assert_type(phi.metadata, dict[str, object])
+
+
+def accepted(phi: Phi) -> None:
+    messages: list[Message] = [{"role": "user", "content": "Hi"}]
+    watch: OnProgress = print
+    phi.generate(messages, on_progress=watch)
+    phi.generate([{"role": "user", "content": "Hi"}])
+    phi.generate(message for message in messages)
+    phi.generate([1, 2, 3])
+    phi.generate((1, 2, 3))
+    phi.generate(range(3))
+    phi.generate(np.array([1, 2, 3]))
+    phi.generate("Hi", logit_bias={5: 1.0}, stop=["a", "b"])
+
+    def enough(progress: Progress) -> None:
+        raise LookupError(progress.phase)
+
+    phi.logits([1], on_progress=enough)
+
+
+def refused(phi: Phi) -> None:
+    phi.generate(b"Hi")  # type: ignore[arg-type]  # text is str
+    phi.stream(bytearray(b"Hi"))  # type: ignore[arg-type]
+    phi.generate(5)  # type: ignore[arg-type]
+    phi.generate(["a", "b"])  # type: ignore[arg-type]  # a batch
+    phi.generate("Hi", max_new_tokens=5)  # type: ignore[arg-type]
+    phi.generate("Hi", max_tokens="5")  # type: ignore[arg-type]
+    phi.generate("Hi", 50)  # type: ignore[call-arg]
+    phi.generate()  # type: ignore[call-arg]
+    Phi("model.gguf", device="mps")  # type: ignore[arg-type]
+    Phi.demo(n_thread=4)  # type: ignore[call-arg]
+    Phi()  # type: ignore[call-arg]
+    phi.chat()  # type: ignore[attr-defined]  # of a later version
+    phi("Hi")  # type: ignore[operator]
