@@ -197,7 +197,7 @@ impl Hub {
             Token::Environment if environment::token_is_explicit() => None,
             Token::Environment => environment::token(),
             Token::Required => Some(environment::token().ok_or_else(|| {
-                Error::option("token", "is True, but there is no token: set HF_TOKEN or log in with Hugging Face's tools")
+                Error::option("token", "is True, and no token is set: set HF_TOKEN or log in with Hugging Face's tools")
             })?),
             Token::Given(token) => Some(token.trim().to_owned()),
         };
