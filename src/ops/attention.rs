@@ -1,9 +1,10 @@
 //! Attention on the CPU, and the writes to the pages of a layer's cache.
 //!
 //! The context is divided into blocks of 1024 positions that start at multiples of it. Each block gives a partial
-//! softmax for each query, and the partials are merged in the order of the blocks. A task walks through the blocks if
-//! there are tasks enough for all threads, else blocks are computed side by side. Both give the same bits, and the
-//! partials that are held at a time do not grow with the context.
+//! softmax for each query, and the partials are merged in the order of the blocks. If there are tasks enough for all
+//! threads, a thread walks through the blocks with some of the tasks of a KV head, which share each block while it is in
+//! the cache. Else blocks are computed side by side. Both give the same bits, and the partials that are held at a time do
+//! not grow with the context.
 //!
 //! Decisions: docs/design/kv.md
 
@@ -123,7 +124,8 @@ impl SoftmaxPartial {
     const EMPTY: Self = SoftmaxPartial { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// The division of the queries into tasks: a few query heads of one KV head at a few tokens.
+/// The division of the queries into tasks: a few query heads of one KV head at a few tokens. Tasks of the same heads are
+/// neighbours.
 #[derive(Copy, Clone)]
 struct Tasks {
     rows: usize,
@@ -147,19 +149,35 @@ impl Tasks {
         Tasks { rows, n_head_kv: shape.n_head_kv, group, heads_per_task, tokens_per_task: QUERIES / heads_per_task }
     }
 
-    /// Tasks of one KV head at the same tokens.
+    /// Tasks of the same heads.
+    fn in_a_row(self) -> usize {
+        self.rows.div_ceil(self.tokens_per_task)
+    }
+
+    /// Parts of the query heads of a KV head.
     fn parts(self) -> usize {
         self.group.div_ceil(self.heads_per_task)
     }
 
     fn count(self) -> usize {
-        self.rows.div_ceil(self.tokens_per_task) * self.n_head_kv * self.parts()
+        self.n_head_kv * self.parts() * self.in_a_row()
+    }
+
+    /// Ranges of tasks of the same heads: at least `least` of them, if there are tasks enough.
+    fn ranges(self, least: usize) -> Vec<Range<usize>> {
+        let rows = self.n_head_kv * self.parts();
+        let tasks = self.in_a_row().div_ceil(least.div_ceil(rows).min(self.in_a_row()));
+        let row = |row: usize| {
+            let all = row * self.in_a_row()..(row + 1) * self.in_a_row();
+            all.clone().step_by(tasks).map(move |first| first..all.end.min(first + tasks))
+        };
+        (0..rows).flat_map(row).collect()
     }
 
     fn get(self, task: usize) -> Task {
-        let (token, head) = (task / (self.n_head_kv * self.parts()), task % (self.n_head_kv * self.parts()));
-        let (kv_head, part) = (head / self.parts(), head % self.parts());
-        let (token, first) = (token * self.tokens_per_task, kv_head * self.group + part * self.heads_per_task);
+        let (row, token) = (task / self.in_a_row(), task % self.in_a_row() * self.tokens_per_task);
+        let (kv_head, part) = (row / self.parts(), row % self.parts());
+        let first = kv_head * self.group + part * self.heads_per_task;
         Task {
             kv_head,
             heads: first..((kv_head + 1) * self.group).min(first + self.heads_per_task),
@@ -209,32 +227,37 @@ impl Attention<'_> {
         self.shape.window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
     }
 
-    /// Each task walks through the blocks.
+    /// Ranges of tasks walk through the blocks.
     fn walk(&self, qkv: Rows<'_>, out: RowsMut<'_>, tasks: Tasks, blocks: Range<usize>, parallel: bool) {
         let (n_head, head_dim) = (self.shape.n_head, self.shape.head_dim);
+        let ranges = tasks.ranges(TASKS_PER_THREAD * self.pool.n_threads());
         let target = Disjoint::new(out.data);
-        let run = |task: usize| {
-            let task = tasks.get(task);
-            let mut scratch = Scratch::take(Line::count(4 * QUERIES * head_dim));
-            let means = &mut view_mut::<f32>(&mut scratch)[..task.len() * head_dim];
-            let mut so_far = [SoftmaxPartial::EMPTY; QUERIES];
+        let run = |range: usize| {
+            let range = ranges[range].clone();
+            let mut scratch = Scratch::take(Line::count(4 * QUERIES * (head_dim + 2 * range.len())));
+            let (means, merged) = view_mut::<f32>(&mut scratch).split_at_mut(QUERIES * head_dim);
+            let merged = merged.as_chunks_mut().0;
+            merged.fill([SoftmaxPartial::EMPTY.max, SoftmaxPartial::EMPTY.sum]);
             for block in blocks.clone() {
-                if self.cancel.is_set() {
-                    return;
-                }
-                let partials = self.attend(qkv, &task, block, means.chunks_exact_mut(head_dim));
-                let means = means.chunks_exact(head_dim);
-                for ((((token, head), mean), so_far), partial) in
-                    task.queries().zip(means).zip(&mut so_far).zip(partials)
-                {
-                    let place = token * n_head + head;
-                    // SAFETY: each token and head belong to one task.
-                    let out = unsafe { target.range(place * head_dim..(place + 1) * head_dim) };
-                    *so_far = merge(*so_far, out, partial, mean);
+                for (task, merged) in range.clone().zip(merged.chunks_exact_mut(QUERIES)) {
+                    if self.cancel.is_set() {
+                        return;
+                    }
+                    let task = tasks.get(task);
+                    let partials = self.attend(qkv, &task, block, means.chunks_exact_mut(head_dim));
+                    let results = means.chunks_exact(head_dim).zip(partials);
+                    for (((token, head), (mean, partial)), merged) in task.queries().zip(results).zip(merged) {
+                        let place = token * n_head + head;
+                        // SAFETY: each token and head belong to one task.
+                        let out = unsafe { target.range(place * head_dim..(place + 1) * head_dim) };
+                        let so_far = SoftmaxPartial { max: merged[0], sum: merged[1] };
+                        let so_far = merge(so_far, out, partial, mean);
+                        *merged = [so_far.max, so_far.sum];
+                    }
                 }
             }
         };
-        if parallel { self.pool.run(tasks.count(), run) } else { (0..tasks.count()).for_each(run) }
+        if parallel { self.pool.run(ranges.len(), run) } else { (0..ranges.len()).for_each(run) }
     }
 
     /// Some blocks are computed side by side, then merged, then the next ones.
