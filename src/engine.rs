@@ -170,7 +170,7 @@ impl Engine {
     pub fn tokenize_messages(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let parts = self.parts()?;
         let prompt = parts.template.render(messages)?;
-        parts.tokenizer.encode(&prompt.text, Special::Except(&prompt.literal))
+        parts.tokenizer.encode(&prompt.text, Special::Outside(&prompt.user))
     }
 
     /// The ids of a text as it stands.

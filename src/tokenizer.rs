@@ -5,8 +5,9 @@
 //!           <|user|>, lstrip, rstrip         "▁" + (" " → "▁")             byte-level only
 //! ```
 //! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`), because only we
-//! know which part of a prompt is the user's: there, nothing is ever a control token.
+//! know which part of a prompt is the user's: nothing that overlaps it is ever a control token.
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 
 use tokenizers::models::bpe::BPE;
@@ -44,9 +45,9 @@ pub enum Special<'a> {
     None,
     /// Everywhere.
     All,
-    /// Everywhere, but none may start at these byte offsets, in ascending order: the places where the user's text
-    /// contains a character that [`Tokenizer::may_start_added`].
-    Except(&'a [usize]),
+    /// Everywhere, but none that overlaps one of these byte ranges, ascending and apart from one another: the user's
+    /// text.
+    Outside(&'a [Range<usize>]),
 }
 
 /// One tokenizer, from a GGUF file or a `tokenizer.json`.
@@ -173,22 +174,22 @@ impl Tokenizer {
     }
 
     fn try_encode(&self, text: &str, special: Special<'_>) -> tokenizers::Result<Vec<u32>> {
-        let literal = match special {
+        let user = match special {
             Special::None => None,
             Special::All => Some(&[][..]),
-            Special::Except(offsets) => Some(offsets),
+            Special::Outside(ranges) => Some(ranges),
         };
-        debug_assert!(literal.is_none_or(|offsets| offsets.is_sorted()));
+        debug_assert!(user.is_none_or(|ranges| ranges.is_sorted_by(|a, b| a.end <= b.start)));
         let mut text = PreTokenizedString::from(text);
-        if let Some(literal) = literal {
-            text.split(|_, whole| self.added.split(whole, literal))?;
+        if let Some(user) = user {
+            text.split(|_, whole| self.added.split(whole, user))?;
         }
         text.split(|_, mut segment| {
             if let Some(normalizer) = &self.normalizer {
                 normalizer.normalize(&mut segment)?;
             }
-            match literal {
-                Some(literal) => self.added.split_normalized(segment, literal),
+            match user {
+                Some(user) => self.added.split_normalized(segment, user),
                 None => Ok(vec![(segment, None)]),
             }
         })?;
@@ -231,11 +232,6 @@ impl Tokenizer {
     /// Whether the token is found in text as it stands, and not by merging characters.
     pub fn is_added(&self, id: u32) -> bool {
         self.added.get(id).is_some()
-    }
-
-    /// Whether an added token may begin with `c`. See [`Special::Except`].
-    pub fn may_start_added(&self, c: char) -> bool {
-        self.added.may_start_with(c)
     }
 
     /// The id of a token as the vocabulary writes it ("▁the", "<|end|>").

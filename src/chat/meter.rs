@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
+use super::marks;
+
 /// Text emitted, captured text included, so also the limit of the prompt: 128 k tokens of English are half a MiB.
 pub(super) const MAX_OUTPUT: usize = 8 << 20;
 /// Bytes touched. A sensible template touches each message a few times.
@@ -37,7 +39,13 @@ impl Meter {
         Ok(())
     }
 
-    pub fn emit(&self, bytes: usize) -> Result<(), Error> {
+    /// Pays for a text, by what it reads.
+    pub fn text(&self, text: &str) -> Result<(), Error> {
+        self.spend(marks::plain_len(text))
+    }
+
+    pub fn emit(&self, text: &str) -> Result<(), Error> {
+        let bytes = marks::plain_len(text);
         if self.0.output.fetch_add(bytes, Ordering::Relaxed) + bytes > MAX_OUTPUT {
             return Err(invalid(format!("the template writes more than {} MiB", MAX_OUTPUT >> 20)));
         }
@@ -52,7 +60,7 @@ impl Meter {
     fn weigh_at(&self, value: &Value, depth: usize) -> Result<(), Error> {
         check_depth(depth)?;
         match value.kind() {
-            ValueKind::String => self.spend(value.as_str().map_or(0, str::len)),
+            ValueKind::String => self.text(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => value.try_iter()?.try_for_each(|item| {
                 self.spend(ELEMENT)?;
                 self.weigh_at(&item, depth + 1)

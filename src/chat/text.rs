@@ -2,6 +2,7 @@
 use minijinja::Error;
 use minijinja::value::{Value, ValueKind};
 
+use super::marks;
 use super::meter::{ELEMENT, MAX_DEPTH, Meter, invalid};
 
 /// Text in the making, paid for as it grows.
@@ -16,7 +17,7 @@ impl<'a> Text<'a> {
     }
 
     pub fn push(&mut self, text: &str) -> Result<(), Error> {
-        self.meter.spend(text.len())?;
+        self.meter.text(text)?;
         self.text.push_str(text);
         Ok(())
     }
@@ -62,20 +63,31 @@ impl<'a> Text<'a> {
     }
 
     fn quoted(&mut self, text: &str) -> Result<(), Error> {
-        let quote = if text.contains('\'') && !text.contains('"') { "\"" } else { "'" };
+        let has = |quote: char| text.chars().any(|c| marks::plain(c) == quote);
+        let quote = if has('\'') && !has('"') { "\"" } else { "'" };
         self.push(quote)?;
-        for c in text.chars() {
-            match c {
-                '\n' => self.push("\\n")?,
-                '\r' => self.push("\\r")?,
-                '\t' => self.push("\\t")?,
-                '\\' => self.push("\\\\")?,
-                '\'' if quote == "'" => self.push("\\'")?,
-                c if c.is_control() => self.push(&format!("\\x{:02x}", c as u32))?,
-                c => self.push(c.encode_utf8(&mut [0; 4]))?,
-            }
-        }
+        self.push(&marks::map(text, |run| {
+            let escaped = run.chars().map(|c| match c {
+                '\n' => "\\n".to_owned(),
+                '\r' => "\\r".to_owned(),
+                '\t' => "\\t".to_owned(),
+                '\\' => "\\\\".to_owned(),
+                '\'' if quote == "'" => "\\'".to_owned(),
+                c if c.is_control() => format!("\\x{:02x}", c as u32),
+                c => c.to_string(),
+            });
+            escaped.collect()
+        }))?;
         self.push(quote)
+    }
+
+    fn json_string(&mut self, text: &str) -> Result<(), Error> {
+        self.push("\"")?;
+        self.push(&marks::map(text, |run| {
+            let quoted = serde_json::Value::from(run).to_string();
+            quoted[1..quoted.len() - 1].to_owned()
+        }))?;
+        self.push("\"")
     }
 
     /// `json.dumps(value, ensure_ascii=False, indent=indent)`, as Hugging Face's `tojson`: nothing is escaped for HTML.
@@ -85,7 +97,7 @@ impl<'a> Text<'a> {
             ValueKind::Undefined => Err(invalid("an undefined value has no JSON")),
             ValueKind::None => self.push("null"),
             ValueKind::Bool => self.push(if value.is_true() { "true" } else { "false" }),
-            ValueKind::String => self.push(&serde_json::Value::from(value.as_str()).to_string()),
+            ValueKind::String => self.json_string(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items = self.meter.list(value)?;
                 self.json_items(("[", "]"), items, indent, depth, |text, item| text.json(item, indent, depth + 1))
