@@ -5,7 +5,7 @@ use std::path::Path;
 
 use memmap2::{Mmap, MmapMut};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, human_size};
 use crate::task::{Phase, Task};
 
 /// What is read at once, and how often somebody who waits for it is asked: in some 10 ms, from a fast disk.
@@ -115,7 +115,7 @@ fn diagnose(path: &Path, bytes: &[u8]) -> Error {
     } else if start.iter().all(|&b| b == 0) {
         format!("the first {} bytes are zeros; the download did not finish", start.len())
     } else if b"GGUF".starts_with(bytes) {
-        format!("the file ends at {}, inside the first word of a GGUF file (was the download cut?)", bytes.len())
+        format!("the file ends at {}, inside the first word of a GGUF file (is the download incomplete?)", bytes.len())
     } else {
         format!("not a GGUF file: it starts with \"{}\", not with \"GGUF\"", start[..start.len().min(4)].escape_ascii())
     };
@@ -128,18 +128,4 @@ fn is_safetensors(bytes: &[u8]) -> bool {
         Some((length, rest)) => rest.first() == Some(&b'{') && u64::from_le_bytes(*length) <= rest.len() as u64,
         None => false,
     }
-}
-
-/// 1234567890 as "1.2 GB".
-pub(super) fn human_size(bytes: u64) -> String {
-    let units = ["kB", "MB", "GB", "TB", "PB", "EB"];
-    let mut size = bytes as f64;
-    let mut name = "bytes";
-    for unit in units {
-        if size < 1000.0 {
-            break;
-        }
-        (size, name) = (size / 1000.0, unit);
-    }
-    if name == "bytes" { format!("{bytes} {name}") } else { format!("{size:.1} {name}") }
 }
