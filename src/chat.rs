@@ -130,7 +130,7 @@ impl Template {
         Ok(template)
     }
 
-    /// Whether the template takes a conversation, but not with a system message.
+    /// Whether the template accepts a conversation without a system message only.
     fn loses_system_messages(&self) -> bool {
         let message = |role: &str| Message { role: role.to_owned(), content: "probe".to_owned() };
         self.render(&[message("system"), message("user")]).is_err() && self.render(&[message("user")]).is_ok()
@@ -147,9 +147,8 @@ impl Template {
     /// No BOS is written: `bos_token` is empty in a template. A template that trims its messages also trims the end of
     /// one to be continued, as Hugging Face does; one that does not keeps its trailing spaces.
     ///
-    /// Errors: `Value` for what the template itself refuses (`raise_exception`), a system message or a message to be
-    /// continued that is not in the prompt, and a template that exceeds a limit; `InvalidModel` when the file's template
-    /// is not Jinja.
+    /// Errors: `Value` if the template refuses the messages (`raise_exception`), exceeds a limit, or drops a system message
+    /// or the message to be continued; `InvalidModel` if the file's template is not Jinja.
     pub fn render(&self, messages: &[Message]) -> Result<Rendered> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
@@ -162,7 +161,7 @@ impl Template {
             let end = message.content.trim_end().len();
             if message.role == "system" && end > 0 {
                 if system.len() == MAX_SIGNS {
-                    return Err(Error::Value(format!("more than {MAX_SIGNS} system messages")));
+                    return Err(Error::Value(format!("the conversation has more than {MAX_SIGNS} system messages")));
                 }
                 content = marks::mark(&message.content[..end]);
                 content.push(marks::sign(system.len()));

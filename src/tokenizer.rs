@@ -4,8 +4,8 @@
 //! text ── added tokens cut out ──> segments ── normalizer ──> segments ── pre-tokenizer ──> words ── BPE ──> ids
 //!           <|user|>, lstrip, rstrip         "▁" + (" " → "▁")             byte-level only
 //! ```
-//! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`), because only we
-//! know which part of a prompt is the user's: nothing that overlaps it is ever a control token.
+//! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`): user text, which
+//! only this crate knows, never becomes a control token.
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
@@ -38,7 +38,7 @@ pub enum Family {
     Phi4Mini,
 }
 
-/// Where in a text added tokens (`<|user|>`, `</s>`) are tokens, and not spelled out as text.
+/// The parts of a text in which added tokens (`<|user|>`, `</s>`) are recognized. Elsewhere their characters are text.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Special<'a> {
     /// Nowhere.
@@ -75,7 +75,7 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// What a file says of its tokenizer, before the parts are put together.
+/// The parts of a tokenizer in a file.
 struct Parts<'a> {
     family: Family,
     n_vocab: usize,
@@ -99,12 +99,12 @@ impl Tokenizer {
     /// A `tokenizer.json` to use instead of the one in `gguf`, which still says how many ids there are and which of
     /// them begin and end a text.
     ///
-    /// Errors: `ModelNotFound`; `InvalidModel` for what is not a tokenizer, or has ids that the model has not;
+    /// Errors: `ModelNotFound`; `InvalidModel` for another kind of file, and for ids that the model does not have;
     /// `UnsupportedModel` for tokenizers of another kind than BPE.
     pub fn from_json(path: &Path, gguf: &Gguf) -> Result<Self> {
         let document = json::Document::open(path)?;
-        // The steps of a file are code paths of `tokenizers` that nobody has tried with such a file, so a panic in them
-        // is the file's fault. The probe runs each of them once.
+        // The steps of a file may be ones of `tokenizers` that panic on some settings. The probe runs each of them once, and
+        // a panic counts as damage of the file.
         let build = || {
             let tokenizer = Self::assemble(path, document.parts(vocabulary::size(gguf)?)?, gguf)?;
             tokenizer.encode("A probe: 1\u{a0}é\n", Special::All)?;
@@ -112,7 +112,7 @@ impl Tokenizer {
         };
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(build)).unwrap_or_else(|_| {
             let path = path.display();
-            Err(Error::InvalidModel(format!("{path}: not a tokenizer that works: it fails on a short text")))
+            Err(Error::InvalidModel(format!("{path}: the tokenizer does not work: it fails on a short text")))
         })
     }
 
@@ -163,7 +163,7 @@ impl Tokenizer {
 
     /// The ids of `text`; no BOS is added. An empty text has none.
     pub fn encode(&self, text: &str, special: Special<'_>) -> Result<Vec<u32>> {
-        // From a `tokenizer.json`, whose regular expression may give up on a text.
+        // The regular expression of a `tokenizer.json` may fail on a text.
         self.try_encode(text, special).map_err(|e| {
             Error::InvalidModel(format!(
                 "the tokenizer fails on a text of {} bytes: {}",
@@ -200,8 +200,8 @@ impl Tokenizer {
         Ok(text.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
     }
 
-    /// The text of `ids`, like Hugging Face's `decode` on what is valid UTF-8: without the special ids if
-    /// `skip_special`, and in the SPM family without one leading space. Bytes that are no UTF-8 become U+FFFD.
+    /// The text of `ids`, like Hugging Face's `decode` for valid UTF-8: without the special ids if `skip_special`, and in
+    /// the SPM family without one leading space. Bytes that are not UTF-8 become U+FFFD.
     ///
     /// Errors: `Value` for an id outside the vocabulary.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
@@ -229,7 +229,7 @@ impl Tokenizer {
         self.added.get(id).is_some_and(|token| token.special)
     }
 
-    /// Whether the token is found in text as it stands, and not by merging characters.
+    /// Whether the token is found in text verbatim, and not by merging characters.
     pub fn is_added(&self, id: u32) -> bool {
         self.added.get(id).is_some()
     }

@@ -28,15 +28,15 @@ def items(prompt: object) -> list[object]:
         raise TypeError("the prompt is a single message; put it in a list")
     if not isinstance(prompt, Iterable):
         raise TypeError(f"the prompt must be a str, messages or token ids, not {type(prompt).__name__}")
-    found = list(prompt)
-    if not found:
+    values = list(prompt)
+    if not values:
         raise ValueError("the prompt is an empty list")
-    return found
+    return values
 
 
-def are_ids(found: list[object]) -> bool:
+def are_ids(values: list[object]) -> bool:
     """Whether the first item is a token id; otherwise the items are messages."""
-    return hasattr(found[0], "__index__")
+    return hasattr(values[0], "__index__")
 
 
 def turns(messages: object) -> list[Turn]:
@@ -54,15 +54,15 @@ def token_ids(values: object, n_vocab: int) -> list[int]:
     """Token ids, each checked against the vocabulary. Raises TypeError or ValueError with the index."""
     if isinstance(values, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"token ids must be a sequence of int, not {type(values).__name__}")
-    checked = []
+    ids = []
     for i, value in enumerate(values):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"token ids must be int, but number {i} is {type(value).__name__}")
         token = operator.index(value)
         if not 0 <= token < n_vocab:
             raise ValueError(f"token id {token}, number {i}, is outside the vocabulary of {n_vocab}")
-        checked.append(token)
-    return checked
+        ids.append(token)
+    return ids
 
 
 def _turn(index: int, message: object) -> Turn:

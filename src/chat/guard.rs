@@ -15,7 +15,7 @@ use super::marks;
 pub(super) const ADD: &str = "+";
 pub(super) const MULTIPLY: &str = "*";
 pub(super) const CONCAT: &str = "~";
-/// `Meter::weigh`, then `marks::read`: for operands whose text is looked at and does not become part of the result.
+/// `Meter::weigh`, then `marks::read`: for operands whose text decides the result, but is not part of it.
 pub(super) const READ: &str = "read!";
 /// `Meter::weigh`, `count`, `look` and `plain`: each returns its argument.
 pub(super) const WEIGH: &str = "weigh!";
@@ -45,7 +45,7 @@ fn syntax(what: &str, span: Span) -> Error {
     Error::new(ErrorKind::SyntaxError, format!("line {}: {what}", span.start_line))
 }
 
-/// A text of the template, in which nothing may pass for a marked character.
+/// Refuses a text of the template with a character that could pass for a marked one.
 fn check_text(text: &str, span: Span) -> Result<(), Error> {
     match text.chars().find(|c| marks::has_marks(c.encode_utf8(&mut [0; 4]))) {
         Some(c) => Err(syntax(&format!("U+{:X} is not an assigned character", c as u32), span)),
@@ -175,7 +175,7 @@ impl Guard {
         expr.as_ref().map(|expr| self.expr(expr)).transpose()
     }
 
-    /// `expr`, passed through a function of the meter. A constant weighs no more than the template it stands in.
+    /// `expr`, passed through a function of the meter. Constants are free: they are no longer than the template.
     fn through<'a>(&mut self, function: &'static str, expr: &Expr<'a>) -> Guarded<Expr<'a>> {
         let guarded = self.expr(expr)?;
         let constant = matches!(guarded, Expr::Const(_));

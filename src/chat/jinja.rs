@@ -342,7 +342,7 @@ fn title(text: &str) -> String {
     marks::map(text, |run| filters::title(run.into()))
 }
 
-/// A value that becomes a number, whose digits are not marked. So it cannot be made of a message's text.
+/// A value that becomes a number. The digits of a number are not marked, so a message's text cannot become one.
 fn unmarked(value: &Value) -> Result<&Value, Error> {
     match value.as_str() {
         Some(text) if marks::has_marks(text) => Err(invalid("a message's text cannot be converted to a number")),
@@ -350,7 +350,7 @@ fn unmarked(value: &Value) -> Result<&Value, Error> {
     }
 }
 
-/// What is left of `text` without these characters (None: whitespace) at its start and at its end.
+/// The range of `text` without these characters (None: whitespace) at its start and at its end.
 fn trimmed(text: &str, chars: Option<&str>) -> (usize, usize) {
     let chars: Option<HashSet<char>> = chars.map(|chars| marks::unmark(chars).chars().collect());
     let fits = |c: char| chars.as_ref().map_or_else(|| marks::is_space(c), |chars| chars.contains(&marks::plain(c)));
@@ -491,7 +491,7 @@ fn method(meter: &Meter, state: &State, value: &Value, name: &str, args: &[Value
             if counts {
                 meter.weigh(value)?;
             }
-            // What to count, or the key of `get`.
+            // The value to count, or the key of `get`.
             if let Some(first) = args.first_mut() {
                 *first = marks::read(first);
             }

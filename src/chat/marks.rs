@@ -1,30 +1,30 @@
-//! Marks: what tells the characters of a message from a template's while a template works with them.
+//! Marks: they tell the characters of a message from those of the template while a template works with them.
 //!
-//! Inside the template engine, each character of a message is replaced by one of its own 0x40000 higher, in planes of
-//! Unicode that have no characters. A text is still one string, of as many characters: whatever cuts, joins, repeats,
-//! reverses or walks through texts keeps the marks without knowing of them. An operation that looks at the characters
-//! themselves reads them unmarked ([`read`], [`letters`]); where it makes a new text of them, it marks that again
-//! ([`map`]). So a mark can be lost only where this file's functions are called, and none of the callers loses one.
+//! Inside the template engine, each character of a message is replaced by the code point 0x40000 above it, in planes of
+//! Unicode without assigned characters. A text is still one string with the same number of characters. So operations
+//! that cut, join, repeat, reverse or iterate keep the marks without special care. Operations that depend on characters
+//! read them unmarked ([`read`], [`letters`]), and mark a new text that they make of them ([`map`]). Only the functions
+//! of this file remove marks. Their callers use unmarked text for a comparison, a number or an error message alone.
 //!
-//! Signs are marked characters that stand for nothing: they say where a message went.
+//! Signs are code points that stand for no character: they show where a message is.
 use std::borrow::Cow;
 use std::ops::Range;
 use std::str::CharIndices;
 
 use minijinja::value::{Value, ValueKind};
 
-/// Planes 0 to 3 and 14 to 16, in which characters are assigned, move to planes 4 to 7 and 8 to 10.
+/// Planes 0 to 3 and 14 to 16, which have assigned characters, move to planes 4 to 7 and 8 to 10.
 const SHIFT: u32 = 0x4_0000;
 const HIGH_PLANES: u32 = 0xe_0000;
 const HIGH_SHIFTED: u32 = 0x8_0000;
-/// Of the planes between, each code point becomes two: its upper bits from here on, and its lower ten.
+/// A code point of the planes between becomes two: its upper bits from here on, and its lower ten bits.
 const UPPER: u32 = 0xb_0000;
 const LOWER: u32 = 0xb_0400;
 const SIGNS: u32 = 0xc_0000;
 
 /// Ends a message to be continued.
 pub(super) const CONTINUED: char = '\u{dfffd}';
-/// Follows it: a space, which a template that trims its messages takes away.
+/// Follows it: a space, which a template that trims its messages removes.
 pub(super) const SLACK: char = '\u{dfffc}';
 /// Signs that can be told apart by their number.
 pub(super) const MAX_SIGNS: usize = 0x1_0000;
@@ -34,7 +34,7 @@ pub(super) fn sign(number: usize) -> char {
     char::from_u32(SIGNS + number as u32).unwrap_or(CONTINUED)
 }
 
-/// Whose a character is.
+/// The source of a character.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum Origin {
     Template,
@@ -66,7 +66,7 @@ pub(super) fn is_space(c: char) -> bool {
     plain(c).is_whitespace()
 }
 
-/// `text` as a message's.
+/// `text` with every character marked.
 pub(super) fn mark(text: &str) -> String {
     let mut marked = String::with_capacity(4 * text.len());
     for c in text.chars() {
@@ -87,7 +87,7 @@ pub(super) fn has_marks(text: &str) -> bool {
     text.bytes().any(|byte| (0xf1..=0xf3).contains(&byte)) && text.chars().any(|c| origin(c) != Origin::Template)
 }
 
-/// `text` as it reads, without signs.
+/// `text` without marks and signs.
 pub(super) fn unmark(text: &str) -> Cow<'_, str> {
     match has_marks(text) {
         false => Cow::Borrowed(text),
@@ -95,7 +95,7 @@ pub(super) fn unmark(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Bytes of `text` as it reads.
+/// Bytes of `text` without marks.
 pub(super) fn plain_len(text: &str) -> usize {
     match has_marks(text) {
         false => text.len(),
@@ -103,14 +103,14 @@ pub(super) fn plain_len(text: &str) -> usize {
     }
 }
 
-/// A character of a text, and the bytes that stand for it.
+/// A character of a text, and its range there.
 pub(super) struct Letter {
     pub plain: char,
     pub origin: Origin,
     pub range: Range<usize>,
 }
 
-/// The characters of `text`, as they read.
+/// The characters of `text`, without marks.
 pub(super) fn letters(text: &str) -> impl Iterator<Item = Letter> {
     struct Letters<'a>(CharIndices<'a>);
     impl Iterator for Letters<'_> {
@@ -145,7 +145,7 @@ pub(super) fn runs(text: &str) -> impl Iterator<Item = (Origin, &str)> {
     })
 }
 
-/// What `change` makes of each run of `text` as it reads; what it makes of a message's characters is the message's.
+/// `text` with `change` applied to each run without marks; the result for a message's characters is marked again.
 pub(super) fn map(text: &str, change: impl Fn(&str) -> String) -> String {
     let changed = runs(text).map(|(origin, run)| match origin {
         Origin::Template => change(run),
@@ -155,14 +155,14 @@ pub(super) fn map(text: &str, change: impl Fn(&str) -> String) -> String {
     changed.collect()
 }
 
-/// Where `text` reads like `needle`, from left to right and without overlaps.
+/// The ranges of `text` that equal `needle` without marks, from left to right and without overlaps.
 pub(super) fn find_all(text: &str, needle: &str) -> Vec<Range<usize>> {
     let (plain, needle) = (unmark(text), unmark(needle));
     let found = plain.match_indices(&*needle).map(|(at, found)| at..at + found.len());
     if !has_marks(text) {
         return found.collect();
     }
-    // From places in `plain` to places in `text`.
+    // From offsets in `plain` to offsets in `text`.
     let mut letters = letters(text);
     let (mut read, mut at) = (0, 0);
     let mut place = |plain: usize| {
@@ -176,7 +176,7 @@ pub(super) fn find_all(text: &str, needle: &str) -> Vec<Range<usize>> {
     found.map(|range| place(range.start)..place(range.end)).collect()
 }
 
-/// `value` with every text in it as it reads: for what only asks about it. The meter has weighed it.
+/// `value` with every text in it unmarked, for questions about it. The meter has weighed it.
 pub(super) fn read(value: &Value) -> Value {
     if !any_marks(value) {
         return value.clone();

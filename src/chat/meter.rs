@@ -1,4 +1,4 @@
-//! What a template may cost: every piece of text or list that an operation touches is paid for before the operation.
+//! The cost of a template: every operation pays, before it starts, for the texts and lists that it touches.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,11 +7,11 @@ use minijinja::{Error, ErrorKind};
 
 use super::marks;
 
-/// Text emitted, captured text included, so also the limit of the prompt: 128 k tokens of English are half a MiB.
+/// Bytes of text emitted, captured text included. So it limits the prompt too: 128 k tokens of English are half a MiB.
 pub(super) const MAX_OUTPUT: usize = 8 << 20;
 /// Bytes touched. A sensible template touches each message a few times.
 const MAX_WORK: usize = 32 << 20;
-/// The work of one element of a list or map, in bytes: making one takes as long as copying so much text.
+/// The cost of one element of a list or map, in bytes of text that are copied in the same time.
 pub(super) const ELEMENT: usize = 256;
 /// Lists in lists, deeper than any conversation and far from the end of the stack.
 pub(super) const MAX_DEPTH: usize = 32;
@@ -39,7 +39,7 @@ impl Meter {
         Ok(())
     }
 
-    /// Pays for a text, by what it reads.
+    /// Pays for a text, by its length without marks.
     pub fn text(&self, text: &str) -> Result<(), Error> {
         self.spend(marks::plain_len(text))
     }
@@ -74,7 +74,7 @@ impl Meter {
         }
     }
 
-    /// Pays for the elements of `value` alone, and makes a list of what is computed only when it is looked at.
+    /// Pays for the elements of `value` alone, and makes a list of a lazy value.
     pub fn count(&self, value: Value) -> Result<Value, Error> {
         match value.kind() {
             ValueKind::String => self.weigh(&value).map(|()| value),
@@ -83,7 +83,7 @@ impl Meter {
         }
     }
 
-    /// [`Meter::count`] for operations that take no longer with a longer list.
+    /// [`Meter::count`] for operations whose time does not depend on the length of a list.
     pub fn look(&self, value: Value) -> Result<Value, Error> {
         match value.kind() {
             ValueKind::Seq | ValueKind::Map => Ok(value),
@@ -96,8 +96,8 @@ impl Meter {
         paid.collect()
     }
 
-    /// A copy of plain data, which is all that may outlive a step of a loop: a chain of things that refer to one another
-    /// would take the stack with it when it is dropped.
+    /// A copy of plain data. Only that may outlive a step of a loop: dropping a chain of objects that refer to one another
+    /// would overflow the stack.
     pub fn plain(&self, value: &Value) -> Result<Value, Error> {
         self.plain_at(value, 0)
     }

@@ -1,11 +1,11 @@
-//! Values as text: what Python's `str`, `repr` and `json.dumps` write, which is what chat templates were made with.
+//! Values as text, as Python's `str`, `repr` and `json.dumps` write them, which chat templates were made with.
 use minijinja::Error;
 use minijinja::value::{Value, ValueKind};
 
 use super::marks;
 use super::meter::{ELEMENT, MAX_DEPTH, Meter, invalid};
 
-/// Text in the making, paid for as it grows.
+/// A text that grows, and pays as it does.
 pub(super) struct Text<'a> {
     meter: &'a Meter,
     pub text: String,
@@ -58,7 +58,7 @@ impl<'a> Text<'a> {
                 self.push("}")
             }
             ValueKind::Number => self.push(&value.to_string()),
-            kind => Err(invalid(format!("a {kind} is no text"))),
+            kind => Err(invalid(format!("a {kind} cannot be converted to text"))),
         }
     }
 
@@ -94,7 +94,7 @@ impl<'a> Text<'a> {
     pub fn json(&mut self, value: &Value, indent: Option<usize>, depth: usize) -> Result<(), Error> {
         match value.kind() {
             _ if depth > MAX_DEPTH => Err(invalid(format!("lists are nested more than {MAX_DEPTH} deep"))),
-            ValueKind::Undefined => Err(invalid("an undefined value has no JSON")),
+            ValueKind::Undefined => Err(invalid("an undefined value cannot be converted to JSON")),
             ValueKind::None => self.push("null"),
             ValueKind::Bool => self.push(if value.is_true() { "true" } else { "false" }),
             ValueKind::String => self.json_string(value.as_str().unwrap_or_default()),
@@ -118,7 +118,7 @@ impl<'a> Text<'a> {
                 })
             }
             ValueKind::Number => self.push(&value.to_string()),
-            kind => Err(invalid(format!("a {kind} has no JSON"))),
+            kind => Err(invalid(format!("a {kind} cannot be converted to JSON"))),
         }
     }
 

@@ -65,7 +65,7 @@ struct Entry {
     name: String,
     dtype: GgmlType,
     shape: Vec<usize>,
-    /// None when the size of the type is not known.
+    /// None: the size of the type is unknown.
     size: Option<u64>,
     /// From the start of the tensors' bytes.
     offset: u64,
@@ -154,7 +154,7 @@ impl Entry {
     }
 }
 
-/// A place in the header. Nothing is read past the end of the file, nor past `MAX_HEADER`.
+/// A position in the header. Reads stop at the end of the file and at `MAX_HEADER`.
 struct Cursor<'a> {
     path: &'a Path,
     map: &'a Arc<Mmap>,

@@ -1,9 +1,9 @@
-//! Added tokens: those that are found in text as they stand, before anything is normalized or merged.
+//! Added tokens: those that are found in text verbatim, before it is normalized or merged.
 //!
 //! The rules are those of `tokenizers`' AddedVocabulary: the leftmost match, of several there the longest; `lstrip` and
-//! `rstrip` take the (Unicode) whitespace around a match with it; tokens with `normalized` are looked for in what the
-//! normalizer makes of the rest. One rule is ours: no match overlaps the user's text, as if each character of it were
-//! one that no token has. The whitespace that a match takes with it may be the user's.
+//! `rstrip` include the (Unicode) whitespace around a match; tokens with `normalized` are searched in the normalized
+//! rest. One rule is ours: no match overlaps the user's text, as if each of its characters occurred in no token. The
+//! whitespace around a match may be the user's.
 use std::path::Path;
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
@@ -23,11 +23,11 @@ pub(super) struct AddedToken {
     pub content: String,
     /// Left out of decoded text.
     pub special: bool,
-    /// Matches only where no letter, digit or underscore is next to it.
+    /// Matches only without a letter, digit or underscore next to it.
     pub single_word: bool,
     pub lstrip: bool,
     pub rstrip: bool,
-    /// Matches what the normalizer makes of it, in normalized text.
+    /// Matches its normalized text, in normalized text.
     pub normalized: bool,
 }
 
@@ -92,7 +92,7 @@ impl AddedTokens {
         self.tokens.iter().find(|token| token.content == content).map(|token| token.id)
     }
 
-    /// The text of a token that matches wherever it stands.
+    /// The text of a token that matches in any context.
     pub fn first(&self) -> Option<&str> {
         let token = self.tokens.iter().find(|token| !token.single_word && !token.normalized)?;
         Some(&token.content)
@@ -103,7 +103,7 @@ impl AddedTokens {
         self.tokens.iter().zip(&self.texts).map(|(token, text)| (token.id, text.as_str()))
     }
 
-    /// Cuts the tokens out of the whole text, between the ranges of the user.
+    /// Cuts the tokens out of the whole text, between the user's ranges.
     pub fn split(&self, text: NormalizedString, user: &[Place]) -> tokenizers::Result<Vec<Split>> {
         let gaps = gaps(text.get().len(), user);
         self.cut(text, &self.raw, gaps)
@@ -128,7 +128,7 @@ impl AddedTokens {
             if token.single_word && (self.is_word(before.chars().next_back()) || self.is_word(after.chars().next())) {
                 continue;
             }
-            // A token that begins with whitespace may start inside what the one before has taken.
+            // A token that begins with whitespace may start inside the whitespace of the one before.
             let start = if token.lstrip { before.trim_end().len().max(done) } else { found.start };
             let stop = if token.rstrip { text.len() - after.trim_start().len() } else { found.end };
             if done < start {
@@ -169,7 +169,7 @@ impl Matcher {
         Ok(Self(Some((automaton, chosen))))
     }
 
-    /// The matches that lie in `gap`: the token's index, and where its text is.
+    /// The matches inside `gap`: the index of the token, and the range of its text.
     fn find(&self, text: &str, gap: Place) -> impl Iterator<Item = (usize, Place)> {
         let found = self.0.as_ref().map(|(automaton, tokens)| {
             automaton
@@ -180,7 +180,7 @@ impl Matcher {
     }
 }
 
-/// What `ranges`, ascending, leave of a text of `length` bytes. An empty range parts two gaps.
+/// The gaps between `ranges`, ascending, in a text of `length` bytes. An empty range separates two gaps.
 fn gaps(length: usize, ranges: &[Place]) -> Vec<Place> {
     let mut gaps = Vec::with_capacity(ranges.len() + 1);
     let mut start = 0;
@@ -193,11 +193,10 @@ fn gaps(length: usize, ranges: &[Place]) -> Vec<Place> {
     gaps
 }
 
-/// Where a normalized segment is the user's; an empty range is a place at which a text of the user was removed.
+/// The user's ranges of a normalized segment; an empty range is a place at which user text was removed.
 ///
-/// Normalizers may compose, decompose and reorder a letter and its accents, so a character that may be a letter and the
-/// characters after it that may be accents (all but ASCII and "▁") are the user's together. What a normalizer inserts,
-/// it places at a neighbour.
+/// Normalizers compose, decompose and reorder a letter and its accents. So a character and the possible accents after it
+/// (all but ASCII and "▁") are the user's together. An inserted character has the place of its neighbor.
 fn normalized_user(segment: &NormalizedString, user: &[Place]) -> Vec<Place> {
     if user.is_empty() {
         return Vec::new();
@@ -207,7 +206,7 @@ fn normalized_user(segment: &NormalizedString, user: &[Place]) -> Vec<Place> {
         let next = user.partition_point(|range| range.end <= start + from);
         user.get(next).is_some_and(|range| range.start < start + to)
     };
-    // Each character, where it is, and whether the user's text is in it, and behind it up to the next one.
+    // Each character, its range, and whether user text is in it, and after it up to the next one.
     let (mut letters, mut ends): (Vec<(char, Place, bool, bool)>, _) = (Vec::new(), 0);
     for (at, c) in segment.get().char_indices() {
         let range = at..at + c.len_utf8();

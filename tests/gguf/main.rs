@@ -276,7 +276,7 @@ fn says_what_a_file_is_that_is_no_gguf() {
         ("json", b"{\"error\": \"gated repo\"}".into(), Invalid, &["JSON text", "server's error message"]),
         ("git lfs", pointer.into(), Invalid, &["Git LFS pointer", "2.39 GB", "git lfs pull"]),
         ("git lfs, no size", b"version https://git-lfs".into(), Invalid, &["Git LFS pointer", "git lfs pull"]),
-        ("safetensors", safetensors, Invalid, &["safetensors file", "only GGUF files are read"]),
+        ("safetensors", safetensors, Invalid, &["safetensors file", "only GGUF files are supported"]),
         ("zip", b"PK\x03\x04rest".into(), Invalid, &["zip archive or a PyTorch checkpoint"]),
         ("pickle", b"\x80\x02}q\x00".into(), Invalid, &["Python pickle"]),
         ("gzip", b"\x1f\x8b\x08\x00".into(), Invalid, &["compressed file; unpack it first"]),
@@ -510,7 +510,13 @@ fn names_what_is_there_instead_of_a_file() {
     let root = folder.path();
     let missing = root.join("absent.gguf");
     assert_error("missing", &missing, &Gguf::open(&missing, true).unwrap_err(), NotFound, &["no such file"]);
-    assert_error("folder", root, &Gguf::open(root, true).unwrap_err(), NotFound, &["directory", "there is none in it"]);
+    assert_error(
+        "folder",
+        root,
+        &Gguf::open(root, true).unwrap_err(),
+        NotFound,
+        &["directory", "the directory has none"],
+    );
     for name in ["b.gguf", "a.gguf", "notes.txt"] {
         save(root, name, b"");
     }
@@ -534,7 +540,7 @@ fn says_why_a_file_cannot_be_read() {
         assert_error("no permission", &path, &error, Invalid, &["cannot be read", "denied"]);
     }
     let device = Path::new("/dev/null");
-    assert_error("device", device, &Gguf::open(device, true).unwrap_err(), Invalid, &["neither a file"]);
+    assert_error("device", device, &Gguf::open(device, true).unwrap_err(), Invalid, &["not a regular file"]);
 }
 
 /// Part `number` (from 0) of `count`, with one tensor.

@@ -1,4 +1,4 @@
-//! A whole model of some kilobytes: what the smallest sound file has, for tests that damage it.
+//! A complete model of some kilobytes, for tests that damage it.
 use super::*;
 
 /// One layer of 32 features and one head, an SPM vocabulary of the 256 bytes and a few pieces, weights that are noise.
