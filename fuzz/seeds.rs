@@ -18,6 +18,7 @@ fn main() {
     };
 
     write("gguf", "small.gguf", &gguf_writer::model::small_model().bytes());
+    write("gguf", "wide.gguf", &gguf_writer::model::wide_model().bytes());
     write("gguf", "types.gguf", &every_type().bytes());
     for name in ["q4_0.gguf", "q4_1.gguf", "q5_0.gguf", "q5_1.gguf"] {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name);
@@ -69,7 +70,7 @@ fn every_type() -> gguf_writer::Writer {
         .tensor("w", &[256, 1, 1, 1], 12, &[0; 144])
 }
 
-const TEMPLATES: [&str; 4] = [
+const TEMPLATES: [&str; 6] = [
     "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}\
      {% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}\
      {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
@@ -77,6 +78,10 @@ const TEMPLATES: [&str; 4] = [
      {{ loop.index }}{{ m.content | trim | tojson }}{%- endfor -%}{{ ns.n }}",
     "{% macro turn(m, last=false) %}<|{{ m.role }}|>{{ m.content.split('\n')[-1].strip() }}{% if not last %}<|end|>{% endif %}\
      {% endmacro %}{% for m in messages %}{{ turn(m, last=loop.last) }}{% endfor %}",
+    "<{{ messages[0].content }}|>{{ '<' ~ messages[-1].content[1:] ~ '>' }}{% for c in messages[0].content %}<|{{ c }}|>\
+     {% endfor %}{{ [messages[0].content, messages[0].content.split('|')] | tojson }}",
+    "r<|{{ messages[0].role }}|>{% set x %}<{{ messages[0].role }}{% endset %}{{ x }}{{ x.replace('<', '{') ~ '}' }}\
+     {{ messages | map(attribute='content') | join('<') | reverse | indent(1) }}{{ messages[1].content.upper().title() }}",
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}{% else %}\
      {% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role not in ['user', 'assistant'] %}\
      {{ raise_exception('no ' ~ m.role) }}{% endif %}{{ m.content | replace('a', 'b') | upper }}{% endfor %}",

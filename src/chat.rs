@@ -1,17 +1,18 @@
-//! Messages -> prompt: the text a chat template makes of them, and where in it user text must stay text.
+//! Messages -> prompt: the text that a chat template makes of them, and which ranges of it are the messages' own.
 //!
-//! Which template: the caller's, else the file's, else the one the family is known by ([`Template::new`]). All three are
-//! Jinja and go through one engine. Three promises hold for any template, and are kept by characters that occur in
-//! neither the messages nor the template and stand in for something while it is rendered:
+//! The template is the caller's, else the file's, else the built-in one of the model's family ([`Template::new`]). All
+//! three are Jinja and are rendered by the same engine. Three promises hold for any template:
 //!
-//! 1. *User text is never control text.* Each character of a message that could begin an added token ("<") is replaced,
-//!    one for one, so that a template may trim, slice or compare as it likes. Afterwards the characters are put back, and
-//!    [`Rendered::literal`] says where they stand.
-//! 2. *A system message is never dropped.* Each ends in a character of its own, which must come out again.
-//! 3. *A last message of the assistant is continued.* It ends in a character after which everything is cut off.
+//! 1. *User text is never control text.* The characters of each message are marked (`marks.rs`) before the template sees
+//!    them, and stay marked whatever it does with them. [`Rendered::user`] says where they are, and no added token that
+//!    overlaps such a range is recognized. A role other than system, user and assistant is user text too.
+//! 2. *A system message is never dropped.* Each ends in a sign of its own, which must be in the result.
+//! 3. *A last message of the assistant is continued.* It ends in a sign, after which the result is cut off.
+//!
+//! A number that a template computes (the length of a message, the place of a word in it) is the template's own text.
 //!
 //! Decisions: docs/design/text.md
-use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use minijinja::context;
@@ -20,10 +21,12 @@ use minijinja::value::Value;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::tokenizer::{Family, Tokenizer};
+use marks::{CONTINUED, MAX_SIGNS, Origin, SLACK};
 
 mod clock;
 mod guard;
 mod jinja;
+mod marks;
 mod meter;
 mod text;
 
@@ -38,22 +41,21 @@ pub struct Message {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendered {
     pub text: String,
-    /// Byte offsets in `text`, ascending, at which no added token may start, for
-    /// [`Special::Except`](crate::tokenizer::Special): the messages' own "<" and the like.
-    pub literal: Vec<usize>,
+    /// The byte ranges of `text` that are from the messages: ascending, apart from one another, none of them empty. For
+    /// [`Special::Outside`](crate::tokenizer::Special).
+    pub user: Vec<Range<usize>>,
 }
 
 /// How a model expects a conversation to be written.
 #[derive(Debug)]
 pub struct Template {
     source: String,
-    tokenizer: Arc<Tokenizer>,
     tokens: TokenTexts,
-    /// Why the file's template cannot be used: no reason not to open the file for raw prompts.
+    /// Why the file's template cannot be used. The file can still be opened for raw prompts.
     broken: Option<Error>,
 }
 
-/// The tokens that a template may name.
+/// The texts of the tokens that a template may use.
 #[derive(Debug)]
 struct TokenTexts {
     eos: String,
@@ -91,11 +93,11 @@ fn built_in(family: Family) -> &'static str {
 }
 
 impl Template {
-    /// `source` if there is one, else the file's `tokenizer.chat_template`, else the family's. Microsoft's Phi-3 files
+    /// `source`, else the file's `tokenizer.chat_template`, else the family's. Microsoft's Phi-3 files
     /// carry a template without a system branch, which silently loses system messages: for it the family's is used.
     ///
-    /// Errors: `Value` for a `source` that is no Jinja. What is wrong with the file's template is an error of
-    /// [`Template::render`], since raw prompts do not need it.
+    /// Errors: `Value` for a `source` that is not Jinja. A problem of the file's template is an error of
+    /// [`Template::render`], because raw prompts do not need it.
     pub fn new(source: Option<&str>, gguf: &Gguf, tokenizer: Arc<Tokenizer>) -> Result<Self> {
         let family = tokenizer.family();
         let text_of = |key: &str| -> Result<String> {
@@ -107,7 +109,7 @@ impl Template {
             unknown: text_of("tokenizer.ggml.unknown_token_id")?,
             padding: text_of("tokenizer.ggml.padding_token_id")?,
         };
-        let mut template = Template { source: built_in(family).to_owned(), tokenizer, tokens, broken: None };
+        let mut template = Template { source: built_in(family).to_owned(), tokens, broken: None };
         if let Some(source) = source {
             jinja::check(source).map_err(|what| Error::option("chat_template", format!("is not valid: {what}")))?;
             template.source = source.to_owned();
@@ -130,7 +132,7 @@ impl Template {
         Ok(template)
     }
 
-    /// Whether the template takes a conversation, but not with a system message.
+    /// Whether the template accepts a conversation without a system message only.
     fn loses_system_messages(&self) -> bool {
         let message = |role: &str| Message { role: role.to_owned(), content: "probe".to_owned() };
         self.render(&[message("system"), message("user")]).is_err() && self.render(&[message("user")]).is_ok()
@@ -147,56 +149,56 @@ impl Template {
     /// No BOS is written: `bos_token` is empty in a template. A template that trims its messages also trims the end of
     /// one to be continued, as Hugging Face does; one that does not keeps its trailing spaces.
     ///
-    /// Errors: `Value` for what the template itself refuses (`raise_exception`), a system message or a message to be
-    /// continued that is not in the prompt, and a template that does not come to an end; `InvalidModel` when the file's
-    /// template is no Jinja.
+    /// Errors: `Value` if the template refuses the messages (`raise_exception`), exceeds a limit, or drops a system message
+    /// or the message to be continued; `InvalidModel` if the file's template is not Jinja.
     pub fn render(&self, messages: &[Message]) -> Result<Rendered> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
-        let mut unused = Unused::new(messages.iter().map(|m| &m.content).chain([&self.source]));
-        let mut stand_ins = StandIns::default();
-        let mut system_ends = Vec::new(); // (message, the character it ends in)
-        let mut continued_at = None;
         let mut values = Vec::with_capacity(messages.len());
+        let mut system = Vec::new(); // the messages with a sign, by its number
+        let mut continued = false;
         for (i, message) in messages.iter().enumerate() {
-            let mut content = stand_ins.replace(&message.content, &self.tokenizer, &mut unused)?;
-            let end = content.trim_end().len();
+            let mut content = marks::mark(&message.content);
+            let end = message.content.trim_end().len();
             if message.role == "system" && end > 0 {
-                let mark = unused.take()?;
-                content.insert(end, mark);
-                system_ends.push((i, mark));
+                if system.len() == MAX_SIGNS {
+                    return Err(Error::Value(format!("the conversation has more than {MAX_SIGNS} system messages")));
+                }
+                content = marks::mark(&message.content[..end]);
+                content.push(marks::sign(system.len()));
+                content += &marks::mark(&message.content[end..]);
+                system.push(i);
             }
             if message.role == "assistant" && i + 1 == messages.len() {
-                let mark = unused.take()?;
-                // The space tells whether the template trims.
-                content.extend([mark, ' ']);
-                continued_at = Some(mark);
+                content.extend([CONTINUED, SLACK]);
+                continued = true;
             }
-            values.push(Value::from_iter([
-                ("role", Value::from(message.role.as_str())),
-                ("content", Value::from(content)),
-            ]));
+            let role = match message.role.as_str() {
+                known @ ("system" | "user" | "assistant") => known.to_owned(),
+                other => marks::mark(other),
+            };
+            values.push(Value::from_iter([("role", Value::from(role)), ("content", Value::from(content))]));
         }
 
-        let text = jinja::render(&self.source, self.variables(values, continued_at.is_none()))
+        let mut text = jinja::render(&self.source, self.variables(values, !continued))
             .map_err(|what| Error::Value(format!("chat template: {what}")))?;
-        if let Some((i, _)) = system_ends.iter().find(|(_, mark)| !text.contains(*mark)) {
+        if let Some((_, i)) = system.iter().enumerate().find(|(number, _)| !text.contains(marks::sign(*number))) {
             return Err(Error::Value(format!(
-                "this chat template has no place for a system message (message {i}); pass a chat_template that has, or say \
-                 it in a user message"
+                "this chat template drops system messages (message {i}); pass a chat_template that keeps them, or put \
+                 the text into a user message"
             )));
         }
-        let text = match continued_at {
-            Some(mark) => cut(&text, mark).ok_or_else(|| {
+        if continued {
+            let Some(end) = end_of_continued(&text) else {
                 let i = messages.len() - 1;
-                Error::Value(format!(
-                    "this chat template leaves out the assistant's message {i}, which is to be continued"
-                ))
-            })?,
-            None => text,
-        };
-        Ok(stand_ins.restore(&text, |c| system_ends.iter().any(|(_, mark)| *mark == c)))
+                return Err(Error::Value(format!(
+                    "this chat template drops the assistant's message {i}, which is to be continued"
+                )));
+            };
+            text.truncate(end);
+        }
+        Ok(unmarked(&text))
     }
 
     fn variables(&self, messages: Vec<Value>, add_generation_prompt: bool) -> Value {
@@ -213,70 +215,25 @@ impl Template {
     }
 }
 
-/// The text before the last `mark`; without trailing whitespace if the space after the mark is gone too.
-fn cut(text: &str, mark: char) -> Option<String> {
-    let (before, after) = text.rsplit_once(mark)?;
-    let before = if after.starts_with(' ') { before } else { before.trim_end() };
-    // A template may have written the message twice.
-    Some(before.replace(&format!("{mark} "), "").replace(mark, ""))
+/// Where the message to be continued ends, if it is in `text`: before trailing whitespace if the template trims.
+fn end_of_continued(text: &str) -> Option<usize> {
+    let (before, after) = text.rsplit_once(CONTINUED)?;
+    Some(if after.starts_with(SLACK) { before.len() } else { before.trim_end_matches(marks::is_space).len() })
 }
 
-/// Characters without a meaning that occur nowhere in the texts at hand: noncharacters first, then private ones.
-struct Unused {
-    occurring: HashSet<char>,
-    candidates: std::iter::Chain<std::ops::RangeInclusive<char>, std::ops::RangeInclusive<char>>,
-}
-
-impl Unused {
-    fn new<'a>(texts: impl Iterator<Item = &'a String>) -> Self {
-        let occurring = texts.flat_map(|text| text.chars()).filter(|&c| c >= '\u{fdd0}').collect();
-        let candidates = ('\u{fdd0}'..='\u{fdef}').chain('\u{f0000}'..='\u{10fffd}');
-        Unused { occurring, candidates }
-    }
-
-    fn take(&mut self) -> Result<char> {
-        let unused = self.candidates.find(|c| !self.occurring.contains(c));
-        unused.ok_or_else(|| Error::Value("the messages use every private character of Unicode".to_owned()))
-    }
-}
-
-/// Which character stands in for which.
-#[derive(Default)]
-struct StandIns {
-    of: BTreeMap<char, char>,
-    originals: BTreeMap<char, char>,
-}
-
-impl StandIns {
-    fn replace(&mut self, content: &str, tokenizer: &Tokenizer, unused: &mut Unused) -> Result<String> {
-        let mut text = String::with_capacity(content.len() + 8);
-        for c in content.chars() {
-            // Templates trim whitespace, so it stays what it is.
-            if c.is_whitespace() || !tokenizer.may_start_added(c) {
-                text.push(c);
-                continue;
-            }
-            let stand_in = match self.of.get(&c) {
-                Some(stand_in) => *stand_in,
-                None => unused.take()?,
-            };
-            self.of.insert(c, stand_in);
-            self.originals.insert(stand_in, c);
-            text.push(stand_in);
-        }
-        Ok(text)
-    }
-
-    fn restore(&self, text: &str, is_mark: impl Fn(char) -> bool) -> Rendered {
-        let mut rendered = Rendered { text: String::with_capacity(text.len()), literal: Vec::new() };
-        for c in text.chars() {
-            if let Some(original) = self.originals.get(&c) {
-                rendered.literal.push(rendered.text.len());
-                rendered.text.push(*original);
-            } else if !is_mark(c) {
-                rendered.text.push(c);
+/// `text` without marks and signs.
+fn unmarked(text: &str) -> Rendered {
+    let mut rendered = Rendered { text: String::with_capacity(text.len()), user: Vec::new() };
+    for letter in marks::letters(text).filter(|letter| letter.origin != Origin::Sign) {
+        let start = rendered.text.len();
+        rendered.text.push(letter.plain);
+        let end = rendered.text.len();
+        if letter.origin == Origin::Message {
+            match rendered.user.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => rendered.user.push(start..end),
             }
         }
-        rendered
     }
+    rendered
 }

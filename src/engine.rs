@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
+use sha2::{Digest, Sha256};
 
 use crate::bandwidth;
 use crate::cache::KvType;
@@ -172,7 +173,7 @@ impl Engine {
     pub fn tokenize_messages(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let parts = self.parts()?;
         let prompt = parts.template.render(messages)?;
-        parts.tokenizer.encode(&prompt.text, Special::Except(&prompt.literal))
+        parts.tokenizer.encode(&prompt.text, Special::Outside(&prompt.user))
     }
 
     /// The ids of a text without a template.
@@ -358,36 +359,20 @@ pub fn choose_kernel(name: Option<&str>) -> Result<Box<dyn Kernel>> {
 fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
     const HEADER: usize = 1 << 16;
     const SAMPLE: usize = 256;
-    let mut hash = Fnv::default();
+    let mut hash = Sha256::new();
     for (_, bytes) in gguf.parts() {
-        hash.add(&(bytes.len() as u64).to_le_bytes());
-        hash.add(&bytes[..bytes.len().min(HEADER)]);
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(&bytes[..bytes.len().min(HEADER)]);
     }
     for tensor in gguf.tensors() {
         let bytes = tensor.bytes();
-        hash.add(&bytes[..bytes.len().min(SAMPLE)]);
+        hash.update(&bytes[..bytes.len().min(SAMPLE)]);
     }
     for text in [env!("CARGO_PKG_VERSION"), model.engine(), model.kernel(), model.device(), kv_cache] {
-        hash.add(text.as_bytes());
+        hash.update(text);
     }
-    format!("phi_{:012x}", hash.0 >> 16)
-}
-
-/// Fowler, Noll and Vo's hash (1a, 64 bits): the same on every machine, and no protection against forgery.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Fnv(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv {
-    fn add(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ byte as u64).wrapping_mul(0x100_0000_01b3);
-        }
-    }
+    let digits: String = hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    format!("phi_{digits}")
 }
 
 #[cfg(test)]

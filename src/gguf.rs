@@ -1,4 +1,4 @@
-//! GGUF, the file format of llama.cpp: a header of typed keys, a table of tensors, and their bytes, left where they are.
+//! GGUF, the file format of llama.cpp: a header of typed keys, a table of tensors, and the bytes of the tensors.
 //!
 //! ```text
 //! "GGUF" · version u32 · number of tensors u64 · number of keys u64
@@ -6,9 +6,9 @@
 //! per tensor: name str · number of dims u32 · dims u64.. · type u32 · offset u64
 //! padding to `general.alignment` (32) · the tensors' bytes, each at its offset, little-endian
 //! ```
-//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.) A file is somebody else's input: every count, length,
-//! type and offset is checked once, against the bytes that are there, before anything is allocated for it, so that what
-//! [`Gguf::open`] returns can be used without further checks. Nothing of the tensors is copied.
+//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.) A file cannot be trusted: every count, length, type
+//! and offset is checked once, against the length of the file, before anything is allocated for it. So a [`Gguf`] can be
+//! used without further checks. The tensors are not copied.
 //!
 //! Decisions: docs/design/files.md
 use std::collections::HashMap;
@@ -24,9 +24,11 @@ use crate::task::Task;
 mod file;
 mod header;
 mod metadata;
+mod names;
 mod tensor;
 
 pub use metadata::{Array, ElementType, Metadata, Strings, Value};
+pub use names::SplitName;
 pub use tensor::{Bytes, GgmlType, Tensor};
 
 /// One model: a file, or all parts of a split one. Its bytes stay mapped while this or any [`Bytes`] of it lives.
@@ -42,7 +44,7 @@ pub struct Gguf {
 struct Part {
     path: PathBuf,
     map: Arc<Mmap>,
-    /// What `map` shows; None for a private copy.
+    /// The mapped file; None for a private copy.
     file: Option<File>,
 }
 
@@ -56,24 +58,26 @@ impl Gguf {
         Gguf::open_for(&Task::default(), path, mmap)
     }
 
-    /// The same for somebody who waits, is told how much of a file was read into memory, and may leave.
+    /// The same with a task, which learns how much of a file was read into memory and can cancel.
     pub fn open_for(task: &Task, path: &Path, mmap: bool) -> Result<Gguf> {
         let (first, metadata, mut tensors) = Part::open(task, path, mmap)?;
         let mut parts = vec![first];
-        match SplitName::of(path) {
+        let split = path.file_name().and_then(|name| SplitName::parse(name.to_str()?));
+        // A model in one part is not split.
+        match split.filter(|split| split.count > 1) {
             Some(split) if split.number != 1 => {
                 return Err(Error::InvalidModel(format!(
                     "{}: this is part {} of {}; open the first part, {}",
                     path.display(),
                     split.number,
                     split.count,
-                    split.path(1).display()
+                    path.with_file_name(split.part(1)).display()
                 )));
             }
             Some(split) => {
                 check_part(path, &metadata, 0, split.count)?;
                 for number in 2..=split.count {
-                    let path = split.path(number);
+                    let path = path.with_file_name(split.part(number));
                     if !path.exists() {
                         let count = split.count;
                         return Err(Error::ModelNotFound(format!(
@@ -141,8 +145,8 @@ impl Gguf {
         self.index.get(name).map(|&i| &self.tensors[i])
     }
 
-    /// Whether the mapped files are as long as they were: to read where one was cut off ends the process. Asked before
-    /// each piece of work, this catches a file that was written over in the meantime, not one that shrinks during it.
+    /// Checks that the mapped files have not become shorter: a read past the new end kills the process. Called before each
+    /// piece of work, this catches a file that was overwritten in the meantime, not one that shrinks during the work.
     pub fn check_length(&self) -> Result<()> {
         for Part { path, map, file } in &self.parts {
             let length = file.as_ref().and_then(|file| file.metadata().ok()).map(|file| file.len());
@@ -173,34 +177,7 @@ impl Part {
     }
 }
 
-/// `name-00001-of-00003.gguf`: which part of how many. A model in one part is not split.
-struct SplitName<'a> {
-    folder: &'a Path,
-    stem: &'a str,
-    number: u32, // from 1
-    count: u32,
-}
-
-impl<'a> SplitName<'a> {
-    fn of(path: &'a Path) -> Option<Self> {
-        let five_digits = |text: &str| {
-            let digits = text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-            digits.then(|| text.parse::<u32>().ok()).flatten()
-        };
-        let rest = path.file_name()?.to_str()?.strip_suffix(".gguf")?;
-        let (rest, count) = rest.rsplit_once("-of-")?;
-        let (stem, number) = rest.rsplit_once('-')?;
-        let (number, count) = (five_digits(number)?, five_digits(count)?);
-        let folder = path.parent().unwrap_or(Path::new(""));
-        (count > 1 && (1..=count).contains(&number)).then_some(SplitName { folder, stem, number, count })
-    }
-
-    fn path(&self, number: u32) -> PathBuf {
-        self.folder.join(format!("{}-{number:05}-of-{:05}.gguf", self.stem, self.count))
-    }
-}
-
-/// Whether a part's own keys, where it has them, say the same as its name.
+/// Checks that the keys of a part agree with its name.
 fn check_part(path: &Path, metadata: &Metadata, number: u32, count: u32) -> Result<()> {
     for (key, expected) in [("split.no", number), ("split.count", count)] {
         if let Some(found) = metadata.u32(key)?

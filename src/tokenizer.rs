@@ -4,11 +4,12 @@
 //! text ── added tokens cut out ──> segments ── normalizer ──> segments ── pre-tokenizer ──> words ── BPE ──> ids
 //!           <|user|>, lstrip, rstrip         "▁" + (" " → "▁")             byte-level only
 //! ```
-//! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`), because only we
-//! know which part of a prompt is the user's: there, nothing is ever a control token.
+//! Normalizer, pre-tokenizer and BPE are the `tokenizers` crate's. The first step is ours (`added.rs`): user text, which
+//! only this crate knows, never becomes a control token.
 //!
 //! Decisions: docs/design/text.md
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 
 use tokenizers::models::bpe::BPE;
@@ -39,16 +40,16 @@ pub enum Family {
     Phi4Mini,
 }
 
-/// Where in a text added tokens (`<|user|>`, `</s>`) are tokens, and not spelled out as text.
+/// The parts of a text in which added tokens (`<|user|>`, `</s>`) are recognized. Elsewhere their characters are text.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Special<'a> {
     /// Nowhere.
     None,
     /// Everywhere.
     All,
-    /// Everywhere, but none may start at these byte offsets, in ascending order: the places where the user's text
-    /// contains a character that [`Tokenizer::may_start_added`].
-    Except(&'a [usize]),
+    /// Everywhere, but none that overlaps one of these byte ranges, ascending and apart from one another: the user's
+    /// text.
+    Outside(&'a [Range<usize>]),
 }
 
 /// One tokenizer, from a GGUF file or a `tokenizer.json`.
@@ -76,7 +77,7 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// What a file says of its tokenizer, before the parts are put together.
+/// The parts of a tokenizer in a file.
 struct Parts<'a> {
     family: Family,
     n_vocab: usize,
@@ -100,12 +101,12 @@ impl Tokenizer {
     /// A `tokenizer.json` to use instead of the one in `gguf`, which still says how many ids there are and which of
     /// them begin and end a text.
     ///
-    /// Errors: `ModelNotFound`; `InvalidModel` for what is not a tokenizer, or has ids that the model has not;
+    /// Errors: `ModelNotFound`; `InvalidModel` for another kind of file, and for ids that the model does not have;
     /// `UnsupportedModel` for tokenizers of another kind than BPE.
     pub fn from_json(path: &Path, gguf: &Gguf) -> Result<Self> {
         let document = json::Document::open(path)?;
-        // The steps of a file are code paths of `tokenizers` that nobody has tried with such a file, so a panic in them
-        // is the file's fault. The probe runs each of them once.
+        // The steps of a file may be ones of `tokenizers` that panic on some settings. The probe runs each of them once, and
+        // a panic counts as damage of the file.
         let build = || {
             let tokenizer = Self::assemble(path, document.parts(vocabulary::size(gguf)?)?, gguf)?;
             tokenizer.encode("A probe: 1\u{a0}é\n", Special::All)?;
@@ -113,7 +114,7 @@ impl Tokenizer {
         };
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(build)).unwrap_or_else(|_| {
             let path = path.display();
-            Err(Error::InvalidModel(format!("{path}: not a tokenizer that works: it fails on a short text")))
+            Err(Error::InvalidModel(format!("{path}: the tokenizer does not work: it fails on a short text")))
         })
     }
 
@@ -164,7 +165,7 @@ impl Tokenizer {
 
     /// The ids of `text`; no BOS is added. An empty text has none.
     pub fn encode(&self, text: &str, special: Special<'_>) -> Result<Vec<u32>> {
-        // From a `tokenizer.json`, whose regular expression may give up on a text.
+        // The regular expression of a `tokenizer.json` may fail on a text.
         self.try_encode(text, special).map_err(|e| {
             Error::InvalidModel(format!(
                 "the tokenizer fails on a text of {} bytes: {}",
@@ -175,22 +176,22 @@ impl Tokenizer {
     }
 
     fn try_encode(&self, text: &str, special: Special<'_>) -> tokenizers::Result<Vec<u32>> {
-        let literal = match special {
+        let user = match special {
             Special::None => None,
             Special::All => Some(&[][..]),
-            Special::Except(offsets) => Some(offsets),
+            Special::Outside(ranges) => Some(ranges),
         };
-        debug_assert!(literal.is_none_or(|offsets| offsets.is_sorted()));
+        debug_assert!(user.is_none_or(|ranges| ranges.is_sorted_by(|a, b| a.end <= b.start)));
         let mut text = PreTokenizedString::from(text);
-        if let Some(literal) = literal {
-            text.split(|_, whole| self.added.split(whole, literal))?;
+        if let Some(user) = user {
+            text.split(|_, whole| self.added.split(whole, user))?;
         }
         text.split(|_, mut segment| {
             if let Some(normalizer) = &self.normalizer {
                 normalizer.normalize(&mut segment)?;
             }
-            match literal {
-                Some(literal) => self.added.split_normalized(segment, literal),
+            match user {
+                Some(user) => self.added.split_normalized(segment, user),
                 None => Ok(vec![(segment, None)]),
             }
         })?;
@@ -201,8 +202,8 @@ impl Tokenizer {
         Ok(text.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
     }
 
-    /// The text of `ids`, like Hugging Face's `decode` on what is valid UTF-8: without the special ids if
-    /// `skip_special`, and in the SPM family without one leading space. Bytes that are no UTF-8 become U+FFFD.
+    /// The text of `ids`, like Hugging Face's `decode` for valid UTF-8: without the special ids if `skip_special`, and in
+    /// the SPM family without one leading space. Bytes that are not UTF-8 become U+FFFD.
     ///
     /// Errors: `Value` for an id outside the vocabulary.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
@@ -230,14 +231,9 @@ impl Tokenizer {
         self.added.get(id).is_some_and(|token| token.special)
     }
 
-    /// Whether the token is found in text as it stands, and not by merging characters.
+    /// Whether the token is found in text verbatim, and not by merging characters.
     pub fn is_added(&self, id: u32) -> bool {
         self.added.get(id).is_some()
-    }
-
-    /// Whether an added token may begin with `c`. See [`Special::Except`].
-    pub fn may_start_added(&self, c: char) -> bool {
-        self.added.may_start_with(c)
     }
 
     /// The id of a token as the vocabulary writes it ("▁the", "<|end|>").

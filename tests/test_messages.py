@@ -1,4 +1,4 @@
-"""What a prompt may be, and what is said of one that is not."""
+"""Prompts: the forms that are accepted, and the errors for the others."""
 
 import array
 import logging
@@ -42,8 +42,28 @@ def test_a_last_assistant_message_is_continued(phi: Phi) -> None:
     assert begun == phi.render([USER]) + "Cold ice"
 
 
-def test_none_is_absent(phi: Phi) -> None:
-    assert phi.render([{**USER, "name": None, "tool_calls": None}]) == phi.render([USER])
+@pytest.mark.parametrize("empty", [None, [], (), {}, ""])
+def test_an_empty_value_is_absent(phi: Phi, empty: object) -> None:
+    assert phi.render([{**USER, "name": None, "tool_calls": empty, "annotations": empty}]) == phi.render([USER])
+
+
+def test_a_name_is_accepted(phi: Phi) -> None:
+    assert phi.render([{**USER, "name": "Bo"}]) == phi.render([USER])
+
+
+def test_a_message_of_openai_is_accepted(phi: Phi) -> None:
+    # ChatCompletionMessage(...).model_dump() of openai 2
+    dumped: dict[str, Any] = {
+        "content": "Hello.",
+        "refusal": None,
+        "role": "assistant",
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
+    plain = {"role": "assistant", "content": "Hello."}
+    assert phi.render([USER, dumped, USER]) == phi.render([USER, plain, USER])
 
 
 def test_messages_come_from_any_iterable(phi: Phi) -> None:
@@ -69,8 +89,8 @@ def test_token_ids_come_in_any_sequence(phi: Phi, kind: Any) -> None:
         (7, TypeError, "int"),
         (b"Hi", TypeError, "bytes"),
         (bytearray(b"Hi"), TypeError, "bytearray"),
-        ([], ValueError, "empty"),
-        (iter(()), ValueError, "empty"),
+        ([], ValueError, "the prompt is an empty list"),
+        (iter(()), ValueError, "the prompt is an empty list"),
         (USER, TypeError, "put it in a list"),
         (["Hi"], TypeError, "a list of prompts is a batch"),
         ([USER, "Hi"], TypeError, r"messages\[1\] is a str"),
@@ -78,16 +98,25 @@ def test_token_ids_come_in_any_sequence(phi: Phi, kind: Any) -> None:
         ([USER, None], TypeError, r"messages\[1\] is NoneType"),
         ([USER, b"x"], TypeError, r"messages\[1\] is bytes"),
         ([1.5], TypeError, r"messages\[0\] is float"),
-        ([{"role": "user"}], TypeError, r"messages\[0\]: content is None"),
+        ([{"role": "user"}], TypeError, r"messages\[0\] has no content"),
         ([{"role": "user", "content": None}], TypeError, r"messages\[0\]: content is None"),
         ([{"role": "user", "content": b"Hi"}], TypeError, r"messages\[0\]: content .* bytes"),
         ([{"role": "user", "content": 5}], TypeError, r"messages\[0\]: content .* int"),
         ([USER, {"rol": "user", "content": "Hi"}], TypeError, r"messages\[1\] .*'rol'; did you mean 'role'"),
         ([{"content": "Hi"}], TypeError, r"messages\[0\] has no role"),
-        ([{"role": 3, "content": "Hi"}], TypeError, r"messages\[0\]: role"),
+        ([{"role": 3, "content": "Hi"}], TypeError, r"messages\[0\]: role must be a str, not int"),
+        ([{"role": None, "content": "Hi"}], TypeError, r"messages\[0\]: role must be a str, not NoneType"),
         ([{"role": "asistant", "content": "Hi"}], ValueError, r"messages\[0\].*did you mean 'assistant'"),
         ([{"role": "robot", "content": "Hi"}], ValueError, r"messages\[0\]: unknown role 'robot'"),
-        ([{**USER, "name": "Bo"}], TypeError, r"messages\[0\] has an unknown key 'name'"),
+        ([{**USER, "name": 5}], TypeError, r"messages\[0\]: name must be a str, not int"),
+        ([{**USER, "annotations": [1]}], TypeError, r"messages\[0\] has an unknown key 'annotations'"),
+        ([{**USER, "weight": 0}], TypeError, r"messages\[0\] has an unknown key 'weight'"),
+        (
+            [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}],
+            NotInThisVersionError,
+            r"messages\[1\]: tool_calls",
+        ),
+        ([{**USER, "tool_call_id": "7"}], NotInThisVersionError, r"messages\[0\]: tool_call_id is not in this version"),
         ([{"role": "tool", "content": "1"}], NotInThisVersionError, r"messages\[0\].*'tool'"),
         ([{"role": "user", "content": ["Hi"]}], TypeError, r"content\[0\]"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], ValueError, r"content\[0\].*'image_url'"),

@@ -1,4 +1,5 @@
-//! Any bytes as a model file: opened, and if that works read, tokenized with, and computed with.
+//! Any bytes as a model file: opened, and if that works read, tokenized with, and computed with, over a prompt of several
+//! hundred tokens. libFuzzer's memory limit counts: a small file may not need a large buffer.
 #![no_main]
 mod scratch;
 
@@ -16,6 +17,8 @@ use candle_phi::threads::{Cancel, Pool};
 use candle_phi::tokenizer::{Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
 use scratch::{Scratch, check_message};
+
+const PROMPT: usize = 600;
 
 static FILE: LazyLock<Scratch> = LazyLock::new(|| Scratch::new("model.gguf"));
 
@@ -43,7 +46,10 @@ fn run(bytes: &[u8]) -> Result<()> {
 
     let kernel = kernels::by_name("portable").expect("it runs everywhere");
     let model = Arc::new(Phi3::load(&gguf, Backend::Cpu { kernel, pool: Pool::new(1) }, KvType::F16)?);
-    let ids = [0, model.n_vocab() as u32 - 1];
+    // Longer than a chunk of a prompt, so that buffers have the size that they grow to.
+    let length = model.context_length().min(PROMPT + 1).saturating_sub(1).max(1);
+    let ids: Vec<u32> = (0..length).rev().map(|i| (i % model.n_vocab()) as u32).collect();
+    model.check_length(length + 1)?;
     let mut sequence = model.clone().sequence()?;
     assert_eq!(sequence.forward(&ids, Phase::Prefill, Want::Last, &Cancel::default())?.len(), model.n_vocab());
     sequence.forward(&ids[..1], Phase::Decode, Want::Last, &Cancel::default())?;

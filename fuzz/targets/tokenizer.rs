@@ -11,6 +11,8 @@ use libfuzzer_sys::fuzz_target;
 use scratch::{Scratch, check_message, sound};
 
 static SOUND: LazyLock<(Gguf, Arc<Tokenizer>)> = LazyLock::new(sound);
+/// The whole text is the user's.
+const ALL: &[std::ops::Range<usize>] = &[0..usize::MAX];
 static FILE: LazyLock<Scratch> = LazyLock::new(|| Scratch::new("tokenizer.json"));
 
 fuzz_target!(
@@ -22,10 +24,14 @@ fuzz_target!(
             Ok(tokenizer) => tokenizer,
             Err(error) => return check_message(&error),
         };
-        for special in [Special::All, Special::None, Special::Except(&[0, 6])] {
-            match tokenizer.encode("<|user|> hello\n\0 中😀</s>", special) {
+        let text = "<|user|> hello\n\0 中😀</s>";
+        for special in [Special::All, Special::None, Special::Outside(&[0..3, 6..9]), Special::Outside(ALL)] {
+            match tokenizer.encode(text, special) {
                 Ok(ids) => {
                     assert!(ids.iter().all(|&id| (id as usize) < tokenizer.n_vocab()));
+                    if special == Special::Outside(ALL) {
+                        assert_eq!(ids, tokenizer.encode(text, Special::None).expect("ids"));
+                    }
                     tokenizer.decode(&ids, true).expect("ids of its own");
                 }
                 Err(error) => assert!(!matches!(error, Error::Internal(_)), "{error}"),

@@ -1,4 +1,7 @@
-//! `strftime_now` of chat templates: today's date, in UTC.
+//! `strftime_now` of chat templates: the date and time in UTC.
+//!
+//! transformers takes local time. UTC makes the same prompt on every machine, and needs no database of time zones; the two
+//! differ in the hour, and for some hours of a day in the date.
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];

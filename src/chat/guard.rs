@@ -1,18 +1,22 @@
-//! Rewrites a parsed template so that its operators pay.
+//! Rewrites a parsed template: its operators pay, and they compare texts as these read.
 //!
-//! The engine bounds the number of steps, not what one step costs: forty times `x ~ x` is a terabyte. So, before
-//! compiling, operations on text and lists become calls of functions that `jinja.rs` provides (or their operands go
-//! through one), raw text becomes an expression, since only those pass the formatter, and what has no place in a chat
-//! template is refused. A name such as "~" cannot be written in a template, nor be shadowed by one. This also leaves
-//! the compiler nothing large to fold: `'a' * 100000000` is computed at compile time otherwise.
+//! The engine bounds the number of steps, not the cost of one step: forty times `x ~ x` is a terabyte. So, before
+//! compiling, operations on text and lists become calls of functions that `jinja.rs` provides (or their operands pass
+//! through one). Raw text becomes an expression, because only expressions pass the formatter. Statements that a chat
+//! template does not need are refused. A name such as "~" cannot be written in a template, nor be shadowed by one. This
+//! also leaves the compiler nothing large to fold: `'a' * 100000000` is computed at compile time otherwise.
 use minijinja::machinery::Span;
 use minijinja::machinery::ast::{self, BinOpKind, CallArg, Expr, Spanned, Stmt};
 use minijinja::value::Value;
 use minijinja::{Error, ErrorKind};
 
+use super::marks;
+
 pub(super) const ADD: &str = "+";
 pub(super) const MULTIPLY: &str = "*";
 pub(super) const CONCAT: &str = "~";
+/// `Meter::weigh`, then `marks::read`: for operands whose text decides the result, but is not part of it.
+pub(super) const READ: &str = "read!";
 /// `Meter::weigh`, `count`, `look` and `plain`: each returns its argument.
 pub(super) const WEIGH: &str = "weigh!";
 pub(super) const COUNT: &str = "count!";
@@ -39,6 +43,14 @@ fn call<'a>(function: &'static str, args: Vec<Expr<'a>>, span: Span) -> Expr<'a>
 
 fn syntax(what: &str, span: Span) -> Error {
     Error::new(ErrorKind::SyntaxError, format!("line {}: {what}", span.start_line))
+}
+
+/// Refuses a text of the template with a character that could pass for a marked one.
+fn check_text(text: &str, span: Span) -> Result<(), Error> {
+    match text.chars().find(|c| marks::has_marks(c.encode_utf8(&mut [0; 4]))) {
+        Some(c) => Err(syntax(&format!("U+{:X} is not an assigned character", c as u32), span)),
+        None => Ok(()),
+    }
 }
 
 impl Guard {
@@ -70,6 +82,7 @@ impl Guard {
             Stmt::EmitExpr(e) => node!(EmitExpr, e, |this: &mut Self| Ok(ast::EmitExpr { expr: this.expr(&e.expr)? })),
             Stmt::EmitRaw(raw) => {
                 let span = raw.span();
+                check_text(raw.raw, span)?;
                 let expr = Expr::Const(Spanned::new(ast::Const { value: Value::from(raw.raw) }, span));
                 Ok(Stmt::EmitExpr(Spanned::new(ast::EmitExpr { expr }, span)))
             }
@@ -119,12 +132,12 @@ impl Guard {
             }),
             Stmt::Continue(c) => Ok(Stmt::Continue(Spanned::new(ast::Continue, c.span()))),
             Stmt::Break(b) => Ok(Stmt::Break(Spanned::new(ast::Break, b.span()))),
-            Stmt::AutoEscape(s) => Err(syntax("autoescape has no place in a chat template", s.span())),
-            Stmt::Block(s) => Err(syntax("block has no place in a chat template", s.span())),
-            Stmt::Import(s) => Err(syntax("import has no place in a chat template", s.span())),
-            Stmt::FromImport(s) => Err(syntax("import has no place in a chat template", s.span())),
-            Stmt::Extends(s) => Err(syntax("extends has no place in a chat template", s.span())),
-            Stmt::Include(s) => Err(syntax("include has no place in a chat template", s.span())),
+            Stmt::AutoEscape(s) => Err(syntax("a chat template cannot use autoescape", s.span())),
+            Stmt::Block(s) => Err(syntax("a chat template cannot use block", s.span())),
+            Stmt::Import(s) => Err(syntax("a chat template cannot use import", s.span())),
+            Stmt::FromImport(s) => Err(syntax("a chat template cannot use import", s.span())),
+            Stmt::Extends(s) => Err(syntax("a chat template cannot use extends", s.span())),
+            Stmt::Include(s) => Err(syntax("a chat template cannot use include", s.span())),
         }
     }
 
@@ -134,7 +147,7 @@ impl Guard {
         Ok(ast::Macro { name: m.name, args, defaults, body: self.body(&m.body)? })
     }
 
-    /// What is assigned to: a name, an attribute of a namespace, or several of them.
+    /// The target of an assignment: a name, an attribute of a namespace, or several of them.
     fn target<'a>(&mut self, target: &Expr<'a>) -> Guarded<Expr<'a>> {
         match target {
             Expr::List(list) => self.deeper(list.span(), |this| {
@@ -150,10 +163,10 @@ impl Guard {
         }
     }
 
-    /// A target that is names only.
+    /// A target without attributes.
     fn names<'a>(&mut self, target: &Expr<'a>) -> Guarded<Expr<'a>> {
         match has_attribute(target) {
-            true => Err(syntax("an attribute can be assigned to by `set` only", target.span())),
+            true => Err(syntax("only `set` can assign to an attribute", target.span())),
             false => self.target(target),
         }
     }
@@ -162,7 +175,7 @@ impl Guard {
         expr.as_ref().map(|expr| self.expr(expr)).transpose()
     }
 
-    /// `expr`, passed through a function of the meter. A constant weighs no more than the template it stands in.
+    /// `expr`, passed through a function of the meter. Constants are free: they are no longer than the template.
     fn through<'a>(&mut self, function: &'static str, expr: &Expr<'a>) -> Guarded<Expr<'a>> {
         let guarded = self.expr(expr)?;
         let constant = matches!(guarded, Expr::Const(_));
@@ -177,7 +190,10 @@ impl Guard {
     fn expr_inside<'a>(&mut self, expr: &Expr<'a>, span: Span) -> Guarded<Expr<'a>> {
         Ok(match expr {
             Expr::Var(var) => Expr::Var(Spanned::new(ast::Var { id: var.id }, span)),
-            Expr::Const(c) => Expr::Const(Spanned::new(ast::Const { value: c.value.clone() }, span)),
+            Expr::Const(c) => {
+                check_text(c.value.as_str().unwrap_or_default(), span)?;
+                Expr::Const(Spanned::new(ast::Const { value: c.value.clone() }, span))
+            }
             Expr::Slice(s) => {
                 let (start, stop, step) = (self.option(&s.start)?, self.option(&s.stop)?, self.option(&s.step)?);
                 let slice = ast::Slice { expr: self.through(COUNT, &s.expr)?, start, stop, step };
@@ -209,15 +225,15 @@ impl Guard {
                 | BinOpKind::Gt
                 | BinOpKind::Gte
                 | BinOpKind::In) => {
-                    let (left, right) = (self.through(WEIGH, &b.left)?, self.through(WEIGH, &b.right)?);
+                    let (left, right) = (self.through(READ, &b.left)?, self.through(READ, &b.right)?);
                     Expr::BinOp(Spanned::new(ast::BinOp { op, left, right }, span))
                 }
             },
             Expr::Compare(c) => {
                 let op =
-                    |op: &ast::CompareOp<'a>| Ok(ast::CompareOp { op: op.op, expr: self.through(WEIGH, &op.expr)? });
+                    |op: &ast::CompareOp<'a>| Ok(ast::CompareOp { op: op.op, expr: self.through(READ, &op.expr)? });
                 let ops = c.ops.iter().map(op).collect::<Guarded<_>>()?;
-                Expr::Compare(Spanned::new(ast::Compare { expr: self.through(WEIGH, &c.expr)?, ops }, span))
+                Expr::Compare(Spanned::new(ast::Compare { expr: self.through(READ, &c.expr)?, ops }, span))
             }
             Expr::IfExpr(i) => {
                 let (test_expr, true_expr) = (self.expr(&i.test_expr)?, self.expr(&i.true_expr)?);
@@ -233,17 +249,16 @@ impl Guard {
                 let expr = f.expr.as_ref().map(|expr| self.through(meter, expr)).transpose()?;
                 Expr::Filter(Spanned::new(ast::Filter { name: f.name, expr, args: self.args(&f.args)? }, span))
             }
+            // Tests that look further than at the type pay themselves.
             Expr::Test(t) => {
-                // Without arguments, only these two look further than at the type.
-                let looks = !t.args.is_empty() || matches!(t.name, "lower" | "upper");
-                let expr = if looks { self.through(WEIGH, &t.expr)? } else { self.expr(&t.expr)? };
-                Expr::Test(Spanned::new(ast::Test { name: t.name, expr, args: self.args(&t.args)? }, span))
+                let (expr, args) = (self.expr(&t.expr)?, self.args(&t.args)?);
+                Expr::Test(Spanned::new(ast::Test { name: t.name, expr, args }, span))
             }
             Expr::GetAttr(a) => {
                 Expr::GetAttr(Spanned::new(ast::GetAttr { expr: self.expr(&a.expr)?, name: a.name }, span))
             }
             Expr::GetItem(i) => {
-                let (expr, subscript_expr) = (self.through(LOOK, &i.expr)?, self.through(WEIGH, &i.subscript_expr)?);
+                let (expr, subscript_expr) = (self.through(LOOK, &i.expr)?, self.through(READ, &i.subscript_expr)?);
                 Expr::GetItem(Spanned::new(ast::GetItem { expr, subscript_expr }, span))
             }
             Expr::Call(c) => Expr::Call(Spanned::new(self.call(c)?, span)),
@@ -261,7 +276,7 @@ impl Guard {
 
     fn call<'a>(&mut self, call: &ast::Call<'a>) -> Guarded<ast::Call<'a>> {
         let expr = match &call.expr {
-            // A method: what it is called on is what it works on.
+            // A method works on the value that it is called on.
             Expr::GetAttr(a) => {
                 let expr = self.through(COUNT, &a.expr)?;
                 Expr::GetAttr(Spanned::new(ast::GetAttr { expr, name: a.name }, a.span()))

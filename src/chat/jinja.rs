@@ -1,18 +1,26 @@
 //! The template engine: minijinja, set up as Hugging Face sets up Jinja2, with bounds on everything a template can use.
 //!
-//! A template comes out of a file that somebody else made. It cannot reach anything but its variables; what is left is
-//! to keep it from hanging or filling memory. Steps are bounded by the engine's fuel, the work of a step by the meter
-//! (`guard.rs` sees to it that every step pays), the source's length by `MAX_SOURCE`; and since the parser and the drop
-//! of a parsed template recurse as deep as the source is nested, it all happens on a stack of its own.
+//! A template comes from a file that cannot be trusted. It reaches only its variables. Fuel bounds its steps, the meter
+//! bounds the work of each step (`guard.rs` makes every step pay), and `MAX_SOURCE` bounds its length. The parser and
+//! the drop of a parsed template recurse as deep as the source is nested, so both run on a stack of their own.
+//!
+//! The texts of messages are marked (`marks.rs`). Operators, filters, tests and methods that look at the characters of a
+//! text are replaced here by ones that read marked text. The others are minijinja's and keep the marks: sorting then
+//! compares marked texts by code points, without folding case.
+use std::collections::HashSet;
+use std::ops::Range;
+
 use minijinja::machinery::{CodeGenerator, Vm, WhitespaceConfig, ast, make_string_output, parse};
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, StringInput, Value, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, filters, functions, tests};
 use minijinja_contrib::pycompat;
 
 use super::clock;
-use super::guard::{self, ADD, CONCAT, COUNT, LOOK, MULTIPLY, PLAIN, WEIGH};
+use super::guard::{self, ADD, CONCAT, COUNT, LOOK, MULTIPLY, PLAIN, READ, WEIGH};
+use super::marks;
 use super::meter::{Meter, invalid};
 use super::text::Text;
+use crate::error::one_line;
 
 const MAX_SOURCE: usize = 64 << 10;
 const FUEL: u64 = 500_000;
@@ -20,12 +28,12 @@ const MAX_MESSAGE: usize = 250;
 /// 64 KiB of the most nested source there is need between 8 and 16 MiB. Pages that are not touched cost nothing.
 const STACK: usize = 64 << 20;
 
-/// What is wrong with `source` as it stands: its length or its syntax.
+/// Checks the length and the syntax of `source`.
 pub(super) fn check(source: &str) -> Result<(), String> {
     run(source, |template| guard::guard(&template).map(drop))
 }
 
-/// The text that `source` makes of `variables`.
+/// The text that `source` makes of `variables`; marked characters are still marked.
 pub(super) fn render(source: &str, variables: Value) -> Result<String, String> {
     run(source, |template| {
         let template = guard::guard(&template)?;
@@ -54,13 +62,13 @@ fn run<T: Send>(source: &str, work: impl FnOnce(ast::Stmt<'_>) -> Result<T, Erro
         let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
         match thread.spawn_scoped(scope, work).map(|thread| thread.join()) {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err("the template engine gave up on it".to_owned()),
-            Err(error) => Err(format!("no thread to render it: {error}")),
+            Ok(Err(_)) => Err("the template engine failed".to_owned()),
+            Err(error) => Err(format!("cannot start a thread for it: {error}")),
         }
     })
 }
 
-/// One line: where, and what.
+/// The line number and the problem, on one line.
 fn explain(error: Error) -> String {
     let mut error = &error;
     // An error inside a macro is the source of one about the call.
@@ -74,10 +82,8 @@ fn explain(error: Error) -> String {
         (_, Some(detail)) => format!("{kind}: {detail}"),
         (_, None) => kind.to_string(),
     };
-    // What the template itself says may have lines, and any length.
-    let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
-    let what =
-        if what.chars().count() > MAX_MESSAGE { what.chars().take(MAX_MESSAGE).chain(['…']).collect() } else { what };
+    // A message of the template itself may have several lines and any length.
+    let what = one_line(&marks::unmark(&what), MAX_MESSAGE);
     match error.line() {
         Some(line) => format!("line {line}: {what}"),
         None => what,
@@ -92,7 +98,7 @@ fn environment() -> Environment<'static> {
     add_operators(&mut env, &meter);
     add_functions(&mut env, &meter);
     add_filters(&mut env, &meter);
-    add_tests(&mut env);
+    add_tests(&mut env, &meter);
 
     let account = meter.clone();
     env.set_unknown_method_callback(move |state, value, name, args| method(&account, state, value, name, args));
@@ -107,14 +113,16 @@ fn environment() -> Environment<'static> {
                 &computed
             }
         };
-        meter.emit(written.len())?;
+        meter.emit(written)?;
         out.write_str(written).map_err(Error::from)
     });
     env
 }
 
-/// What `guard.rs` puts in the place of operators.
+/// The functions that `guard.rs` puts in the place of operators.
 fn add_operators(env: &mut Environment<'static>, meter: &Meter) {
+    let account = meter.clone();
+    env.add_function(READ, move |value: Value| account.weigh(&value).map(|()| marks::read(&value)));
     let account = meter.clone();
     env.add_function(WEIGH, move |value: Value| account.weigh(&value).map(|()| value));
     let account = meter.clone();
@@ -142,7 +150,8 @@ fn is_list(value: &Value) -> bool {
 
 fn add(meter: &Meter, left: &Value, right: &Value) -> Result<Value, Error> {
     if let (Some(left), Some(right)) = (left.as_str(), right.as_str()) {
-        meter.spend(left.len() + right.len())?;
+        meter.text(left)?;
+        meter.text(right)?;
         return Ok(Value::from([left, right].concat()));
     }
     if is_list(left) && is_list(right) {
@@ -158,7 +167,7 @@ fn multiply(meter: &Meter, left: &Value, right: &Value) -> Result<Value, Error> 
     let pairs = [(left, times(right)), (right, times(left))];
     for (value, n) in pairs {
         if let (Some(text), Some(n)) = (value.as_str(), n) {
-            meter.spend(text.len().saturating_mul(n))?;
+            meter.spend(marks::plain_len(text).saturating_mul(n))?;
             return Ok(Value::from(text.repeat(n)));
         }
         if let (true, Some(n)) = (is_list(value), n) {
@@ -215,34 +224,37 @@ fn add_functions(env: &mut Environment<'static>, meter: &Meter) {
 
 fn add_filters(env: &mut Environment<'static>, meter: &Meter) {
     env.add_filter("abs", filters::abs);
-    env.add_filter("capitalize", filters::capitalize);
+    env.add_filter("capitalize", |text: StringInput| capitalize(text.as_str()));
     env.add_filter("count", filters::length);
     env.add_filter("d", filters::default);
     env.add_filter("default", filters::default);
     env.add_filter("dictsort", filters::dictsort);
     env.add_filter("first", filters::first);
-    env.add_filter("float", filters::float);
-    env.add_filter("int", filters::int);
+    env.add_filter("float", |state: &State, value: Value| filters::float(state, unmarked(&value)?));
+    env.add_filter("int", |state: &State, value: Value| filters::int(state, unmarked(&value)?));
     env.add_filter("items", filters::items);
     env.add_filter("last", filters::last);
     env.add_filter("length", filters::length);
-    env.add_filter("lower", filters::lower);
+    env.add_filter("lower", |text: StringInput| marks::map(text.as_str(), str::to_lowercase));
     env.add_filter("max", filters::max);
     env.add_filter("min", filters::min);
     env.add_filter("reverse", filters::reverse);
     env.add_filter("round", filters::round);
     env.add_filter("safe", filters::safe);
     env.add_filter("sum", filters::sum);
-    env.add_filter("title", filters::title);
-    env.add_filter("trim", filters::trim);
-    env.add_filter("upper", filters::upper);
+    env.add_filter("title", |text: StringInput| title(text.as_str()));
+    env.add_filter("trim", |text: StringInput, chars: Option<&str>| {
+        let (start, end) = trimmed(text.as_str(), chars);
+        text.as_str()[start..end].to_owned()
+    });
+    env.add_filter("upper", |text: StringInput| marks::map(text.as_str(), str::to_uppercase));
 
-    // These take the characters of a text one by one, each a value of its own.
+    // These make a value of each character of a text.
     macro_rules! of_list {
         ($($name:literal: $filter:path),*) => {$(
             let account = meter.clone();
             env.add_filter($name, move |state: &State, value: Value, args: Rest<Value>| {
-                account.spend(value.as_str().map_or(0, str::len).saturating_mul(size_of::<Value>()))?;
+                account.spend(value.as_str().map_or(0, marks::plain_len).saturating_mul(size_of::<Value>()))?;
                 $filter(state, value, args)
             });
         )*};
@@ -281,13 +293,11 @@ fn add_filters(env: &mut Environment<'static>, meter: &Meter) {
     env.add_filter("indent", move |text: &str, width: Option<usize>, first: Option<bool>, options: Kwargs| {
         let width = options.get::<Option<usize>>("width")?.or(width).unwrap_or(4);
         let first = options.get::<Option<bool>>("first")?.or(first).unwrap_or(false);
-        account.spend(width.saturating_mul(text.matches('\n').count() + 1))?;
+        account.spend(width.saturating_mul(text.chars().filter(|&c| ends_line(c)).count() + 1))?;
         let margin = " ".repeat(width);
-        let mut lines = text.split('\n');
-        let mut result = [if first { &margin } else { "" }, lines.next().unwrap_or("")].concat();
-        for line in lines {
-            result += "\n";
-            result += if line.is_empty() { "" } else { &margin };
+        let mut result = if first { margin.clone() } else { String::new() };
+        for (i, line) in text.split_inclusive(ends_line).enumerate() {
+            result += if i > 0 && !line.starts_with(ends_line) { &margin } else { "" };
             result += line;
         }
         Ok(result)
@@ -302,9 +312,75 @@ fn text_of(meter: &Meter, value: &Value) -> Result<String, Error> {
 
 fn replace(meter: &Meter, text: &str, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
     let count = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(usize::MAX); // negative: all
-    let found = text.matches(old).take(count).count();
-    meter.spend(text.len() + found.saturating_mul(new.len()))?;
-    Ok(text.replacen(old, new, found))
+    let found = count_of(text, old).min(count);
+    meter.text(text)?;
+    meter.spend(found.saturating_mul(marks::plain_len(new) + size_of::<Range<usize>>()))?;
+    let (mut result, mut done) = (String::new(), 0);
+    for range in marks::find_all(text, old).into_iter().take(found) {
+        result += &text[done..range.start];
+        result += new;
+        done = range.end;
+    }
+    Ok(result + &text[done..])
+}
+
+/// How often `what` occurs in `text`, without overlaps.
+fn count_of(text: &str, what: &str) -> usize {
+    marks::unmark(text).matches(&*marks::unmark(what)).count()
+}
+
+fn ends_line(c: char) -> bool {
+    marks::plain(c) == '\n'
+}
+
+fn capitalize(text: &str) -> String {
+    let (first, rest) = text.split_at(marks::letters(text).next().map_or(0, |letter| letter.range.end));
+    marks::map(first, str::to_uppercase) + &marks::map(rest, str::to_lowercase)
+}
+
+fn title(text: &str) -> String {
+    marks::map(text, |run| filters::title(run.into()))
+}
+
+/// A value that becomes a number. The digits of a number are not marked, so a message's text cannot become one.
+fn unmarked(value: &Value) -> Result<&Value, Error> {
+    match value.as_str() {
+        Some(text) if marks::has_marks(text) => Err(invalid("a message's text cannot be converted to a number")),
+        _ => Ok(value),
+    }
+}
+
+/// The range of `text` without these characters (None: whitespace) at its start and at its end.
+fn trimmed(text: &str, chars: Option<&str>) -> (usize, usize) {
+    let chars: Option<HashSet<char>> = chars.map(|chars| marks::unmark(chars).chars().collect());
+    let fits = |c: char| chars.as_ref().map_or_else(|| marks::is_space(c), |chars| chars.contains(&marks::plain(c)));
+    let end = text.trim_end_matches(fits).len();
+    (end - text[..end].trim_start_matches(fits).len(), end)
+}
+
+/// Python's `str.split`.
+fn split<'a>(text: &'a str, separator: Option<&str>, most: usize) -> Vec<&'a str> {
+    let mut parts = Vec::new();
+    match separator {
+        Some(separator) => {
+            let mut done = 0;
+            for range in marks::find_all(text, separator).into_iter().take(most) {
+                parts.push(&text[done..range.start]);
+                done = range.end;
+            }
+            parts.push(&text[done..]);
+        }
+        None => {
+            let mut rest = text.trim_start_matches(marks::is_space);
+            while !rest.is_empty() {
+                let end = if parts.len() == most { None } else { rest.find(marks::is_space) };
+                let (part, after) = rest.split_at(end.unwrap_or(rest.len()));
+                parts.push(part);
+                rest = after.trim_start_matches(marks::is_space);
+            }
+        }
+    }
+    parts
 }
 
 fn join(meter: &Meter, items: impl Iterator<Item = Result<Value, Error>>, separator: &str) -> Result<Value, Error> {
@@ -354,7 +430,39 @@ fn unique(state: &State, value: Value, Rest(args): Rest<Value>) -> Result<Value,
     filters::unique(state, value, options)
 }
 
-fn add_tests(env: &mut Environment<'static>) {
+fn add_tests(env: &mut Environment<'static>, meter: &Meter) {
+    // These look at texts: they pay, and see them without marks.
+    macro_rules! of_text {
+        ($($names:expr => $test:expr),*) => {$(
+            for name in $names {
+                let account = meter.clone();
+                env.add_test(name, move |state: &State, value: Value, other: Option<Value>| {
+                    account.weigh(&value)?;
+                    other.iter().try_for_each(|other| account.weigh(other))?;
+                    let other = other.map(|other| marks::read(&other));
+                    let test: fn(&State, &Value, Option<&Value>) -> Result<bool, Error> = $test;
+                    test(state, &marks::read(&value), other.as_ref())
+                });
+            }
+        )*};
+    }
+    fn text(value: &Value) -> Result<&str, Error> {
+        value.as_str().ok_or_else(|| invalid(format!("a {} is not a text", value.kind())))
+    }
+    fn second(value: Option<&Value>) -> Result<&Value, Error> {
+        value.ok_or_else(|| Error::from(ErrorKind::MissingArgument))
+    }
+    of_text!(
+        ["eq", "equalto", "=="] => |_, a, b| Ok(tests::is_eq(a, second(b)?)),
+        ["ne", "!="] => |_, a, b| Ok(tests::is_ne(a, second(b)?)),
+        ["lt", "lessthan", "<"] => |_, a, b| Ok(tests::is_lt(a, second(b)?)),
+        ["le", "<="] => |_, a, b| Ok(tests::is_le(a, second(b)?)),
+        ["gt", "greaterthan", ">"] => |_, a, b| Ok(tests::is_gt(a, second(b)?)),
+        ["ge", ">="] => |_, a, b| Ok(tests::is_ge(a, second(b)?)),
+        ["in"] => |state, a, b| tests::is_in(state, a, second(b)?),
+        ["lower"] => |_, a, _| text(a).map(tests::is_lower),
+        ["upper"] => |_, a, _| text(a).map(tests::is_upper)
+    );
     env.add_test("boolean", tests::is_boolean);
     env.add_test("defined", tests::is_defined);
     env.add_test("divisibleby", tests::is_divisibleby);
@@ -363,7 +471,6 @@ fn add_tests(env: &mut Environment<'static>) {
     env.add_test("float", tests::is_float);
     env.add_test("integer", tests::is_integer);
     env.add_test("iterable", tests::is_iterable);
-    env.add_test("lower", tests::is_lower);
     env.add_test("mapping", tests::is_mapping);
     env.add_test("none", tests::is_none);
     env.add_test("number", tests::is_number);
@@ -372,63 +479,98 @@ fn add_tests(env: &mut Environment<'static>) {
     env.add_test("string", tests::is_string);
     env.add_test("true", tests::is_true);
     env.add_test("undefined", tests::is_undefined);
-    env.add_test("upper", tests::is_upper);
-    for name in ["eq", "equalto", "=="] {
-        env.add_test(name, tests::is_eq);
-    }
-    for name in ["ne", "!="] {
-        env.add_test(name, tests::is_ne);
-    }
-    for name in ["lt", "lessthan", "<"] {
-        env.add_test(name, tests::is_lt);
-    }
-    for name in ["le", "<="] {
-        env.add_test(name, tests::is_le);
-    }
-    for name in ["gt", "greaterthan", ">"] {
-        env.add_test(name, tests::is_gt);
-    }
-    for name in ["ge", ">="] {
-        env.add_test(name, tests::is_ge);
-    }
-    env.add_test("in", tests::is_in);
 }
 
 /// Python's methods of str, dict and list; `value` and `args` are paid for.
 fn method(meter: &Meter, state: &State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    match (value.as_str(), name) {
-        (Some(text), "replace") => {
+    match value.as_str() {
+        Some(text) => text_method(meter, state, text, name, args),
+        None => {
+            let mut args = args.to_vec();
+            let counts = name == "count";
+            if counts {
+                meter.weigh(value)?;
+            }
+            // The value to count, or the key of `get`.
+            if let Some(first) = args.first_mut() {
+                *first = marks::read(first);
+            }
+            let value = if counts { &marks::read(value) } else { value };
+            pycompat::unknown_method_callback(state, value, name, &args)
+        }
+    }
+}
+
+fn text_method(meter: &Meter, state: &State, text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
+    match name {
+        "replace" => {
             let (old, new, count) = from_args(args)?;
             replace(meter, text, old, new, count).map(Value::from)
         }
-        (Some(separator), "join") => {
+        "join" => {
             let (items,): (Value,) = from_args(args)?;
-            join(meter, meter.list(&items)?.into_iter().map(Ok), separator)
+            join(meter, meter.list(&items)?.into_iter().map(Ok), text)
         }
-        (Some(text), "count") => {
+        "count" => {
             let (what,): (&str,) = from_args(args)?;
-            Ok(Value::from(text.matches(what).count()))
+            Ok(Value::from(count_of(text, what)))
         }
-        (Some(text), "split") => {
-            let (separator, _): (Option<&str>, Option<i64>) = from_args(args)?;
+        "find" | "rfind" => {
+            let (what,): (&str,) = from_args(args)?;
+            let (text, what) = (marks::unmark(text), marks::unmark(what));
+            let at = if name == "find" { text.find(&*what) } else { text.rfind(&*what) };
+            Ok(at.map_or(Value::from(-1), |at| Value::from(text[..at].chars().count())))
+        }
+        "split" => {
+            let (separator, most): (Option<&str>, Option<i64>) = from_args(args)?;
+            let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX); // negative: all
             let parts = match separator {
                 Some("") => return Err(invalid("split needs a separator that is not empty")),
-                Some(separator) => text.matches(separator).count() + 1,
-                None => text.split_whitespace().count(),
+                Some(separator) => count_of(text, separator) + 1,
+                None => text.split(marks::is_space).filter(|part| !part.is_empty()).count(),
             };
             meter.spend(parts.saturating_mul(size_of::<Value>()))?;
-            pycompat::unknown_method_callback(state, value, name, args)
+            Ok(split(text, separator, most).into_iter().map(Value::from).collect())
         }
-        (Some(text), "splitlines") => {
-            meter.spend(text.matches('\n').count().saturating_mul(size_of::<Value>()))?;
-            pycompat::unknown_method_callback(state, value, name, args)
+        "splitlines" => {
+            let (keeps_ends,): (Option<bool>,) = from_args(args)?;
+            meter.spend(text.chars().filter(|&c| ends_line(c)).count().saturating_mul(size_of::<Value>()))?;
+            let lines = text.split_inclusive(ends_line).map(|line| match line.strip_suffix(ends_line) {
+                Some(text) if keeps_ends != Some(true) => {
+                    text.strip_suffix(|c| marks::plain(c) == '\r').unwrap_or(text)
+                }
+                _ => line,
+            });
+            Ok(lines.map(Value::from).collect())
         }
-        // Widths in a format string are lengths that nobody has paid for.
-        (Some(_), "format") => Err(Error::from(ErrorKind::UnknownMethod)),
-        (None, "count") => {
-            meter.weigh(value)?;
-            pycompat::unknown_method_callback(state, value, name, args)
+        "strip" | "lstrip" | "rstrip" => {
+            let (chars,): (Option<&str>,) = from_args(args)?;
+            let (start, end) = trimmed(text, chars);
+            Ok(Value::from(match name {
+                "strip" => &text[start..end],
+                "lstrip" => &text[if start == end { text.len() } else { start }..],
+                _ => &text[..end],
+            }))
         }
-        _ => pycompat::unknown_method_callback(state, value, name, args),
+        "lower" | "upper" | "title" | "capitalize" => {
+            let () = from_args(args)?;
+            Ok(Value::from(match name {
+                "lower" => marks::map(text, str::to_lowercase),
+                "upper" => marks::map(text, str::to_uppercase),
+                "title" => title(text),
+                _ => capitalize(text),
+            }))
+        }
+        // A width in a format string is a length that nothing pays for.
+        "format" => Err(Error::from(ErrorKind::UnknownMethod)),
+        // The others are questions: `startswith`, `isdigit` and the like.
+        _ => {
+            let args: Vec<Value> = args.iter().map(marks::read).collect();
+            let answer = pycompat::unknown_method_callback(state, &Value::from(&*marks::unmark(text)), name, &args)?;
+            match answer.kind() {
+                ValueKind::Bool => Ok(answer),
+                kind => Err(invalid(format!("{name} returns a {kind}"))),
+            }
+        }
     }
 }

@@ -1,15 +1,17 @@
-//! What a template may cost: every piece of text or list that an operation touches is paid for before the operation.
+//! The cost of a template: every operation pays, before it starts, for the texts and lists that it touches.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-/// Text emitted, captured text included, so also the limit of the prompt: 128 k tokens of English are half a MiB.
+use super::marks;
+
+/// Bytes of text emitted, captured text included. So it limits the prompt too: 128 k tokens of English are half a MiB.
 pub(super) const MAX_OUTPUT: usize = 8 << 20;
 /// Bytes touched. A sensible template touches each message a few times.
 const MAX_WORK: usize = 32 << 20;
-/// The work of one element of a list or map, in bytes: making one takes as long as copying so much text.
+/// The cost of one element of a list or map, in bytes of text that are copied in the same time.
 pub(super) const ELEMENT: usize = 256;
 /// Lists in lists, deeper than any conversation and far from the end of the stack.
 pub(super) const MAX_DEPTH: usize = 32;
@@ -37,7 +39,13 @@ impl Meter {
         Ok(())
     }
 
-    pub fn emit(&self, bytes: usize) -> Result<(), Error> {
+    /// Pays for a text, by its length without marks.
+    pub fn text(&self, text: &str) -> Result<(), Error> {
+        self.spend(marks::plain_len(text))
+    }
+
+    pub fn emit(&self, text: &str) -> Result<(), Error> {
+        let bytes = marks::plain_len(text);
         if self.0.output.fetch_add(bytes, Ordering::Relaxed) + bytes > MAX_OUTPUT {
             return Err(invalid(format!("the template writes more than {} MiB", MAX_OUTPUT >> 20)));
         }
@@ -52,7 +60,7 @@ impl Meter {
     fn weigh_at(&self, value: &Value, depth: usize) -> Result<(), Error> {
         check_depth(depth)?;
         match value.kind() {
-            ValueKind::String => self.spend(value.as_str().map_or(0, str::len)),
+            ValueKind::String => self.text(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => value.try_iter()?.try_for_each(|item| {
                 self.spend(ELEMENT)?;
                 self.weigh_at(&item, depth + 1)
@@ -66,7 +74,7 @@ impl Meter {
         }
     }
 
-    /// Pays for the elements of `value` alone, and makes a list of what is computed only when it is looked at.
+    /// Pays for the elements of `value` alone, and makes a list of a lazy value.
     pub fn count(&self, value: Value) -> Result<Value, Error> {
         match value.kind() {
             ValueKind::String => self.weigh(&value).map(|()| value),
@@ -75,7 +83,7 @@ impl Meter {
         }
     }
 
-    /// [`Meter::count`] for operations that take no longer with a longer list.
+    /// [`Meter::count`] for operations whose time does not depend on the length of a list.
     pub fn look(&self, value: Value) -> Result<Value, Error> {
         match value.kind() {
             ValueKind::Seq | ValueKind::Map => Ok(value),
@@ -88,8 +96,8 @@ impl Meter {
         paid.collect()
     }
 
-    /// A copy of plain data, which is all that may outlive a step of a loop: a chain of things that refer to one another
-    /// would take the stack with it when it is dropped.
+    /// A copy of plain data. Only that may outlive a step of a loop: dropping a chain of objects that refer to one another
+    /// would overflow the stack.
     pub fn plain(&self, value: &Value) -> Result<Value, Error> {
         self.plain_at(value, 0)
     }

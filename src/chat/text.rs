@@ -1,10 +1,11 @@
-//! Values as text: what Python's `str`, `repr` and `json.dumps` write, which is what chat templates were made with.
+//! Values as text, as Python's `str`, `repr` and `json.dumps` write them, which chat templates were made with.
 use minijinja::Error;
 use minijinja::value::{Value, ValueKind};
 
+use super::marks;
 use super::meter::{ELEMENT, MAX_DEPTH, Meter, invalid};
 
-/// Text in the making, paid for as it grows.
+/// A text that grows, and pays as it does.
 pub(super) struct Text<'a> {
     meter: &'a Meter,
     pub text: String,
@@ -16,7 +17,7 @@ impl<'a> Text<'a> {
     }
 
     pub fn push(&mut self, text: &str) -> Result<(), Error> {
-        self.meter.spend(text.len())?;
+        self.meter.text(text)?;
         self.text.push_str(text);
         Ok(())
     }
@@ -57,35 +58,46 @@ impl<'a> Text<'a> {
                 self.push("}")
             }
             ValueKind::Number => self.push(&value.to_string()),
-            kind => Err(invalid(format!("a {kind} is no text"))),
+            kind => Err(invalid(format!("a {kind} cannot be converted to text"))),
         }
     }
 
     fn quoted(&mut self, text: &str) -> Result<(), Error> {
-        let quote = if text.contains('\'') && !text.contains('"') { "\"" } else { "'" };
+        let has = |quote: char| text.chars().any(|c| marks::plain(c) == quote);
+        let quote = if has('\'') && !has('"') { "\"" } else { "'" };
         self.push(quote)?;
-        for c in text.chars() {
-            match c {
-                '\n' => self.push("\\n")?,
-                '\r' => self.push("\\r")?,
-                '\t' => self.push("\\t")?,
-                '\\' => self.push("\\\\")?,
-                '\'' if quote == "'" => self.push("\\'")?,
-                c if c.is_control() => self.push(&format!("\\x{:02x}", c as u32))?,
-                c => self.push(c.encode_utf8(&mut [0; 4]))?,
-            }
-        }
+        self.push(&marks::map(text, |run| {
+            let escaped = run.chars().map(|c| match c {
+                '\n' => "\\n".to_owned(),
+                '\r' => "\\r".to_owned(),
+                '\t' => "\\t".to_owned(),
+                '\\' => "\\\\".to_owned(),
+                '\'' if quote == "'" => "\\'".to_owned(),
+                c if c.is_control() => format!("\\x{:02x}", c as u32),
+                c => c.to_string(),
+            });
+            escaped.collect()
+        }))?;
         self.push(quote)
+    }
+
+    fn json_string(&mut self, text: &str) -> Result<(), Error> {
+        self.push("\"")?;
+        self.push(&marks::map(text, |run| {
+            let quoted = serde_json::Value::from(run).to_string();
+            quoted[1..quoted.len() - 1].to_owned()
+        }))?;
+        self.push("\"")
     }
 
     /// `json.dumps(value, ensure_ascii=False, indent=indent)`, as Hugging Face's `tojson`: nothing is escaped for HTML.
     pub fn json(&mut self, value: &Value, indent: Option<usize>, depth: usize) -> Result<(), Error> {
         match value.kind() {
             _ if depth > MAX_DEPTH => Err(invalid(format!("lists are nested more than {MAX_DEPTH} deep"))),
-            ValueKind::Undefined => Err(invalid("an undefined value has no JSON")),
+            ValueKind::Undefined => Err(invalid("an undefined value cannot be converted to JSON")),
             ValueKind::None => self.push("null"),
             ValueKind::Bool => self.push(if value.is_true() { "true" } else { "false" }),
-            ValueKind::String => self.push(&serde_json::Value::from(value.as_str()).to_string()),
+            ValueKind::String => self.json_string(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items = self.meter.list(value)?;
                 self.json_items(("[", "]"), items, indent, depth, |text, item| text.json(item, indent, depth + 1))
@@ -106,7 +118,7 @@ impl<'a> Text<'a> {
                 })
             }
             ValueKind::Number => self.push(&value.to_string()),
-            kind => Err(invalid(format!("a {kind} has no JSON"))),
+            kind => Err(invalid(format!("a {kind} cannot be converted to JSON"))),
         }
     }
 

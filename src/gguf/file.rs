@@ -1,18 +1,18 @@
-//! Brings a file into memory, and says what it is when it is no GGUF file.
+//! Maps or reads a file, and recognizes other formats.
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use memmap2::{Mmap, MmapMut};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, human_size};
 use crate::task::{Phase, Task};
 
-/// What is read at once, and how often somebody who waits for it is asked: in some 10 ms, from a fast disk.
+/// Bytes per read, between two checks of the task: about 10 ms from a fast disk.
 const READ: usize = 16 << 20;
 
-/// The whole file, which starts with "GGUF": mapped, and then with the file itself, or read into private memory
-/// (page-aligned too).
+/// The whole file, which starts with "GGUF": mapped (then the file is returned too), or read into private memory,
+/// which is page-aligned as well.
 pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option<File>)> {
     let failed = |error: std::io::Error| match error.kind() {
         ErrorKind::NotFound => Error::ModelNotFound(format!("{}: no such file", path.display())),
@@ -25,7 +25,7 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option
         return Err(Error::ModelNotFound(format!("{}: this is a directory; {}", path.display(), models_in(path))));
     }
     if !kind.is_file() {
-        return Err(invalid("this is neither a file nor a link to one"));
+        return Err(invalid("this is not a regular file"));
     }
     let mut file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
@@ -38,7 +38,7 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option
         // is there for files that cannot promise it.
         unsafe { Mmap::map(&file) }.map_err(failed)?
     } else {
-        let too_large = || invalid(&format!("its {length} bytes do not fit this machine's address space"));
+        let too_large = || invalid(&format!("its {length} bytes exceed this machine's address space"));
         let mut memory = MmapMut::map_anon(usize::try_from(length).map_err(|_| too_large())?).map_err(failed)?;
         for (i, part) in memory[..].chunks_mut(READ).enumerate() {
             task.check()?;
@@ -53,7 +53,7 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option
     }
 }
 
-/// What a directory offers instead: "pass one of the GGUF files in it: a.gguf, b.gguf".
+/// The hint for a directory: "pass one of the GGUF files in it: a.gguf, b.gguf".
 fn models_in(folder: &Path) -> String {
     const SHOWN: usize = 8;
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -63,18 +63,18 @@ fn models_in(folder: &Path) -> String {
         .collect();
     names.sort();
     match names.len() {
-        0 => "pass the path of a .gguf file (there is none in it)".to_owned(),
+        0 => "pass the path of a .gguf file (the directory has none)".to_owned(),
         1..=SHOWN => format!("pass one of the GGUF files in it: {}", names.join(", ")),
         more => format!("pass one of the {more} GGUF files in it: {}, …", names[..SHOWN].join(", ")),
     }
 }
 
-/// The error for a file that does not start with "GGUF": what it is instead, and what helps.
+/// The error for a file that does not start with "GGUF": its probable format, and a remedy.
 fn diagnose(path: &Path, bytes: &[u8]) -> Error {
     let start = &bytes[..bytes.len().min(1024)];
     let path = path.display();
     let unsupported = match start {
-        [b'F', b'U', b'G', b'G', ..] => Some("a big-endian GGUF file; only little-endian files are read"),
+        [b'F', b'U', b'G', b'G', ..] => Some("a big-endian GGUF file; only little-endian files are supported"),
         // the words "ggml", "ggmf", "ggjt" and "ggla", written as little-endian integers
         [b'l' | b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'a', b'l', b'g', b'g', ..] => {
             Some("a model in an old GGML format, from before GGUF (2023); convert the original model again")
@@ -99,14 +99,15 @@ fn diagnose(path: &Path, bytes: &[u8]) -> Error {
             None => "this is a Git LFS pointer, not the model it stands for; run `git lfs pull`".to_owned(),
         }
     } else if is_safetensors(bytes) {
-        "this is a safetensors file; only GGUF files are read, so look for the GGUF version of the model".to_owned()
+        "this is a safetensors file; only GGUF files are supported, so look for the GGUF version of the model"
+            .to_owned()
     } else if text.starts_with('{') {
         "this is a JSON text, not a model; a server's error message or a configuration was saved in its place"
             .to_owned()
     } else if start.starts_with(b"PK\x03\x04") {
-        "this is a zip archive or a PyTorch checkpoint; only GGUF files are read".to_owned()
+        "this is a zip archive or a PyTorch checkpoint; only GGUF files are supported".to_owned()
     } else if start.starts_with(b"\x80\x02") || start.starts_with(b"\x80\x04") {
-        "this is a Python pickle, probably a PyTorch checkpoint; only GGUF files are read".to_owned()
+        "this is a Python pickle, probably a PyTorch checkpoint; only GGUF files are supported".to_owned()
     } else if [&b"\x1f\x8b"[..], b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh"]
         .iter()
         .any(|m| start.starts_with(m))
@@ -115,7 +116,7 @@ fn diagnose(path: &Path, bytes: &[u8]) -> Error {
     } else if start.iter().all(|&b| b == 0) {
         format!("the first {} bytes are zeros; the download did not finish", start.len())
     } else if b"GGUF".starts_with(bytes) {
-        format!("the file ends at {}, inside the first word of a GGUF file (was the download cut?)", bytes.len())
+        format!("the file ends at {}, inside the first word of a GGUF file (is the download incomplete?)", bytes.len())
     } else {
         format!("not a GGUF file: it starts with \"{}\", not with \"GGUF\"", start[..start.len().min(4)].escape_ascii())
     };
@@ -128,18 +129,4 @@ fn is_safetensors(bytes: &[u8]) -> bool {
         Some((length, rest)) => rest.first() == Some(&b'{') && u64::from_le_bytes(*length) <= rest.len() as u64,
         None => false,
     }
-}
-
-/// 1234567890 as "1.2 GB".
-pub(super) fn human_size(bytes: u64) -> String {
-    let units = ["kB", "MB", "GB", "TB", "PB", "EB"];
-    let mut size = bytes as f64;
-    let mut name = "bytes";
-    for unit in units {
-        if size < 1000.0 {
-            break;
-        }
-        (size, name) = (size / 1000.0, unit);
-    }
-    if name == "bytes" { format!("{bytes} {name}") } else { format!("{size:.1} {name}") }
 }

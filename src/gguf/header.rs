@@ -1,4 +1,4 @@
-//! Reads and checks everything that stands before the tensors' bytes.
+//! Reads and checks everything before the tensors' bytes.
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::Path;
@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use super::file::human_size;
 use super::metadata::{Array, ElementType, Metadata, STRING_PREFIX, Value};
 use super::tensor::{Bytes, GgmlType, Tensor};
-use crate::error::{Error, Result, excerpt};
+use crate::error::{Error, Result, excerpt, human_size};
 
 // Far above any real file, and low enough that no header can make the reader use more than a few times its own size.
 const MAX_HEADER: usize = 256 << 20;
@@ -39,7 +38,7 @@ pub(super) fn read(path: &Path, map: &Arc<Mmap>) -> Result<(Metadata, Vec<Tensor
         let key = cursor.name(MAX_KEY, &format_args!("the name of key {i}"))?;
         let value = cursor.value(&key)?;
         if !metadata.insert(key.clone(), value) {
-            return Err(cursor.error(format!("key `{}` stands there twice, again at {at}", excerpt(&key))));
+            return Err(cursor.error(format!("duplicate key `{}` at byte {at}", excerpt(&key))));
         }
     }
     let tensors = read_tensors(&mut cursor, n_tensors, &metadata)?;
@@ -50,13 +49,13 @@ fn check_version(path: &Path, version: u32) -> Result<()> {
     let path = path.display();
     match version {
         2 | 3 => Ok(()),
-        0 => Err(Error::InvalidModel(format!("{path}: GGUF version 0 at 4; there is no such version"))),
+        0 => Err(Error::InvalidModel(format!("{path}: GGUF version 0 at 4; versions 2 and 3 are supported"))),
         _ if version.swap_bytes() < 1 << 16 => Err(Error::UnsupportedModel(format!(
-            "{path}: a big-endian GGUF file (version {} at 4); only little-endian files are read",
+            "{path}: a big-endian GGUF file (version {} at 4); only little-endian files are supported",
             version.swap_bytes()
         ))),
         _ => Err(Error::UnsupportedModel(format!(
-            "{path}: GGUF version {version} at 4; versions 2 and 3 are read, so convert the model again"
+            "{path}: GGUF version {version} at 4; versions 2 and 3 are supported, so convert the model again"
         ))),
     }
 }
@@ -66,7 +65,7 @@ struct Entry {
     name: String,
     dtype: GgmlType,
     shape: Vec<usize>,
-    /// None when the size of the type is not known.
+    /// None: the size of the type is unknown.
     size: Option<u64>,
     /// From the start of the tensors' bytes.
     offset: u64,
@@ -80,7 +79,7 @@ fn read_tensors(cursor: &mut Cursor<'_>, n_tensors: usize, metadata: &Metadata) 
         let at = cursor.at;
         let entry = cursor.entry(i)?;
         if !names.insert(entry.name.clone()) {
-            return Err(cursor.error(format!("{} stands there twice, again at {at}", entry.label())));
+            return Err(cursor.error(format!("duplicate {} at byte {at}", entry.label())));
         }
         entries.push(entry);
     }
@@ -106,28 +105,27 @@ fn read_tensors(cursor: &mut Cursor<'_>, n_tensors: usize, metadata: &Metadata) 
         .collect())
 }
 
-/// Every tensor at an aligned offset, inside the file, and on no other's bytes.
+/// Checks that every tensor is at an aligned offset and inside the file, and that no two overlap.
 fn check_layout(cursor: &Cursor<'_>, entries: &[Entry], start: u64, alignment: u64) -> Result<()> {
     let length = cursor.map.len() as u64;
     let mut ranges = Vec::with_capacity(entries.len());
     for entry in entries {
         let (label, offset) = (entry.label(), entry.offset);
         if !offset.is_multiple_of(alignment) {
-            return Err(
-                cursor.error(format!("{label} has offset {offset}, which is no multiple of the alignment {alignment}"))
-            );
+            return Err(cursor
+                .error(format!("{label} has offset {offset}, which is not a multiple of the alignment {alignment}")));
         }
         // An unknown type takes a byte at least.
         let end = start.checked_add(offset).and_then(|at| at.checked_add(entry.size.unwrap_or(1)));
         match end {
             Some(end) => ranges.push((start + offset..end, entry)),
-            None => return Err(cursor.error(format!("{label} has offset {offset}, which is no place in a file"))),
+            None => return Err(cursor.error(format!("{label} has offset {offset}, which overflows"))),
         }
     }
     let needed = ranges.iter().map(|(range, _)| range.end).max().unwrap_or(0);
     if let Some((range, entry)) = ranges.iter().find(|(range, _)| range.end > length) {
         return Err(cursor.error(format!(
-            "{} needs {} bytes at {}; the file ends at {length} ({} short: was the download cut?)",
+            "{} needs {} bytes at {}; the file ends at {length} ({} short: is the download incomplete?)",
             entry.label(),
             range.end - range.start,
             range.start,
@@ -139,7 +137,7 @@ fn check_layout(cursor: &Cursor<'_>, entries: &[Entry], start: u64, alignment: u
         let [(one, first), (two, second)] = pair else { continue };
         if one.end > two.start {
             return Err(cursor.error(format!(
-                "{} at {} lies on {}, which ends at {}",
+                "{} (at {}) overlaps {} (ends at {})",
                 second.label(),
                 two.start,
                 first.label(),
@@ -156,7 +154,7 @@ impl Entry {
     }
 }
 
-/// A place in the header. Nothing is read past the end of the file, nor past `MAX_HEADER`.
+/// A position in the header. Reads stop at the end of the file and at `MAX_HEADER`.
 struct Cursor<'a> {
     path: &'a Path,
     map: &'a Arc<Mmap>,
@@ -175,7 +173,7 @@ impl<'a> Cursor<'a> {
     fn take(&mut self, n: usize, what: &dyn Display) -> Result<&'a [u8]> {
         if n > self.remaining() {
             return Err(self.error(format!(
-                "{what} needs {n} bytes at {}; the file ends at {} (was the download cut?)",
+                "{what} needs {n} bytes at {}; the file ends at {} (is the download incomplete?)",
                 self.at,
                 self.map.len()
             )));
@@ -202,23 +200,23 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// How many keys or tensors the file says it has.
+    /// The number of keys or tensors that the file declares.
     fn count(&mut self, what: &str, limit: usize) -> Result<usize> {
         let at = self.at;
         let count = self.u64(&format_args!("the number of {what}"))?;
         if count > limit as u64 {
-            return Err(self.error(format!("{count} {what} promised at {at}; the limit is {limit}")));
+            return Err(self.error(format!("{count} {what} declared at {at}; the limit is {limit}")));
         }
         Ok(count as usize)
     }
 
-    /// Whether `count` things of at least `size` bytes can follow: asked before anything is allocated for them.
+    /// Checks that `count` items of at least `size` bytes can follow, before anything is allocated for them.
     fn check_room(&self, count: usize, size: usize, what: &dyn Display) -> Result<()> {
         match count.checked_mul(size) {
             Some(bytes) if bytes <= self.remaining() => Ok(()),
             _ => Err(self.error(format!(
-                "{count} {what} promised, at least {size} bytes each, but only {} bytes follow at {} (was the download \
-                 cut?)",
+                "{count} {what} declared, at least {size} bytes each, but only {} bytes follow at {} (is the download \
+                 incomplete?)",
                 self.remaining(),
                 self.at
             ))),
@@ -253,7 +251,7 @@ impl<'a> Cursor<'a> {
             return self.array_value(&what).map(Value::Array);
         }
         let Some(element) = ElementType::from_id(id) else {
-            return Err(self.error(format!("{what} has value type {id} at {at}; types go from 0 to 12")));
+            return Err(self.error(format!("{what} has value type {id} at {at}; expected 0 to 12")));
         };
         let at = self.at;
         let bytes = match element.size() {
@@ -262,7 +260,7 @@ impl<'a> Cursor<'a> {
         };
         element
             .decode(bytes)
-            .ok_or_else(|| self.error(format!("{what} is a bool of byte {bytes:?} at {at}; it must be 0 or 1")))
+            .ok_or_else(|| self.error(format!("{what} is a bool of byte {bytes:?} at {at}; expected 0 or 1")))
     }
 
     fn array_value(&mut self, what: &str) -> Result<Array> {
@@ -270,17 +268,17 @@ impl<'a> Cursor<'a> {
         let id = self.u32(&format_args!("the element type of {what}"))?;
         if id == ARRAY {
             return Err(Error::UnsupportedModel(format!(
-                "{}: {what} is an array of arrays at {at}; no model this library runs has one",
+                "{}: {what} is an array of arrays at {at}; nested arrays are not supported",
                 self.path.display()
             )));
         }
         let Some(element) = ElementType::from_id(id) else {
-            return Err(self.error(format!("{what} has elements of type {id} at {at}; types go from 0 to 12")));
+            return Err(self.error(format!("{what} has elements of type {id} at {at}; expected 0 to 12")));
         };
         let at = self.at;
         let len = self.u64(&format_args!("the number of elements of {what}"))?;
         if len > MAX_ARRAY as u64 {
-            return Err(self.error(format!("{what} has {len} elements, says {at}; the limit is {MAX_ARRAY}")));
+            return Err(self.error(format!("{what} has {len} elements (byte {at}); the limit is {MAX_ARRAY}")));
         }
         let len = len as usize;
         self.check_room(len, element.size().unwrap_or(STRING_PREFIX), &format_args!("elements of {what}"))?;
@@ -293,7 +291,7 @@ impl<'a> Cursor<'a> {
                     && let Some(i) = bytes.iter().position(|&b| b > 1)
                 {
                     return Err(
-                        self.error(format!("element {i} of {what} is a bool of byte {}; it must be 0 or 1", bytes[i]))
+                        self.error(format!("element {i} of {what} is a bool of byte {}; expected 0 or 1", bytes[i]))
                     );
                 }
             }
@@ -316,7 +314,7 @@ impl<'a> Cursor<'a> {
         let at = self.at;
         let n_dims = self.u32(&format_args!("the number of dimensions of {what}"))?;
         if !(1..=4).contains(&n_dims) {
-            return Err(self.error(format!("{what} has {n_dims} dimensions, says {at}; 1 to 4 are possible")));
+            return Err(self.error(format!("{what} has {n_dims} dimensions (byte {at}); expected 1 to 4")));
         }
         let mut dims = Vec::with_capacity(4);
         for _ in 0..n_dims {
@@ -332,7 +330,7 @@ impl<'a> Cursor<'a> {
             Some(n) => n,
             None => {
                 return Err(
-                    self.error(format!("{what} has dimensions {dims:?} at {at}, more elements than can be counted"))
+                    self.error(format!("{what} has dimensions {dims:?} at {at}, whose number of elements overflows"))
                 );
             }
         };
@@ -341,7 +339,7 @@ impl<'a> Cursor<'a> {
             Some((block, bytes)) => {
                 if !dims[0].is_multiple_of(block as u64) {
                     return Err(self.error(format!(
-                        "{what} has rows of {} elements, which is no multiple of {block}, the block of its type {}",
+                        "{what} has rows of {} elements, which is not a multiple of {block}, the block size of its type {}",
                         dims[0],
                         dtype.name()
                     )));
@@ -349,8 +347,9 @@ impl<'a> Cursor<'a> {
                 match (elements / block as u64).checked_mul(bytes as u64) {
                     Some(size) => Some(size),
                     None => {
-                        return Err(self
-                            .error(format!("{what} has dimensions {dims:?} at {at}, more bytes than can be counted")));
+                        return Err(self.error(format!(
+                            "{what} has dimensions {dims:?} at {at}, whose number of bytes overflows"
+                        )));
                     }
                 }
             }

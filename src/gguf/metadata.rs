@@ -1,4 +1,4 @@
-//! The keys of a file: typed values in file order, and getters that say what they found instead.
+//! The keys of a file: typed values in file order, and getters whose errors name the value they found.
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ pub struct Metadata {
     index: HashMap<String, usize>,
 }
 
-/// One value. A string is bytes: a token may be half a character, or end in NUL.
+/// One value. A string is bytes, because a token may be half a character or end in NUL.
 #[derive(Debug, Clone)]
 pub enum Value {
     U8(u8),
@@ -79,7 +79,7 @@ impl ElementType {
         }
     }
 
-    /// The value of `bytes`, little-endian; None when they are not [`ElementType::size`] many, or not 0 or 1 for a bool.
+    /// The value of `bytes`, little-endian. None: their number is not [`ElementType::size`], or a bool is not 0 or 1.
     pub(super) fn decode(self, bytes: &[u8]) -> Option<Value> {
         Some(match self {
             ElementType::U8 => Value::U8(u8::from_le_bytes(bytes.try_into().ok()?)),
@@ -122,14 +122,14 @@ impl fmt::Display for ElementType {
     }
 }
 
-/// An array, packed as it lies in the file: a vocabulary of 200 000 tokens costs 4 bytes a token.
+/// An array, packed as in the file: a vocabulary of 200 000 tokens costs 4 bytes a token.
 #[derive(Debug, Clone)]
 pub struct Array {
     pub(super) element: ElementType,
     pub(super) len: usize,
     pub(super) data: Bytes,
-    /// Of strings only: where in `data` the text of each one starts, and last where a next one would. The lengths in
-    /// the file are read once, at opening.
+    /// Of strings only: the start of each text in `data`, and one more for a next one. The lengths in the file are read
+    /// once, at opening.
     pub(super) starts: Vec<u32>,
 }
 
@@ -219,7 +219,7 @@ impl Value {
 }
 
 impl fmt::Display for Value {
-    /// What a message says was found: `u32 7`, `str "phi3"`, `arr[f32, 32064]`.
+    /// The value for an error message: `u32 7`, `str "phi3"`, `arr[f32, 32064]`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Value::U8(v) => write!(f, "u8 {v}"),
@@ -243,14 +243,14 @@ impl fmt::Display for Value {
     }
 }
 
-/// A getter returns `Ok(None)` when the key is absent, and `InvalidModel`, saying what was found, when its value is of
-/// another type or out of range.
+/// A getter returns `Ok(None)` when the key is absent, and `InvalidModel` with the value found when it has another type
+/// or is out of range.
 impl Metadata {
     pub(super) fn new(path: &Path) -> Self {
         Metadata { path: path.to_owned(), entries: Vec::new(), index: HashMap::new() }
     }
 
-    /// False when the key is there already.
+    /// False for a duplicate key.
     pub(super) fn insert(&mut self, key: String, value: Value) -> bool {
         let fresh = self.index.insert(key.clone(), self.entries.len()).is_none();
         self.entries.push((key, value));

@@ -1,11 +1,11 @@
-//! Tensors as the file's table describes them, and their bytes where they lie.
+//! Tensors as the file's table describes them, with their bytes in the file.
 use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
-/// A piece of the file. A clone is a counter, not a copy; the file stays mapped while one lives.
+/// A range of the file. A clone counts a reference and copies nothing; the file stays mapped while one lives.
 #[derive(Clone)]
 pub struct Bytes {
     map: Arc<Mmap>,
@@ -13,7 +13,7 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// `range` lies inside `map`: `header.rs` has checked it.
+    /// `range` is inside `map`: `header.rs` has checked it.
     pub(super) fn new(map: &Arc<Mmap>, range: Range<usize>) -> Self {
         debug_assert!(range.start <= range.end && range.end <= map.len());
         Bytes { map: Arc::clone(map), range }
@@ -45,12 +45,12 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// The tensor's blocks, row after row; empty when the size of its type is not known ([`GgmlType::Other`]).
+    /// The tensor's blocks, row by row; empty when the size of its type is unknown ([`GgmlType::Other`]).
     pub fn bytes(&self) -> &[u8] {
         &self.data
     }
 
-    /// [`Tensor::bytes`], to keep.
+    /// [`Tensor::bytes`], owned.
     pub fn data(&self) -> Bytes {
         self.data.clone()
     }
@@ -61,7 +61,7 @@ impl Tensor {
     }
 }
 
-/// How elements are stored. A type that is not computed with here is [`GgmlType::Other`], under ggml's number for it.
+/// The storage format of elements. A type without kernels here is [`GgmlType::Other`], with ggml's number.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 #[allow(non_camel_case_types)] // ggml's own names
 pub enum GgmlType {
@@ -120,7 +120,7 @@ impl GgmlType {
         })
     }
 
-    /// ggml's name: "Q4_K"; "type 99" for a number that has none.
+    /// ggml's name: "Q4_K"; "type 99" for a number without one.
     pub fn name(&self) -> String {
         let name = match self {
             GgmlType::F32 => "F32",

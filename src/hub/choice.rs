@@ -73,12 +73,4 @@ pub fn listing(files: &[(String, u64)]) -> String {
     if listed.is_empty() { "none".into() } else { listed.join(", ") }
 }
 
-/// A size as people say it: 2.39 GB.
-pub fn bytes(size: u64) -> String {
-    match size {
-        0..1_000 => format!("{size} bytes"),
-        1_000..1_000_000 => format!("{:.0} kB", size as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.0} MB", size as f64 / 1e6),
-        _ => format!("{:.2} GB", size as f64 / 1e9),
-    }
-}
+pub use crate::error::human_size as bytes;

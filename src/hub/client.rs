@@ -375,7 +375,7 @@ pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 /// A server's words, as much of them as an error should hold.
 pub fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect()
+    crate::error::one_line(text, 200)
 }
 
 /// As a part of a URL's path; `keep` stays as it is.

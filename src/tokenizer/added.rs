@@ -1,8 +1,9 @@
-//! Added tokens: those that are found in text as they stand, before anything is normalized or merged.
+//! Added tokens: those that are found in text verbatim, before it is normalized or merged.
 //!
 //! The rules are those of `tokenizers`' AddedVocabulary: the leftmost match, of several there the longest; `lstrip` and
-//! `rstrip` take the (Unicode) whitespace around a match with it; tokens with `normalized` are looked for in what the
-//! normalizer makes of the rest. One rule is ours: no match starts in the user's text (`literal`).
+//! `rstrip` include the (Unicode) whitespace around a match; tokens with `normalized` are searched in the normalized
+//! rest. One rule is ours: no match overlaps the user's text, as if each of its characters occurred in no token. The
+//! whitespace around a match may be the user's.
 use std::path::Path;
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
@@ -22,11 +23,11 @@ pub(super) struct AddedToken {
     pub content: String,
     /// Left out of decoded text.
     pub special: bool,
-    /// Matches only where no letter, digit or underscore is next to it.
+    /// Matches only without a letter, digit or underscore next to it.
     pub single_word: bool,
     pub lstrip: bool,
     pub rstrip: bool,
-    /// Matches what the normalizer makes of it, in normalized text.
+    /// Matches its normalized text, in normalized text.
     pub normalized: bool,
 }
 
@@ -37,13 +38,14 @@ pub(super) struct AddedTokens {
     texts: Vec<String>,
     raw: Matcher,
     normalized: Matcher,
-    /// Sorted.
-    first_chars: Vec<char>,
     word: SysRegex,
 }
 
 /// An automaton over the texts of some of the tokens; `None` if there are none.
 struct Matcher(Option<(AhoCorasick, Vec<usize>)>);
+
+/// A range of bytes of a text.
+type Place = std::ops::Range<usize>;
 
 /// A piece of the text, and the token if it is one.
 type Split = (NormalizedString, Option<Vec<Token>>);
@@ -72,16 +74,12 @@ impl AddedTokens {
             }
             texts.push(text.get().to_owned());
         }
-        let mut first_chars: Vec<char> = tokens.iter().filter_map(|token| token.content.chars().next()).collect();
-        first_chars.sort_unstable();
-        first_chars.dedup();
         Ok(Self {
             raw: Matcher::new(&tokens, &texts, false)?,
             normalized: Matcher::new(&tokens, &texts, true)?,
             word: SysRegex::new(r"\w").map_err(internal)?,
             tokens,
             texts,
-            first_chars,
         })
     }
 
@@ -94,7 +92,7 @@ impl AddedTokens {
         self.tokens.iter().find(|token| token.content == content).map(|token| token.id)
     }
 
-    /// The text of a token that matches wherever it stands.
+    /// The text of a token that matches in any context.
     pub fn first(&self) -> Option<&str> {
         let token = self.tokens.iter().find(|token| !token.single_word && !token.normalized)?;
         Some(&token.content)
@@ -105,49 +103,32 @@ impl AddedTokens {
         self.tokens.iter().zip(&self.texts).map(|(token, text)| (token.id, text.as_str()))
     }
 
-    /// Any character may, once a normalizer can turn it into another.
-    pub fn may_start_with(&self, c: char) -> bool {
-        self.normalized.0.is_some() || self.first_chars.binary_search(&c).is_ok()
+    /// Cuts the tokens out of the whole text, between the user's ranges.
+    pub fn split(&self, text: NormalizedString, user: &[Place]) -> tokenizers::Result<Vec<Split>> {
+        let gaps = gaps(text.get().len(), user);
+        self.cut(text, &self.raw, gaps)
     }
 
-    /// Cuts the tokens out of the whole text.
-    pub fn split(&self, text: NormalizedString, literal: &[usize]) -> tokenizers::Result<Vec<Split>> {
-        self.cut(text, &self.raw, |_, range| literal.binary_search(&range.start).is_ok())
+    /// Cuts the `normalized` tokens out of a normalized segment.
+    pub fn split_normalized(&self, segment: NormalizedString, user: &[Place]) -> tokenizers::Result<Vec<Split>> {
+        if self.normalized.0.is_none() {
+            return Ok(vec![(segment, None)]);
+        }
+        let gaps = gaps(segment.get().len(), &normalized_user(&segment, user));
+        self.cut(segment, &self.normalized, gaps)
     }
 
-    /// Cuts the `normalized` tokens out of a normalized segment. What the normalizer inserts has the place of a
-    /// neighbour ("▁" that of the character before or after it), so no literal offset may lie anywhere in a match.
-    pub fn split_normalized(&self, segment: NormalizedString, literal: &[usize]) -> tokenizers::Result<Vec<Split>> {
-        let (start, _) = segment.offsets_original();
-        self.cut(segment, &self.normalized, |segment, range| {
-            let Some(original) = segment.convert_offsets(Range::Normalized(range)) else { return !literal.is_empty() };
-            let next = literal.partition_point(|&offset| offset < start + original.start);
-            literal.get(next).is_some_and(|&offset| offset < start + original.end)
-        })
-    }
-
-    fn cut(
-        &self,
-        whole: NormalizedString,
-        matcher: &Matcher,
-        is_literal: impl Fn(&NormalizedString, std::ops::Range<usize>) -> bool,
-    ) -> tokenizers::Result<Vec<Split>> {
+    fn cut(&self, whole: NormalizedString, matcher: &Matcher, gaps: Vec<Place>) -> tokenizers::Result<Vec<Split>> {
         let text = whole.get();
         let mut cuts = Vec::new(); // (token, start, stop)
         let mut done = 0; // everything before is cut
-        let mut at = 0; // where the search goes on
-        while let Some((token, found)) = matcher.find(text, at) {
+        for (token, found) in gaps.into_iter().flat_map(|gap| matcher.find(text, gap)) {
             let token = &self.tokens[token];
-            if is_literal(&whole, found.clone()) {
-                at = found.start + text[found.start..].chars().next().map_or(1, char::len_utf8);
-                continue;
-            }
-            at = found.end;
             let (before, after) = (&text[..found.start], &text[found.end..]);
             if token.single_word && (self.is_word(before.chars().next_back()) || self.is_word(after.chars().next())) {
                 continue;
             }
-            // A token that begins with whitespace may start inside what the one before has taken.
+            // A token that begins with whitespace may start inside the whitespace of the one before.
             let start = if token.lstrip { before.trim_end().len().max(done) } else { found.start };
             let stop = if token.rstrip { text.len() - after.trim_start().len() } else { found.end };
             if done < start {
@@ -188,10 +169,65 @@ impl Matcher {
         Ok(Self(Some((automaton, chosen))))
     }
 
-    /// The next match at or after `at`: the token's place, and where its text is.
-    fn find(&self, text: &str, at: usize) -> Option<(usize, std::ops::Range<usize>)> {
-        let (automaton, tokens) = self.0.as_ref()?;
-        let found = automaton.find(Input::new(text).range(at..))?;
-        Some((tokens[found.pattern().as_usize()], found.range()))
+    /// The matches inside `gap`: the index of the token, and the range of its text.
+    fn find(&self, text: &str, gap: Place) -> impl Iterator<Item = (usize, Place)> {
+        let found = self.0.as_ref().map(|(automaton, tokens)| {
+            automaton
+                .find_iter(Input::new(text).range(gap))
+                .map(|found| (tokens[found.pattern().as_usize()], found.range()))
+        });
+        found.into_iter().flatten()
     }
+}
+
+/// The gaps between `ranges`, ascending, in a text of `length` bytes. An empty range separates two gaps.
+fn gaps(length: usize, ranges: &[Place]) -> Vec<Place> {
+    let mut gaps = Vec::with_capacity(ranges.len() + 1);
+    let mut start = 0;
+    for range in ranges {
+        gaps.push(start..range.start.min(length));
+        start = range.end;
+    }
+    gaps.push(start..length);
+    gaps.retain(|gap| gap.start < gap.end);
+    gaps
+}
+
+/// The user's ranges of a normalized segment; an empty range is a place at which user text was removed.
+///
+/// Normalizers compose, decompose and reorder a letter and its accents. So a character and the possible accents after it
+/// (all but ASCII and "▁") are the user's together. An inserted character has the place of its neighbor.
+fn normalized_user(segment: &NormalizedString, user: &[Place]) -> Vec<Place> {
+    if user.is_empty() {
+        return Vec::new();
+    }
+    let (start, end) = segment.offsets_original();
+    let has_user = |from: usize, to: usize| {
+        let next = user.partition_point(|range| range.end <= start + from);
+        user.get(next).is_some_and(|range| range.start < start + to)
+    };
+    // Each character, its range, and whether user text is in it, and after it up to the next one.
+    let (mut letters, mut ends): (Vec<(char, Place, bool, bool)>, _) = (Vec::new(), 0);
+    for (at, c) in segment.get().char_indices() {
+        let range = at..at + c.len_utf8();
+        let place = segment.convert_offsets(Range::Normalized(range.clone())).unwrap_or(0..end - start);
+        if let Some((.., behind)) = letters.last_mut() {
+            *behind = has_user(ends, place.start);
+        }
+        letters.push((c, range, has_user(place.start, place.end.max(place.start + 1)), false));
+        ends = place.end;
+    }
+    if let Some((.., behind)) = letters.last_mut() {
+        *behind = has_user(ends, end - start);
+    }
+    let is_simple = |c: char| c.is_ascii() || c == '▁';
+    let mut ranges = Vec::new();
+    for group in letters.chunk_by(|_, (next, ..)| !is_simple(*next)) {
+        if group.iter().any(|&(c, _, inside, behind)| inside || (behind && !is_simple(c))) {
+            ranges.push(group[0].1.start..group[group.len() - 1].1.end);
+        } else {
+            ranges.extend(group.iter().filter(|(.., behind)| *behind).map(|(_, range, ..)| range.end..range.end));
+        }
+    }
+    ranges
 }

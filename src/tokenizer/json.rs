@@ -1,8 +1,8 @@
 //! A `tokenizer.json`, Hugging Face's own format.
 //!
-//! Read component by component, so that what is not a BPE of this family is refused by name, and so that its added
-//! tokens come into our hands. What belongs to training or to batches (dropout, truncation, padding) and the
-//! post-processor, which may add a BOS, play no part in turning a text into ids here.
+//! Read component by component: components of other tokenizers are refused by name, and the added tokens are matched by
+//! `added.rs`. Dropout, truncation, padding and the post-processor, which may add a BOS, are ignored: they belong to
+//! training and to batches.
 //!
 //! Decisions: docs/design/files.md
 use std::collections::HashSet;
@@ -20,8 +20,8 @@ use crate::error::{self, Error, Result};
 /// The largest of this family have 16 MB; parsed JSON takes several times its length.
 const MAX_FILE: u64 = 64 << 20;
 
-/// How many normalizers and splits a text may go through, by what factor they may lengthen it together, and how long a
-/// regular expression may be: "a -> aa" sixty times is a line of JSON, and so is an automaton of a hundred MB.
+/// Limits: the number of normalizers and splits, the factor by which they lengthen a text together, and the length of a
+/// regular expression. "a -> aa" sixty times is a line of JSON, and so is an automaton of a hundred MB.
 const MAX_STEPS: usize = 16;
 const MAX_GROWTH: usize = 64;
 const MAX_REGEX: usize = 1024;
@@ -40,14 +40,12 @@ impl Document {
         };
         let kind = std::fs::metadata(path).map_err(failed)?;
         if !kind.is_file() {
-            return Err(Error::InvalidModel(format!(
-                "{name}: not a tokenizer: this is neither a file nor a link to one"
-            )));
+            return Err(Error::InvalidModel(format!("{name}: not a tokenizer: this is not a regular file")));
         }
         if kind.len() > MAX_FILE {
             let length = kind.len();
             return Err(Error::InvalidModel(format!(
-                "{name}: not a tokenizer: {length} bytes long; at most {MAX_FILE} are read"
+                "{name}: not a tokenizer: it has {length} bytes; the limit is {MAX_FILE}"
             )));
         }
         let bytes = std::fs::read(path).map_err(failed)?;
@@ -58,7 +56,7 @@ impl Document {
         }
     }
 
-    /// Errors: `InvalidModel` for what is damaged or has ids from `n_vocab` on, `UnsupportedModel` for other kinds.
+    /// Errors: `InvalidModel` for damage and for ids from `n_vocab` on, `UnsupportedModel` for other kinds.
     pub fn parts(&self, n_vocab: usize) -> Result<Parts<'_>> {
         let model = self.root.get("model").and_then(Value::as_object);
         let model = model.ok_or_else(|| self.invalid("not a tokenizer: `model` is missing"))?;
@@ -77,7 +75,7 @@ impl Document {
         if let Some(unk) = unk.filter(|unk| !vocab.contains_key(*unk)) {
             return Err(self.invalid(format!("`model.unk_token` \"{}\" is not in the vocabulary", error::excerpt(unk))));
         }
-        // A control token is never reached from its characters, which a user's text may spell out.
+        // Merges must not lead to a control token, because user text may contain its characters.
         let special = added.iter().filter(|token| token.special && unk != Some(&token.content));
         let control: HashSet<&str> = special.map(|token| token.content.as_str()).collect();
         vocab.retain(|text, _| !control.contains(text.as_str()));
@@ -181,7 +179,7 @@ impl Document {
             let pattern = &step["pattern"];
             if let Some(regex) = pattern["Regex"].as_str().filter(|regex| regex.len() > MAX_REGEX) {
                 let n = regex.len();
-                return Err(self.unsupported(format!("`{key}` has a regex of {n} bytes; at most {MAX_REGEX} are read")));
+                return Err(self.unsupported(format!("`{key}` has a regex of {n} bytes; the limit is {MAX_REGEX}")));
             }
             growth = growth.saturating_mul(match step["type"].as_str().unwrap_or_default() {
                 "Sequence" => {
@@ -213,7 +211,7 @@ impl Document {
         Ok(())
     }
 
-    /// The decoder, as far as it can be told from the bytes of single tokens: the kinds that this family uses.
+    /// The decoder, if its steps work on the bytes of single tokens, as in this family.
     fn decoder(&self) -> Result<Decoder> {
         let root = self.root.get("decoder").unwrap_or(&Value::Null);
         let steps = match root.get("decoders").and_then(Value::as_array) {
@@ -260,7 +258,7 @@ impl Document {
     }
 }
 
-/// A value of the file, as a message shows it.
+/// A value of the file, for an error message.
 fn excerpt(value: &Value) -> String {
     match value {
         Value::Array(_) => "a list".to_owned(),

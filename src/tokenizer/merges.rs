@@ -1,4 +1,4 @@
-//! The merges of a BPE: which two neighbours become one token, the first ones first.
+//! The merges of a BPE: pairs of neighbors that become one token, in order of priority.
 use std::collections::HashMap;
 
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -51,7 +51,7 @@ pub(super) struct Encoding {
 }
 
 impl Encoding {
-    /// `name`: whose merges they are, for messages.
+    /// `name`: the file and key of the merges, for messages.
     pub fn build(self, name: &str) -> Result<BPE> {
         // `BpeBuilder` reports parts that are no tokens, but indexes past its buffer for a merge longer than every token.
         let mut merged = String::new();

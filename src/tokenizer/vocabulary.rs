@@ -1,7 +1,7 @@
 //! The tokenizer that a GGUF file carries: arrays of tokens, types, and scores or merges, and a few ids.
 //!
-//! What the file does not say is filled in as in Hugging Face's tokenizers of the family: the normalizer, the splits
-//! before byte-level BPE, and which added tokens take the whitespace around them.
+//! Missing parts are those of Hugging Face's tokenizers of the family: the normalizer, the splits before byte-level BPE,
+//! and the added tokens that include the whitespace around them.
 use tokenizers::models::bpe::Vocab;
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -178,7 +178,7 @@ impl<'a> Vocabulary<'a> {
         .collect()
     }
 
-    /// What BPE works with, (id, text): all but the added tokens and the padding.
+    /// The tokens of the BPE, (id, text): all but the added tokens and the padding.
     fn pieces(&self) -> Vec<(u32, &'a str)> {
         let ids = (0..self.tokens.len()).filter(|&id| !self.is_added(id) && !is_padding(self.tokens[id]));
         ids.map(|id| (id as u32, self.tokens[id])).collect()

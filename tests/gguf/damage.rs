@@ -79,7 +79,7 @@ fn the_bundled_model_cut_at_every_byte_of_its_first_64_kib_and_at_every_tensor()
         match timed(&cut, || Gguf::open(&demo.path, cut % 2 == 0)) {
             Ok(_) => whole += usize::from(cut >= needed || panic!("opens when cut at {cut} of {needed}")),
             Err(error) => {
-                let part = if cut == 0 { "empty" } else { "was the download cut?" };
+                let part = if cut == 0 { "empty" } else { "is the download incomplete?" };
                 assert_error(&format!("cut at {cut}"), &demo.path, &error, Invalid, &[part]);
                 assert!(cut < needed, "{cut}: {error}");
             }

@@ -268,15 +268,15 @@ fn says_what_a_file_is_that_is_no_gguf() {
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:8a83\nsize 2393231072\n";
     assert_errors(vec![
         ("empty", vec![], Invalid, &["the file is empty"]),
-        ("one byte", b"G".into(), Invalid, &["ends at 1", "was the download cut?"]),
+        ("one byte", b"G".into(), Invalid, &["ends at 1", "is the download incomplete?"]),
         ("html", b"<!DOCTYPE html><html>".into(), Invalid, &["this is an HTML page, not a model"]),
         ("html, BOM", "\u{feff}\n <HTML lang=en>".into(), Invalid, &["this is an HTML page, not a model"]),
         ("html, comment", "<!-- x -->\n<head><title>".into(), Invalid, &["this is an HTML page, not a model"]),
         ("xml", b"<?xml version=\"1.0\"?><Error>".into(), Invalid, &["XML text", "server's error message"]),
         ("json", b"{\"error\": \"gated repo\"}".into(), Invalid, &["JSON text", "server's error message"]),
-        ("git lfs", pointer.into(), Invalid, &["Git LFS pointer", "2.4 GB", "git lfs pull"]),
+        ("git lfs", pointer.into(), Invalid, &["Git LFS pointer", "2.39 GB", "git lfs pull"]),
         ("git lfs, no size", b"version https://git-lfs".into(), Invalid, &["Git LFS pointer", "git lfs pull"]),
-        ("safetensors", safetensors, Invalid, &["safetensors file", "only GGUF files are read"]),
+        ("safetensors", safetensors, Invalid, &["safetensors file", "only GGUF files are supported"]),
         ("zip", b"PK\x03\x04rest".into(), Invalid, &["zip archive or a PyTorch checkpoint"]),
         ("pickle", b"\x80\x02}q\x00".into(), Invalid, &["Python pickle"]),
         ("gzip", b"\x1f\x8b\x08\x00".into(), Invalid, &["compressed file; unpack it first"]),
@@ -300,17 +300,22 @@ fn refuses_a_wrong_start() {
     };
     assert_errors(vec![
         ("version 0", with(|w| w.version = 0), Invalid, &["version 0 at 4"]),
-        ("version 1", with(|w| w.version = 1), Unsupported, &["version 1 at 4", "2 and 3 are read"]),
+        ("version 1", with(|w| w.version = 1), Unsupported, &["version 1 at 4", "2 and 3 are supported"]),
         ("version 4", with(|w| w.version = 4), Unsupported, &["version 4 at 4"]),
         ("version max", with(|w| w.version = u32::MAX), Unsupported, &["version 4294967295"]),
         ("big-endian", with(|w| w.version = 3 << 24), Unsupported, &["big-endian", "version 3 at 4"]),
         ("only the magic", b"GGUF".into(), Invalid, &["the version needs 4 bytes at 4; the file ends at 4"]),
         ("2^63 tensors", with(|w| w.n_tensors = Some(1 << 63)), Invalid, &["9223372036854775808 tensors", "at 8"]),
         ("2^16+1 tensors", with(|w| w.n_tensors = Some((1 << 16) + 1)), Invalid, &["65537 tensors", "65536"]),
-        ("too many tensors", with(|w| w.n_tensors = Some(40)), Invalid, &["40 tensors promised"]),
+        ("too many tensors", with(|w| w.n_tensors = Some(40)), Invalid, &["40 tensors declared"]),
         ("2^64-1 keys", with(|w| w.n_keys = Some(u64::MAX)), Invalid, &["18446744073709551615 keys", "at 16"]),
         ("2^32 keys", with(|w| w.n_keys = Some(1 << 32)), Invalid, &["4294967296 keys", "the limit is 65536"]),
-        ("too many keys", with(|w| w.n_keys = Some(500)), Invalid, &["500 keys promised", "was the download cut?"]),
+        (
+            "too many keys",
+            with(|w| w.n_keys = Some(500)),
+            Invalid,
+            &["500 keys declared", "is the download incomplete?"],
+        ),
     ]);
 }
 
@@ -330,7 +335,7 @@ fn refuses_wrong_keys() {
         ("no name", key(b"", U32, vec![0; 4]), Invalid, &["the name of key 0 at 24 is empty"]),
         ("name not UTF-8", key(b"\xff", U32, vec![0; 4]), Invalid, &["the name of key 0 at 24 is not UTF-8"]),
         ("name with a line break", key(b"a\nb", 13, vec![0; 4]), Invalid, &["key `a\\nb` has value type 13"]),
-        ("twice", twice, Invalid, &["key `k` stands there twice, again at 62"]),
+        ("twice", twice, Invalid, &["duplicate key `k` at byte 62"]),
         ("type 13", key(b"k", 13, vec![0; 4]), Invalid, &["key `k` has value type 13 at 33"]),
         ("type 2^32-1", key(b"k", u32::MAX, vec![0; 4]), Invalid, &["value type 4294967295"]),
         ("type cut", raw(&[string("key"), vec![4, 0, 0]].concat()), Invalid, &["the type of key `key` needs 4 bytes"]),
@@ -343,17 +348,17 @@ fn refuses_wrong_keys() {
         ("string cut", key(b"k", STRING, length(5)), Invalid, &["key `k` needs 5 bytes at 45; the file ends at 45"]),
         ("elements of type 13", arr(13, 1, &[0; 8]), Invalid, &["key `k` has elements of type 13 at 37"]),
         ("array of arrays", arr(ARRAY, 1, &[0; 20]), Unsupported, &["key `k` is an array of arrays at 37"]),
-        ("array of 2^63", arr(U8, 1 << 63, &[]), Invalid, &["key `k` has 9223372036854775808 elements, says 41"]),
+        ("array of 2^63", arr(U8, 1 << 63, &[]), Invalid, &["key `k` has 9223372036854775808 elements (byte 41)"]),
         ("array of 2^64-1", arr(F64, u64::MAX, &[]), Invalid, &["18446744073709551615 elements"]),
         ("array too long", arr(U8, (64 << 20) + 1, &[]), Invalid, &["67108865 elements", "the limit is 67108864"]),
         (
             "u8 array cut",
             arr(U8, 9, &[0; 8]),
             Invalid,
-            &["9 elements of key `k` promised", "only 8 bytes follow at 49"],
+            &["9 elements of key `k` declared", "only 8 bytes follow at 49"],
         ),
         ("f32 array cut", arr(F32, 3, &[0; 11]), Invalid, &["3 elements of key `k`", "at least 4 bytes each"]),
-        ("f64 array of 2^26", arr(F64, 1 << 26, &[0; 8]), Invalid, &["67108864 elements of key `k` promised"]),
+        ("f64 array of 2^26", arr(F64, 1 << 26, &[0; 8]), Invalid, &["67108864 elements of key `k` declared"]),
         ("str array cut", arr(STRING, 3, &[0; 23]), Invalid, &["3 elements of key `k`", "only 23 bytes follow"]),
         ("its string cut", arr(STRING, 1, &length(1)), Invalid, &["element 0 of key `k` needs 1 bytes at 57"]),
         ("its string of 2^62", arr(STRING, 1, &length(1 << 62)), Invalid, &["element 0 of key `k` at 49 is 46116860"]),
@@ -390,37 +395,42 @@ fn refuses_wrong_tensors() {
         ("name of 65", one(row(long.as_bytes(), &[8], 0, 32)), Invalid, &["the name of tensor 1", "65 bytes long"]),
         ("no name", one(row(b"", &[8], 0, 32)), Invalid, &["the name of tensor 1 at 61 is empty"]),
         ("name not UTF-8", one(row(b"\xc3", &[8], 0, 32)), Invalid, &["the name of tensor 1 at 61 is not UTF-8"]),
-        ("twice", one(row(b"first", &[8], 0, 32)), Invalid, &["tensor `first` stands there twice, again at 61"]),
+        ("twice", one(row(b"first", &[8], 0, 32)), Invalid, &["duplicate tensor `first` at byte 61"]),
         ("0 dims", n_dims(0), Invalid, &["tensor `w` has 0 dimensions"]),
         ("5 dims", n_dims(5), Invalid, &["tensor `w` has 5 dimensions", "1 to 4"]),
         ("2^32-1 dims", n_dims(u32::MAX), Invalid, &["4294967295 dimensions"]),
         ("3 dims too few", n_dims(4), Invalid, &["tensor `w` has a dimension of 0: [8, "]),
         ("a dim of 0", dims(&[8, 0], 0), Invalid, &["tensor `w` has a dimension of 0: [8, 0]"]),
-        ("product 2^64", dims(&[1 << 32, 1 << 32], 0), Invalid, &["[4294967296, 4294967296]", "can be counted"]),
-        ("product wraps to 8", dims(&[8, 1 << 61, 8, 1], 0), Invalid, &["more elements than can be counted"]),
-        ("product 2^63", dims(&[1 << 63], 0), Invalid, &["more elements than can be counted"]),
-        ("bytes 2^64", dims(&[1 << 62], 0), Invalid, &["more bytes than can be counted"]),
-        ("bytes 2^62", dims(&[1 << 60], 0), Invalid, &["tensor `w` needs 4611686018427387904 bytes", "4.6 EB short"]),
+        (
+            "product 2^64",
+            dims(&[1 << 32, 1 << 32], 0),
+            Invalid,
+            &["[4294967296, 4294967296]", "number of elements overflows"],
+        ),
+        ("product wraps to 8", dims(&[8, 1 << 61, 8, 1], 0), Invalid, &["number of elements overflows"]),
+        ("product 2^63", dims(&[1 << 63], 0), Invalid, &["number of elements overflows"]),
+        ("bytes 2^64", dims(&[1 << 62], 0), Invalid, &["number of bytes overflows"]),
+        ("bytes 2^62", dims(&[1 << 60], 0), Invalid, &["tensor `w` needs 4611686018427387904 bytes", "4.61 EB short"]),
         (
             "row of 255, Q4_K",
             dims(&[255, 256], 12),
             Invalid,
-            &["rows of 255 elements", "256, the block of its type Q4_K"],
+            &["rows of 255 elements", "256, the block size of its type Q4_K"],
         ),
-        ("row of 33, Q8_0", dims(&[33], 8), Invalid, &["rows of 33 elements", "32, the block of its type Q8_0"]),
+        ("row of 33, Q8_0", dims(&[33], 8), Invalid, &["rows of 33 elements", "32, the block size of its type Q8_0"]),
         ("row of 16, Q4_0", dims(&[16, 2], 2), Invalid, &["rows of 16 elements"]),
-        ("offset 33", at(33), Invalid, &["tensor `w` has offset 33, which is no multiple of the alignment 32"]),
-        ("offset 2^64-32", at(u64::MAX - 31), Invalid, &["offset 18446744073709551584, which is no place in a file"]),
-        ("offset 2^63", at(1 << 63), Invalid, &["tensor `w` needs 32 bytes at 92233720368547", "9.2 EB short"]),
+        ("offset 33", at(33), Invalid, &["tensor `w` has offset 33, which is not a multiple of the alignment 32"]),
+        ("offset 2^64-32", at(u64::MAX - 31), Invalid, &["offset 18446744073709551584, which overflows"]),
+        ("offset 2^63", at(1 << 63), Invalid, &["tensor `w` needs 32 bytes at 92233720368547", "9.22 EB short"]),
         (
             "offset past the end",
             at(64),
             Invalid,
-            &["tensor `w` needs 32 bytes at", "64 bytes short: was the download cut?"],
+            &["tensor `w` needs 32 bytes at", "64 bytes short: is the download incomplete?"],
         ),
-        ("the same place", at(0), Invalid, &["tensor `w` at 96 lies on tensor `first`, which ends at 128"]),
-        ("half on another", two(0), Invalid, &["tensor `b` at 128 lies on tensor `a`, which ends at 160"]),
-        ("unknown on another", two(99), Invalid, &["tensor `b` at 128 lies on tensor `a`"]),
+        ("the same place", at(0), Invalid, &["tensor `w` (at 96) overlaps tensor `first` (ends at 128)"]),
+        ("half on another", two(0), Invalid, &["tensor `b` (at 128) overlaps tensor `a` (ends at 160)"]),
+        ("unknown on another", two(99), Invalid, &["tensor `b` (at 128) overlaps tensor `a`"]),
         ("unknown past the end", one(row(b"w", &[8], 99, 32)), Invalid, &["tensor `w` needs 1 bytes"]),
         ("cut by one byte", cut(1), Invalid, &[&one_short]),
         ("cut by a tensor", cut(433), Invalid, &[&gone]),
@@ -465,7 +475,7 @@ fn a_file_cut_anywhere_is_an_error() {
     for end in 0..bytes.len() {
         let path = save(folder.path(), "cut.gguf", &bytes[..end]);
         let error = Gguf::open(&path, true).err().unwrap_or_else(|| panic!("opens when cut at {end}"));
-        let part = if end == 0 { "empty" } else { "was the download cut?" };
+        let part = if end == 0 { "empty" } else { "is the download incomplete?" };
         assert_error(&format!("cut at {end}"), &path, &error, Invalid, &[part]);
     }
 }
@@ -500,7 +510,13 @@ fn names_what_is_there_instead_of_a_file() {
     let root = folder.path();
     let missing = root.join("absent.gguf");
     assert_error("missing", &missing, &Gguf::open(&missing, true).unwrap_err(), NotFound, &["no such file"]);
-    assert_error("folder", root, &Gguf::open(root, true).unwrap_err(), NotFound, &["directory", "there is none in it"]);
+    assert_error(
+        "folder",
+        root,
+        &Gguf::open(root, true).unwrap_err(),
+        NotFound,
+        &["directory", "the directory has none"],
+    );
     for name in ["b.gguf", "a.gguf", "notes.txt"] {
         save(root, name, b"");
     }
@@ -524,7 +540,7 @@ fn says_why_a_file_cannot_be_read() {
         assert_error("no permission", &path, &error, Invalid, &["cannot be read", "denied"]);
     }
     let device = Path::new("/dev/null");
-    assert_error("device", device, &Gguf::open(device, true).unwrap_err(), Invalid, &["neither a file"]);
+    assert_error("device", device, &Gguf::open(device, true).unwrap_err(), Invalid, &["not a regular file"]);
 }
 
 /// Part `number` (from 0) of `count`, with one tensor.

@@ -1,4 +1,4 @@
-//! Writes GGUF files for the tests, wrong ones too: every field can be said differently from what it is.
+//! Writes GGUF files for the tests, invalid ones too: every field can have another value than the right one.
 #![allow(dead_code)] // each test binary uses its own part of it
 
 pub mod model;
@@ -68,7 +68,7 @@ impl Writer {
         self
     }
 
-    /// Everything between two keys, as it stands in the file.
+    /// Everything between two keys, verbatim.
     pub fn raw_key(mut self, bytes: &[u8]) -> Self {
         self.keys.push(bytes.to_vec());
         self

@@ -1,10 +1,18 @@
-//! A whole model of some kilobytes: what the smallest sound file has, for tests that damage it.
+//! A complete model of some kilobytes, for tests that damage it.
 use super::*;
 
 /// One layer of 32 features and one head, an SPM vocabulary of the 256 bytes and a few pieces, weights that are noise.
 pub fn small_model() -> Writer {
+    model(32, 256)
+}
+
+/// The same with a feed-forward layer as wide as fits into 64 KiB, for prompts of several hundred tokens.
+pub fn wide_model() -> Writer {
+    model(384, 1024)
+}
+
+fn model(feed_forward: u64, context: u32) -> Writer {
     const HIDDEN: u64 = 32;
-    const FEED_FORWARD: u64 = 32;
     let (tokens, types) = vocabulary();
     let scores: Vec<u8> = (0..tokens.len()).flat_map(|id| (-(id as f32)).to_le_bytes()).collect();
     let n = tokens.len() as u64;
@@ -13,9 +21,9 @@ pub fn small_model() -> Writer {
         .str("general.architecture", "phi3")
         .u32("phi3.block_count", 1)
         .u32("phi3.embedding_length", HIDDEN as u32)
-        .u32("phi3.feed_forward_length", FEED_FORWARD as u32)
+        .u32("phi3.feed_forward_length", feed_forward as u32)
         .u32("phi3.attention.head_count", 1)
-        .u32("phi3.context_length", 256)
+        .u32("phi3.context_length", context)
         .u32("phi3.attention.sliding_window", 64)
         .str("tokenizer.ggml.model", "llama")
         .key("tokenizer.ggml.tokens", ARRAY, strings(&tokens))
@@ -34,8 +42,8 @@ pub fn small_model() -> Writer {
         ("blk.0.attn_qkv.weight", &[HIDDEN, 3 * HIDDEN]),
         ("blk.0.attn_output.weight", &[HIDDEN, HIDDEN]),
         ("blk.0.ffn_norm.weight", &[HIDDEN]),
-        ("blk.0.ffn_up.weight", &[HIDDEN, 2 * FEED_FORWARD]),
-        ("blk.0.ffn_down.weight", &[FEED_FORWARD, HIDDEN]),
+        ("blk.0.ffn_up.weight", &[HIDDEN, 2 * feed_forward]),
+        ("blk.0.ffn_down.weight", &[feed_forward, HIDDEN]),
         ("output_norm.weight", &[HIDDEN]),
     ] {
         let elements = dims.iter().product::<u64>() as usize;

@@ -210,8 +210,13 @@ fn a_json_does_not_lead_from_text_to_control_tokens() {
         assert!(spelled.iter().all(|&id| !ours.is_added(id)), "{text:?}");
         assert_eq!(ours.decode(&spelled, true).unwrap(), text);
     }
-    assert_eq!(ours.encode("<|end|>", Special::Except(&[0])).unwrap(), [260, 257]);
+    assert_eq!(ours.encode("<|end|>", Special::Outside(std::slice::from_ref(&(0..7)))).unwrap(), [260, 257]);
     assert_eq!((ours.family(), ours.stop_ids()), (Family::Phi4, &[261, 262][..]));
+    // A match that a user's text would complete is spelled out as one text.
+    for range in [0..1, 1..6, 6..7, 3..4] {
+        let ids = ours.encode("<|end|>ab", Special::Outside(std::slice::from_ref(&range))).unwrap();
+        assert_eq!(ids, ours.encode("<|end|>ab", Special::None).unwrap(), "{range:?}");
+    }
 
     let mut truncating = json.clone();
     truncating["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});

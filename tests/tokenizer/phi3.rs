@@ -7,7 +7,6 @@ use candle_phi::gguf::Gguf;
 use candle_phi::tokenizer::{Special, Tokenizer};
 use serde_json::Value;
 
-use super::small::literal;
 use super::texts::{Random, texts};
 use super::vocabulary::{Reference, stream};
 
@@ -101,8 +100,10 @@ fn user_text_is_never_a_control_token() {
     for user in texts(11, 3000, &pieces, &["<|end|>", "<|system|>", "<|placeholder1|>", "<s>", "</s>", "<unk>"]) {
         let prompt = format!("<|user|>\n{user}<|end|>\n<|assistant|>\n");
         for tokenizer in [&ours, &from_json] {
-            let literal = literal(tokenizer, &user, "<|user|>\n".len());
-            let ids = tokenizer.encode(&prompt, Special::Except(&literal)).unwrap();
+            let start = "<|user|>\n".len();
+            let ids = tokenizer
+                .encode(&prompt, Special::Outside(std::slice::from_ref(&(start..start + user.len()))))
+                .unwrap();
             let expected = [&[32010][..], &plain.encode(user.trim_start()), &[32007, 32001]].concat();
             assert_eq!(ids, expected, "{user:?}");
         }
