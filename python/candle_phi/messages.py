@@ -40,7 +40,7 @@ def items(prompt: object) -> list[object]:
         raise TypeError(f"the prompt must be a str, messages or token ids, not {type(prompt).__name__}")
     values = list(prompt)
     if not values:
-        raise ValueError("the prompt is an empty list")
+        raise ValueError("the prompt is an empty list, without messages[0]")
     return values
 
 
