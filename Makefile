@@ -43,7 +43,7 @@ test-timing: engine ## the tests that measure time, with wide limits
 # With --target, even this machine's own, build scripts and derive macros are built without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --no-default-features \
-		--target $$(rustc --print host-tuple) --lib --test kernels --test gguf --test tokenizer --test chat
+		--target $$(rustc --print host-tuple) --lib --test kernels --test gguf --test tokenizer --test chat --test attacks
 
 # It needs a standard library built with the sanitizer, and so the source of rustc's standard library.
 tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustup component add rust-src`)

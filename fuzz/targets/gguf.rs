@@ -47,7 +47,7 @@ fn run(bytes: &[u8]) -> Result<()> {
     let kernel = kernels::by_name("portable").expect("it runs everywhere");
     let model = Arc::new(Phi3::load(&gguf, Backend::Cpu { kernel, pool: Pool::new(1) }, KvType::F16)?);
     // Longer than a chunk of a prompt, so that buffers have the size that they grow to.
-    let length = model.context_length().min(PROMPT);
+    let length = model.context_length().min(PROMPT + 1).saturating_sub(1).max(1);
     let ids: Vec<u32> = (0..length).rev().map(|i| (i % model.n_vocab()) as u32).collect();
     model.check_length(length + 1)?;
     let mut sequence = model.clone().sequence()?;

@@ -2,6 +2,7 @@
 //! that lead out of the cache folder are refused here.
 
 use crate::error::{Error, Result};
+use crate::gguf::SplitName;
 
 /// `organisation/name` (or a name alone), by the Hub's rules.
 pub fn check_repo(repo: &str) -> Result<()> {
@@ -108,11 +109,9 @@ fn fits_one(pattern: &[char], c: char) -> (bool, usize) {
 /// The names of all parts of a split GGUF file, given one: `x-00001-of-00003.gguf`. Any other file is its own only part.
 /// A name can claim 99999 parts, so they are named one by one, as they are needed.
 pub fn parts(name: &str) -> impl Iterator<Item = String> {
-    let count = split(name).map_or(1, |(_, count)| count);
-    (1..=count).map(move |i| match split(name) {
-        Some((stem, count)) => format!("{stem}-{i:05}-of-{count:05}.gguf"),
-        None => name.to_owned(),
-    })
+    let split = SplitName::parse(name);
+    (1..=split.map_or(1, |split| split.count))
+        .map(move |i| split.map_or_else(|| name.to_owned(), |split| split.part(i)))
 }
 
 /// Whether two names are of one model: the same file, or parts of one split file.
@@ -122,12 +121,7 @@ pub fn is_same_model(a: &str, b: &str) -> bool {
 
 /// The stem of a part's name, and the number of parts.
 pub fn split(name: &str) -> Option<(&str, usize)> {
-    let digits = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-    let number = |text: &str| digits(text).then(|| text.parse().ok()).flatten();
-    let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
-    let (stem, index) = rest.rsplit_once('-')?;
-    let (index, count): (usize, usize) = (number(index)?, number(count)?);
-    (1..=count).contains(&index).then_some((stem, count))
+    SplitName::parse(name).map(|split| (split.stem, split.count as usize))
 }
 
 #[cfg(test)]
