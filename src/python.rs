@@ -113,7 +113,7 @@ impl Task {
     }
 
     fn progress(&self, end: bool) -> PyResult<[Report; 1]> {
-        let _ = end; // a report is due at every call
+        let _ = end; // every call returns a report
         Ok([report(self.0.progress()?)])
     }
 

@@ -157,8 +157,8 @@ impl Shared {
         self.wake.notify_all();
     }
 
-    /// The main function of the thread. A panic in a step fails that job. A panic anywhere else in a job fails all jobs
-    /// at hand, since it may have come from any of them, and the thread goes on with those that arrive later.
+    /// The main function of the thread. A panic in a step fails that job. A panic anywhere else in a job fails all
+    /// current jobs, since it may have come from any of them. The thread then runs the jobs that arrive later.
     fn work(&self) {
         loop {
             let mut jobs = Jobs::default();

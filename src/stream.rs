@@ -88,7 +88,7 @@ impl<W: Work> Stream<W> {
         self.outbox.cancel.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// The progress reports due now, as `Outbox::progress` has them. None within 75 ms of the last report, unless a phase
+    /// The progress since the last report, as `Outbox::progress` has it. Empty within 75 ms of the last report, unless a phase
     /// has begun since or `end` is set.
     pub fn progress(&self, end: bool) -> Result<Vec<Progress>> {
         self.scheduler.fork_guard().check()?;

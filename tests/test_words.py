@@ -3,6 +3,8 @@
 `tests/messages.txt` has the literals of messages, file by file, with `{}` where a value goes. After a change:
 
     python tests/test_words.py > tests/messages.txt
+
+Comments, docstrings and pages keep to plain words too: `HABITS` has turns of phrase that a reader must read twice.
 """
 
 import ast
@@ -26,6 +28,23 @@ RUST_TOKENS = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+
+HABITS = {
+    "stands there twice": r"\bstands? there\b",  # duplicate
+    "as it stands": r"\bas (it|they) stands?\b",  # unchanged, as it is
+    "two dimensions are due": r"\b(is|are|was|were) due\b",  # must be, expected
+    "reports due now": r"\breports due\b",  # the progress since the last report
+    "which are no rows": r"\b(which|that|who) (is|are) no(?= (?!longer\b|more\b|less\b))",  # is not a
+    "what is no number": r"\bwhat is no\b",
+    "so many elements": r"\bso many\b",  # this number of elements
+    "nobody": r"\b(some|no|every|any)body\b",  # name the subject: no process, a caller
+    "any machine in question": r"\bin question\b",
+    "on the strength of": r"\bon the strength of\b",  # rely on
+    "all jobs at hand": r"\bat hand\b",  # current
+    "wait for ever": r"\bfor ever\b",  # forever
+}
+"""Examples of phrases to avoid, each with the pattern that finds it."""
 
 
 def is_prose(text: str) -> bool:
@@ -102,6 +121,29 @@ def test_the_search_sees_messages_of_both_languages() -> None:
     assert list(rust_messages(rust)) == ["n_ctx must be {}, not {}", "a b"]
     python = '"""A docstring."""\nraise ValueError(f"{name!r} is " + "too long")'
     assert list(python_messages(python)) == ["{} is too long"]
+
+
+def prose(path: Path) -> str:
+    """A file's text with line ends, and the marks of comments after them, as single spaces."""
+    return re.sub(r"\n[ \t]*(//[/!]?|#|>)?[ \t]*", " ", path.read_text(encoding="utf-8"))
+
+
+def test_words_are_plain() -> None:
+    folders = [("src", "*.rs"), ("python", "*.py"), ("python", "*.pyi"), ("docs", "*.md")]
+    files = [path for folder, pattern in folders for path in sorted((ROOT / folder).rglob(pattern))]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "Makefile")]
+    found = [
+        f"{path.relative_to(ROOT).as_posix()}: ...{text[max(0, match.start() - 40) : match.end() + 20]}..."
+        for path in files
+        for text in [prose(path)]
+        for pattern in HABITS.values()
+        for match in re.finditer(pattern, text)
+    ]
+    assert found == [], "say it in plain words"
+
+
+def test_the_search_finds_its_examples() -> None:
+    assert [example for example, pattern in HABITS.items() if not re.search(pattern, example)] == []
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Model:
         """The prompt text of `(role, content)` pairs; roles: system, user, assistant."""
 
     def tokenize_text(self, text: str, parse_special: bool, add_bos: bool) -> list[int]:
-        """The ids of a text as it stands."""
+        """The ids of a text without a template."""
 
     def tokenize_messages(self, messages: list[tuple[str, str]]) -> list[int]:
         """The ids of the rendered messages; special tokens inside user text are plain text."""
@@ -164,8 +164,7 @@ class Stream:
         """Seconds until the timeout. `poll` has the end then."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """The progress reports due now: none within 75 ms of the last one, unless a phase has begun since or `end` is
-        set."""
+        """The progress since the last report. Empty within 75 ms of it, unless a phase has begun since or `end` is set."""
 
     def cancel(self) -> None:
         """Cancels the generation, from any thread. Returns at once."""

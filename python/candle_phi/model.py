@@ -338,7 +338,7 @@ class Phi:
                 none.
             on_progress: called with a `Progress` in tokens while a reader waits, in the phases `"wait"`, `"prefill"`
                 and `"decode"`. An exception that it raises cancels the stream and is raised by the read.
-            raw: take a str as it stands, not as a user turn.
+            raw: take a str unchanged, without the chat template, not as a user turn.
             parse_special: whether special tokens in a raw prompt count as such. Default: True.
             add_bos: put the beginning-of-text token before a raw prompt.
 
@@ -419,7 +419,7 @@ class Phi:
     def tokenize(
         self, prompt: str | Iterable[Message], *, parse_special: bool = False, add_bos: bool = False
     ) -> list[int]:
-        """The token ids of a text as it stands, or of messages, exactly as `stream` reads them.
+        """The token ids of a text without the chat template, or of messages, exactly as `stream` reads them.
 
         Args:
             prompt: a str or messages.
@@ -523,7 +523,7 @@ class Phi:
             return ids
         if isinstance(prompt, str) and ("<|user|>" in prompt or "<|assistant|>" in prompt):
             _logger.warning(
-                "the prompt has <|user|> or <|assistant|> as plain text; %s takes it as it stands",
+                "the prompt has <|user|> or <|assistant|> as plain text; %s reads them as special tokens",
                 options.Option("raw", "True"),
             )
         if not isinstance(prompt, str):

@@ -43,7 +43,7 @@ def wait_for(work: Work[_Result], callback: Callback | None) -> _Result:
 
 
 def notify(work: Work[object], callback: Callback | None, *, end: bool) -> None:
-    """Calls the callback for progress that is due."""
+    """Calls the callback for each progress report."""
     if callback is not None:
         for progress in work.progress(end):
             callback(*progress)

@@ -337,7 +337,7 @@ class _Stream:
         return None if timeout is None else max(self._called + timeout - time.perf_counter(), 0.0)
 
     def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
-        """The reports due now: at most 13 a second, and every phase at least once."""
+        """The progress since the last report: at most 13 reports a second, and every phase at least once."""
         reached = ["prefill", "decode"][: 1 + (self._first is not None)]
         since, at = self._reported
         phases = reached[reached.index(since) :] if since else reached

@@ -79,7 +79,7 @@ pub fn fetch(client: &Client, repository: &Repository, remote: &Remote, name: &s
     if let Some(path) = cached() {
         return path; // another process has fetched it
     }
-    // If locks keep nobody out, another process may write the same content: each writes a file of its own, from the start.
+    // Without real locks another process may write the same content: each writes its own file, from the start.
     let path = if lock.is_real { path } else { beside(&blob) };
     let mut transfer = Transfer::open(client, remote, name, &path, share)?;
     let result = transfer.run();

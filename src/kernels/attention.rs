@@ -197,8 +197,8 @@ impl Group<'_, '_> {
     /// Adds the weighted values of `keys` to the outputs of `Q` queries from query `first` on. Returns `Q`.
     ///
     /// # Safety
-    /// The instruction set is there, see [`Simd`]. `keys` are inside of a page, `v` has `PAGE` rows of `head_dim`, and so
-    /// many elements has the output of each query.
+    /// The instruction set is there, see [`Simd`]. `keys` are inside of a page, `v` has `PAGE` rows of `head_dim`, and the
+    /// output of each query has `head_dim` elements.
     #[inline(always)]
     unsafe fn values<V: Simd, E: Element, const Q: usize>(
         &mut self,

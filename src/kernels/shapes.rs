@@ -1,7 +1,7 @@
 //! The shapes that every kernel requires of its arguments.
 //!
-//! The kernels index without bounds checks on the strength of these checks. A call with other shapes panics here, and names
-//! the numbers, before any of its data is read or written.
+//! The kernels rely on these checks and index without bounds checks. A call with other shapes panics here, with the
+//! numbers in the message, before any of its data is read or written.
 
 use super::kv::SHARED;
 use super::{Format, Kernel, KvPage, KvSlice, Line, PAGE, Phase, Query, Weights};
@@ -35,7 +35,7 @@ pub fn pack<K: Kernel>(kernel: &K, format: Format, phase: Phase, x: &[f32], at: 
 pub fn matmul<K: Kernel>(kernel: &K, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize) {
     whole_blocks(weights.format, weights.cols);
     let (bytes, row) = (weights.bytes.len(), weights.format.row_bytes(weights.cols));
-    assert!(bytes.is_multiple_of(row), "the weights have {bytes} bytes, which are no whole rows of {row} bytes");
+    assert!(bytes.is_multiple_of(row), "the weights have {bytes} bytes, not whole rows of {row} bytes");
     let shape = kernel.tile(weights.format, weights.cols, phase);
     let lines = tokens.div_ceil(shape.tokens).checked_mul(shape.lines);
     assert!(lines == Some(x.len()), "the activations have {} lines; {tokens} tokens take {lines:?}", x.len());

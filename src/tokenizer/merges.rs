@@ -53,7 +53,7 @@ pub(super) struct Encoding {
 impl Encoding {
     /// `name`: the file and key of the merges, for messages.
     pub fn build(self, name: &str) -> Result<BPE> {
-        // `BpeBuilder` reports parts that are no tokens, but indexes past its buffer for a merge longer than every token.
+        // `BpeBuilder` reports parts that are not tokens, but indexes past its buffer for a merge longer than every token.
         let mut merged = String::new();
         for (i, (left, right)) in self.merges.iter().enumerate() {
             merged.clear();

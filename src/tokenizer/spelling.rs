@@ -1,6 +1,6 @@
 //! How tokens are spelled: from the vocabulary's notation to the bytes of the text.
 //!
-//! SPM writes a space as "▁" and a byte that is no character of its own as "<0xE2>"; byte-level BPE writes every byte
+//! SPM writes a space as "▁" and a byte that is not a whole character as "<0xE2>"; byte-level BPE writes every byte
 //! as one printable character, by GPT-2's table ("Ġ" is the space).
 
 /// Which notation a vocabulary uses, and whether its decoder drops one leading space of a text.

@@ -53,7 +53,7 @@ def is_repository(name: str) -> bool:
 
 
 def _about_unknown_name(name: str) -> str:
-    """The message for a word that is no short name."""
+    """The message for a word that is not a short name."""
     close = hub.closest(name) or hub.closest(name.partition(":")[0])  # "phi3:fp16", with a tag as Ollama's
     known = f"short names: demo, {', '.join(hub.SHORT_NAMES)}"
     if close is not None:

@@ -20,7 +20,7 @@ def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
     """The prompt of a command line.
 
     Piped stdin comes before a typed prompt, with a blank line between them; "-" or no prompt at all is stdin alone.
-    Stdin that is no terminal is read to its end, as `ollama run` and `llm` do.
+    Stdin that is not a terminal is read to its end, as `ollama run` and `llm` do.
 
     Args:
         words: the arguments in place of the prompt.
@@ -37,7 +37,7 @@ def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
 
 
 def read_text(words: Sequence[str], *, command: str) -> str:
-    """The text of a command that takes it exactly as it stands: the argument, else stdin."""
+    """The text of a command that takes it unchanged: the argument, else stdin."""
     if len(words) > 1:
         raise UsageError(about_words(words, "text"))
     if words and words[0] != "-":

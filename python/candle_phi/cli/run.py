@@ -150,7 +150,7 @@ def make_parser(command: str) -> Parser:
     parser.words("prompt", "PROMPT")
     section = parser.section("options")
     section.add("--system", metavar="TEXT", help="a system message before the prompt")
-    section.add("--raw", help="send the prompt as it stands, without a template")
+    section.add("--raw", help="send the prompt unchanged, without a template")
     section.add("--add-bos", help="with --raw: put the beginning-of-text token first")
     section.add(
         "--parse-special",

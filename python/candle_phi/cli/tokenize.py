@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
 def make_parser() -> Parser:
     """The parser of `candle-phi tokenize`."""
     parser = Parser(
-        "tokenize", "Prints the token ids of a text, typed or piped in, exactly as it stands.", '"TEXT" [OPTION...]'
+        "tokenize", "Prints the token ids of a text, typed or piped in, without a template.", '"TEXT" [OPTION...]'
     )
     parser.words("text", "TEXT")
     section = parser.section("options")
