@@ -130,7 +130,14 @@ def default(text: str) -> object:
 
 
 def test_the_page_agrees() -> None:
-    compare(ROOT / "docs" / "api.md")
+    page = ROOT / "docs" / "api.md"
+    compare(page)
+    for section, names in [
+        ("## 6. The Hub", [name for name in candle_phi.hub.__all__ if name.islower() or name.isupper()]),
+        ("## 7. Errors", [*ERRORS, "OptionTypeError", "OptionValueError", "MemoryError"]),
+    ]:
+        text = page.read_text(encoding="utf-8").split(section)[1].split("\n## ")[0]
+        assert set(names) - set(re.findall(r"\w+", text)) == set()
 
 
 def test_the_contract_agrees(shared: Path) -> None:
@@ -160,7 +167,8 @@ def compare(path: Path) -> None:
 
     errors = page.split("## 7. Errors")[1].split("## 8.")[0]
     assert set(re.findall(r"\b(\w+Error)\b", errors)) - set(ERRORS) <= {
-        *("FileNotFoundError", "ValueError", "NotImplementedError", "OSError", "RuntimeError", "TypeError")
+        *("FileNotFoundError", "ValueError", "NotImplementedError", "OSError", "RuntimeError", "TypeError"),
+        *("MemoryError", "OptionTypeError", "OptionValueError"),
     }
     attributes = re.search(r"^Read-only: `(.*?)`", page, re.MULTILINE)
     assert attributes is not None
