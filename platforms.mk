@@ -1,5 +1,6 @@
-# The other platforms, on Linux x86-64: built here, and run where an emulator exists. The table of what that leaves out is in
-# docs/design/tests-and-benchmarks.md. Packages have Debian's names.
+# The other platforms, on Linux x86-64: built here, and run where an emulator exists. Packages have
+# Debian's names.
+# Decisions: docs/design/tests-and-benchmarks.md
 
 .PHONY: wheel-aarch64 test-aarch64 tools-aarch64 test-windows test-musl check-platforms
 

@@ -1,4 +1,6 @@
 //! The memory bandwidth of this machine. It bounds decoding, since each token reads every weight once.
+//!
+//! Decisions: docs/design/compute.md
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

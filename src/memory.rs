@@ -2,6 +2,8 @@
 //!
 //! Linux grants more memory than it has, and kills the process that uses it. So a large request is compared with the
 //! available memory before it is allocated.
+//!
+//! Decisions: docs/design/model.md
 
 use std::fmt::Display;
 use std::fs::read_to_string;

@@ -1,5 +1,7 @@
 //! Panics are bugs of the engine. They are caught before they leave it and become errors that name the place. Nothing is
 //! printed.
+//!
+//! Decisions: docs/design/engine.md
 
 use std::any::Any;
 use std::cell::RefCell;

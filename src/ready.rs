@@ -1,4 +1,6 @@
 //! A queue on which one thread waits for many streams, such as the thread that wakes event loops.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::sync::{Condvar, Mutex, PoisonError};
 

@@ -1,4 +1,6 @@
 //! An estimate of the memory that a model needs, from its header alone.
+//!
+//! Decisions: docs/design/model.md
 
 use std::path::Path;
 

@@ -2,6 +2,8 @@
 //!
 //! `inv_freq[i] = 1 / (factor[i] * base^(2i / d))`; cos and sin are multiplied by the attention factor. `phi3.rs` chooses
 //! the set of factors by the length of the sequence.
+//!
+//! Decisions: docs/design/model.md
 
 use crate::error::Result;
 use crate::memory;

@@ -1,4 +1,6 @@
 //! The work of a stream: steps that deliver items, up to an end.
+//!
+//! Decisions: docs/design/runtime.md
 
 use std::time::Duration;
 

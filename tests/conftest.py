@@ -1,4 +1,5 @@
 """Shared by the tests: the bundled model, a fake Hub, processes, and the rule for tests that measure time."""
+# Decisions: docs/design/tests-and-benchmarks.md
 
 import os
 import subprocess

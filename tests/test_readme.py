@@ -146,11 +146,39 @@ def test_the_repository_has_one_address() -> None:
 
 
 def test_design_pages_are_linked_from_the_code() -> None:
-    folders = ("src", "python", "packaging", "benches")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".rs", ".py")]
-    named = {
-        name for path in files for name in re.findall(r"Decisions: docs/design/([\w-]+)\.md$", text_of(path), re.M)
+    """A page names files and folders of code after `Code:`. Each file, and a file of each folder, links back."""
+    folders = ("src", "python", "packaging", "benches", "tests", "fuzz/targets", ".github")
+    suffixes = (".rs", ".py", ".yml")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    files += [ROOT / name for name in ("platforms.mk", "pyproject.toml")]
+    links = {
+        (path, name)
+        for path in files
+        if path != Path(__file__)
+        for name in re.findall(r"Decisions: docs/design/([\w-]+)\.md$", text_of(path), re.MULTILINE)
     }
-    pages = {path.stem for path in (ROOT / "docs" / "design").glob("*.md")} - {"README"}
-    assert named == pages
-    assert set(re.findall(r"\]\(([\w-]+)\.md\)", text_of(ROOT / "docs" / "design" / "README.md"))) == pages
+    pages = {path.stem: path for path in (ROOT / "docs" / "design").glob("*.md") if path.stem != "README"}
+    assert set(re.findall(r"\]\(([\w-]+)\.md\)", text_of(ROOT / "docs" / "design" / "README.md"))) == set(pages)
+    assert {name for _, name in links} == set(pages)
+    for name, page in pages.items():
+        code = re.search(r"^Code: (.*?)\.(?: |\n)", text_of(page), re.MULTILINE | re.DOTALL)
+        assert code is not None, name
+        named = [(page.parent / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", code[1])]
+        linked = [path for path, other in links if other == name]
+        for target in named:
+            assert any(path.is_relative_to(target) for path in linked), f"{target} does not link to {name}.md"
+
+
+def test_the_code_that_design_pages_name_exists() -> None:
+    """Files by path or by name, and identifiers in capitals or with an underscore."""
+    folders = ("src", "python", "packaging", "benches", "tests", "fuzz")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".rs", ".py", ".md")]
+    names = {path.relative_to(ROOT).as_posix() for path in files}
+    code = "\n".join(text_of(path) for path in files)
+    code += "".join(text_of(ROOT / name) for name in ("Makefile", "platforms.mk", "Cargo.toml", "pyproject.toml"))
+    for page in (ROOT / "docs" / "design").glob("*.md"):
+        for quoted in re.findall(r"`([^`\n]+)`", text_of(page)):
+            if re.fullmatch(r"[\w/]+\.(rs|py)", quoted):
+                assert any(f"/{name}".endswith(f"/{quoted}") for name in names), f"{page.name}: {quoted}"
+            elif re.fullmatch(r"[\w:]*[A-Z_]\w*", quoted):
+                assert re.search(rf"\b{quoted.rpartition(':')[2]}\b", code), f"{page.name}: {quoted}"

@@ -1,5 +1,7 @@
 //! Any bytes as a model file: opened, and if that works read, tokenized with, and computed with, over a prompt of several
-//! hundred tokens. libFuzzer's memory limit counts: a small file may not need a large buffer.
+//! hundred tokens. libFuzzer's memory limit counts: a small file must not need a large buffer.
+//!
+//! Decisions: docs/design/files.md
 #![no_main]
 mod scratch;
 

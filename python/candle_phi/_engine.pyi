@@ -164,7 +164,7 @@ class Stream:
         """Seconds until the timeout. `poll` has the end then."""
 
     def progress(self, end: bool) -> list[_Progress]:
-        """The progress since the last report. Empty within 75 ms of it, unless a phase has begun since or `end` is set."""
+        """The progress since the last report. Empty within 75 ms of it, unless a phase has begun or `end` is set."""
 
     def cancel(self) -> None:
         """Cancels the generation, from any thread. Returns at once."""

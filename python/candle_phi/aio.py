@@ -1,4 +1,5 @@
 """Streams for event loops. Waiting takes no thread and blocks no loop."""
+# Decisions: docs/design/python.md
 
 import atexit
 import contextlib

@@ -1,4 +1,5 @@
 """`Phi`: an open model."""
+# Decisions: docs/design/python.md
 
 import functools
 import logging

@@ -1,4 +1,5 @@
 """The options of a model and of a generation: what each may be, and what other libraries' names are called here."""
+# Decisions: docs/design/python.md
 
 import math
 import numbers

@@ -1,4 +1,5 @@
 """One generation, read piece by piece."""
+# Decisions: docs/design/python.md
 
 import copy
 import threading

@@ -6,6 +6,7 @@ phi = FakePhi(["The puck drops.", ["It ", "melts."], TimeoutError("no more ice")
 assert phi.generate("Once upon a time", max_tokens=2) == "The puck"
 assert phi.calls[0] == ("Once upon a time", {"max_tokens": 2})
 """
+# Decisions: docs/design/python.md
 
 import copy
 import os

@@ -5,6 +5,8 @@
 //! through one). Raw text becomes an expression, because only expressions pass the formatter. Statements that a chat
 //! template does not need are refused. A name such as "~" cannot be written in a template, nor be shadowed by one. This
 //! also leaves the compiler nothing large to fold: `'a' * 100000000` is computed at compile time otherwise.
+//!
+//! Decisions: docs/design/text.md
 use minijinja::machinery::Span;
 use minijinja::machinery::ast::{self, BinOpKind, CallArg, Expr, Spanned, Stmt};
 use minijinja::value::Value;

@@ -7,6 +7,8 @@
 //! of this file remove marks. Their callers use unmarked text for a comparison, a number or an error message alone.
 //!
 //! Signs are code points that stand for no character: they show where a message is.
+//!
+//! Decisions: docs/design/text.md
 use std::borrow::Cow;
 use std::ops::Range;
 use std::str::CharIndices;

@@ -12,6 +12,8 @@
 //! `hf_hub` names the folders of a repository and of a commit. Three of its functions do not serve: `Cache::from_env`
 //! panics without a home folder and reads HF_HOME alone, `CacheRepo::get` joins any text of a ref to a path and knows no
 //! commits, and `CacheRepo::create_ref` empties a ref before it writes. Paths of blobs and URLs need its HTTP client.
+//!
+//! Decisions: docs/design/hub.md
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,6 @@
 //! Which file of a repository to take if none is named.
+//!
+//! Decisions: docs/design/hub.md
 
 use std::collections::{BTreeSet, HashSet};
 

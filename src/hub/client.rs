@@ -1,4 +1,6 @@
 //! One agent for every request: certificates, proxies, redirects, the scope of the token, and retries.
+//!
+//! Decisions: docs/design/hub.md
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;

@@ -1,4 +1,6 @@
 //! Locks between processes, and between threads.
+//!
+//! Decisions: docs/design/hub.md
 
 use std::fs::{self, File, TryLockError};
 use std::io;

@@ -1,5 +1,7 @@
 //! The transfer of a content into the cache. A file with its final name is complete and has the right checksum, even if
 //! this process is killed at any moment.
+//!
+//! Decisions: docs/design/hub.md
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -1,4 +1,6 @@
 //! References between URLs, as RFC 3986 resolves them: a redirect may leave out the scheme, the host or the folder.
+//!
+//! Decisions: docs/design/hub.md
 
 /// The components of a URL, or of a reference to one.
 #[derive(Copy, Clone)]

@@ -13,6 +13,8 @@
 //!    the next block.
 //!
 //! Both operands are rounded to bf16, to nearest even. Denormal numbers count as 0, also in the products.
+//!
+//! Decisions: docs/design/kernels.md
 
 mod tiles;
 mod unpack;

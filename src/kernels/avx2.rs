@@ -12,6 +12,8 @@
 //! 1. The lanes are features in decode. In prefill they are tokens, and weights are broadcast.
 //! 2. 16 bits hold the sum of eight products of 4-bit weights (8 * 2 * 15 * 127 = 30480), of four of 5-bit weights, of two
 //!    of 6-bit weights.
+//!
+//! Decisions: docs/design/kernels.md
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;

@@ -1,4 +1,6 @@
 //! `Kernel` for the types of the fast kernels. A value of such a type exists only on a CPU that has its features.
+//!
+//! Decisions: docs/design/kernels.md
 
 /// `kernel!(Type, "name", "features", Vector, products of K-quants, products of Q8_0, packing of a row, packing into a
 /// tile)`: every method checks its arguments and enters a function that is compiled for the features. Everything below

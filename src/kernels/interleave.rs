@@ -8,6 +8,8 @@
 //! 8 groups, pieces of 8 bytes:     0  1  2  3  4  5  6  7          two lanes each
 //! 16 groups, pieces of 4 bytes:    0 4 8 12  1 5 9 13  2 6 10 14  3 7 11 15
 //! ```
+//!
+//! Decisions: docs/design/kernels.md
 
 use super::Format;
 use super::pack::{self, Activations, Line, Plain, SUPER, plain, view_mut};

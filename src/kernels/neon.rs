@@ -14,6 +14,8 @@
 //! 2. Integers are signed here, so that `Q6_K`, whose mins are 32 times its scales, is multiplied without mins.
 //! 3. Scales are applied to integers, 4 sums at a time: a 32-bit multiplication is slow on most of these CPUs.
 //! 4. The intrinsics of `sdot` and `smmla` are not stable yet; `bytes` has them in assembly.
+//!
+//! Decisions: docs/design/kernels.md
 
 mod bytes;
 

@@ -10,6 +10,8 @@
 //! small matrices take runs of 8 features.
 //!
 //! The code is plain Rust. It is inlined into each kernel and vectorized there.
+//!
+//! Decisions: docs/design/kernels.md
 
 use super::Format;
 

@@ -8,6 +8,8 @@
 //! ```
 //! The bits are the same on every platform: Rust never contracts `a * b + c`, this code determines the order of every sum,
 //! and `exp` is that of the `libm` crate. The compiler may vectorize within that order.
+//!
+//! Decisions: docs/design/kernels.md
 
 use half::slice::HalfFloatSliceExt;
 

@@ -2,6 +2,8 @@
 //!
 //! The kernels rely on these checks and index without bounds checks. A call with other shapes panics here, with the
 //! numbers in the message, before any of its data is read or written.
+//!
+//! Decisions: docs/design/kernels.md
 
 use super::kv::SHARED;
 use super::{Format, Kernel, KvPage, KvSlice, Line, PAGE, Phase, Query, Weights};

@@ -2,6 +2,8 @@
 //!
 //! The activations of a chunk fit a byte budget, and one layer of it takes about as long at any position, so that other
 //! sequences get their turns. The results have the same bits whatever the lengths are.
+//!
+//! Decisions: docs/design/model.md
 
 use super::Config;
 use crate::ops::{ATTEND_COST, ATTENTION_SCRATCH};

@@ -4,6 +4,7 @@ It uses the Python that runs it and an empty virtual environment. A wheel is ins
 on PATH. Then it runs `smoke.py` and the command line, and checks the sizes. The time to import is reported only: it
 depends on the machine.
 """
+# Decisions: docs/design/packaging.md
 
 import json
 import os

@@ -1,4 +1,5 @@
 """The command line: `candle-phi "PROMPT"`."""
+# Decisions: docs/design/python.md
 
 import contextlib
 import logging
