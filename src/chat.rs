@@ -97,7 +97,9 @@ impl Template {
     /// `source`, else the file's `tokenizer.chat_template`, else the family's. Microsoft's Phi-3 files
     /// carry a template without a system branch, which silently loses system messages: for it the family's is used.
     ///
-    /// Errors: `Value` for a `source` that is not Jinja. A problem of the file's template is an error of
+    /// # Errors
+    ///
+    /// `Value` for a `source` that is not Jinja. A problem of the file's template is an error of
     /// [`Template::render`], because raw prompts do not need it.
     pub fn new(source: Option<&str>, gguf: &Gguf, tokenizer: Arc<Tokenizer>) -> Result<Self> {
         let family = tokenizer.family();
@@ -150,7 +152,9 @@ impl Template {
     /// No BOS is written: `bos_token` is empty in a template. A template that trims its messages also trims the end of
     /// one to be continued, as Hugging Face does; one that does not keeps its trailing spaces.
     ///
-    /// Errors: `Value` if the template refuses the messages (`raise_exception`), exceeds a limit, or drops a system message
+    /// # Errors
+    ///
+    /// `Value` if the template refuses the messages (`raise_exception`), exceeds a limit, or drops a system message
     /// or the message to be continued; `InvalidModel` if the file's template is not Jinja.
     pub fn render(&self, messages: &[Message]) -> Result<Rendered> {
         if let Some(error) = &self.broken {

@@ -54,7 +54,11 @@ impl Gguf {
     /// Opens and checks `path`; of a split model (`name-00001-of-00003.gguf`) the first part, which brings the others.
     ///
     /// `mmap = false` reads the file into private memory: for network mounts, and for files that may be rewritten while
-    /// the model is in use. Errors: `ModelNotFound` (no such file, a missing part, a directory), `InvalidModel` (damaged,
+    /// the model is in use.
+    ///
+    /// # Errors
+    ///
+    /// `ModelNotFound` (no such file, a missing part, a directory), `InvalidModel` (damaged,
     /// cut, or not a GGUF file at all), `UnsupportedModel` (big-endian, or a version that is not 2 or 3).
     pub fn open(path: &Path, mmap: bool) -> Result<Gguf> {
         Gguf::open_for(&Task::default(), path, mmap)

@@ -33,7 +33,7 @@
 //! - A `BackgroundTask` (task) is a load or a download on a thread of its own, and `Task` is what that work sees of its
 //!   caller: cancellation and progress.
 //!
-//! Imports go down this list, never up.
+//! Imports go down this list, never up. `tests/demo.rs` shows the calls from a program.
 
 // Each exception names its reason, here or where the module is declared.
 #![deny(unsafe_code)]

@@ -1,4 +1,5 @@
-//! Rotary position embedding tables: plain RoPE and LongRoPE (Ding et al., 2024), as Hugging Face computes them.
+//! Rotary position embedding tables, as Hugging Face computes them: RoPE (Su et al., 2021,
+//! <https://arxiv.org/abs/2104.09864>) and LongRoPE (Ding et al., 2024, <https://arxiv.org/abs/2402.13753>).
 //!
 //! `inv_freq[i] = 1 / (factor[i] * base^(2i / d))`; cos and sin are multiplied by the attention factor. `phi3.rs` chooses
 //! the set of factors by the length of the sequence.

@@ -1,9 +1,19 @@
 //! Samples a token id from logits.
 //!
-//! The steps in order: logit bias, repeat penalty (Keskar et al., 2019), presence and frequency penalty (OpenAI's), then
-//! temperature, top-k, top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024), and a draw. Temperature 0 is greedy:
-//! the largest logit after bias and penalties, the lowest id among equals. All functions are `libm`'s, so that a seed draws
-//! the same id on every platform.
+//! The steps in order:
+//!
+//! 1. logit bias
+//! 2. repeat penalty (Keskar et al., 2019, <https://arxiv.org/abs/1909.05858>): positive logits are divided, negative ones
+//!    multiplied
+//! 3. presence and frequency penalty, as OpenAI defines them
+//! 4. temperature
+//! 5. top-k (Fan et al., 2018, <https://arxiv.org/abs/1805.04833>)
+//! 6. top-p (Holtzman et al., 2019, <https://arxiv.org/abs/1904.09751>)
+//! 7. min-p (Nguyen et al., 2024, <https://arxiv.org/abs/2407.01082>)
+//! 8. a draw
+//!
+//! Temperature 0 is greedy: the largest logit after bias and penalties, the lowest id among equals. All functions are
+//! `libm`'s, so that a seed draws the same id on every platform.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -220,7 +230,8 @@ impl<'a> Distribution<'a> {
     }
 }
 
-/// Steele, Lea and Flood's generator (2014): one addition and one hash per draw, and every seed is good.
+/// SplitMix64 (Steele, Lea and Flood, 2014, <https://doi.org/10.1145/2660193.2660195>): one addition and one hash per draw,
+/// and every seed is good.
 struct SplitMix64(u64);
 
 impl SplitMix64 {

@@ -94,7 +94,9 @@ struct Parts<'a> {
 impl Tokenizer {
     /// The tokenizer that a GGUF file carries: `tokenizer.ggml.model` "llama", or "gpt2" with `pre` "dbrx" or "gpt-4o".
     ///
-    /// Errors: `UnsupportedModel` for other kinds, `InvalidModel` for arrays that are missing or contradict each other.
+    /// # Errors
+    ///
+    /// `UnsupportedModel` for other kinds, `InvalidModel` for arrays that are missing or contradict each other.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         Self::assemble(gguf.path(), vocabulary::read(gguf)?, gguf)
     }
@@ -102,7 +104,9 @@ impl Tokenizer {
     /// A `tokenizer.json` to use instead of the one in `gguf`, which still says how many ids there are and which of
     /// them begin and end a text.
     ///
-    /// Errors: `ModelNotFound`; `InvalidModel` for another kind of file, and for ids that the model does not have;
+    /// # Errors
+    ///
+    /// `ModelNotFound`; `InvalidModel` for another kind of file, and for ids that the model does not have;
     /// `UnsupportedModel` for tokenizers of another kind than BPE.
     pub fn from_json(path: &Path, gguf: &Gguf) -> Result<Self> {
         let document = json::Document::open(path)?;
@@ -206,7 +210,9 @@ impl Tokenizer {
     /// The text of `ids`, like Hugging Face's `decode` for valid UTF-8: without the special ids if `skip_special`, and in
     /// the SPM family without one leading space. Bytes that are not UTF-8 become U+FFFD.
     ///
-    /// Errors: `Value` for an id outside the vocabulary.
+    /// # Errors
+    ///
+    /// `Value` for an id outside the vocabulary.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         let mut bytes = Vec::new();
         for &id in ids {

@@ -1,6 +1,7 @@
 """The README and docs/ are true: Python runs and prints what they show, commands are known, links resolve."""
 
 import ast
+import doctest
 import os
 import re
 import shlex
@@ -85,6 +86,14 @@ def test_the_downloads(server: FakeHub, phi: Phi) -> None:
         exec(compile(ast.Module([statement], []), "hub.md", "exec"), names)
     assert isinstance(names["phi"], Phi)
     assert names["path"].is_file()
+
+
+def test_the_examples_of_docstrings_print_what_they_show(phi: Phi) -> None:
+    found = doctest.DocTestFinder().find(Phi, "Phi", globs={"Phi": Phi, "phi": phi})
+    examples = [test for test in found if test.examples]
+    assert len(examples) > 5
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0, test.name
 
 
 def commands() -> list[str]:

@@ -3,6 +3,12 @@
 A file is downloaded once, resumed after an interruption, and checked against the Hub's checksum. A file in the cache is
 used without the network. The environment variables are those of `huggingface_hub`: HF_HOME, HF_HUB_CACHE, HF_TOKEN,
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT.
+
+from candle_phi import hub
+
+path = hub.download("phi-4-mini")
+hub.verify("phi-4-mini")
+hub.remove("phi-4-mini")
 """
 
 import os
@@ -151,8 +157,8 @@ def download(
             file that `SHORT_NAMES` has, else the only GGUF model.
         revision: a branch, a tag or a commit. None: `main`.
         cache_dir: the cache folder. None: HF_HUB_CACHE, else the folder `hub` in HF_HOME, else the usual one.
-        token: an access token. None: HF_TOKEN or a login's token, if there is one. True: the same, required. False:
-            none. The token is sent to the Hub only.
+        token: an access token. None: that of HF_TOKEN or of a login, if there is one. True: the same, which must
+            exist. False: none. The token is sent to the Hub only.
         local_files_only: never use the network. HF_HUB_OFFLINE does the same.
         progress: whether to draw a progress bar on stderr. None: on a terminal or in a notebook.
         on_progress: called with a `Progress` during the download. An exception that it raises stops the download,
@@ -195,6 +201,9 @@ def cached(
 
     Args:
         repo_id, filename, revision, cache_dir: as in `download`.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
     """
     args = _check(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
     return _hub(revision=revision, cache_dir=args["cache_dir"]).cached(resolve(repo_id), filename)

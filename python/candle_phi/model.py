@@ -80,6 +80,10 @@ class _Recipe(NamedTuple):
 class Phi:
     """An open Phi-3-family model. Any number of threads and streams may share one.
 
+    >>> with Phi.demo() as phi:
+    ...     print(phi.generate("What is a power play?", temperature=0))
+    One team has a player in the box, so the other team skates with one more for a while.
+
     Args:
         model_path: a GGUF file. Of a split model, its first part.
         n_ctx: the context's length in tokens. Default: the file's. The KV cache grows with use.
@@ -101,7 +105,9 @@ class Phi:
         ModelNotFoundError: the file does not exist. The message names the call that works.
         InvalidModelError: the file is damaged or contradicts itself.
         UnsupportedModelError: the file is valid, but this build cannot run it.
+        NotInThisVersionError: an option that a later version has.
         TypeError, ValueError: an option that is unknown, of the wrong type or out of range.
+        MemoryError: the copy of a file with `mmap=False` does not fit the available memory.
     """
 
     @takes_path
@@ -191,8 +197,8 @@ class Phi:
                 the file that `hub.SHORT_NAMES` has, else the only GGUF model.
             revision: a branch, a tag or a commit. Default: `main`.
             cache_dir: the cache folder. Default: HF_HUB_CACHE, else the folder `hub` in HF_HOME, else the usual one.
-            token: an access token; True requires one of HF_TOKEN or a login, False uses none. Default: one of these if
-                there is one.
+            token: an access token. True: that of HF_TOKEN or of a login, which must exist. False: none. Default: that
+                of HF_TOKEN or of a login, if there is one.
             local_files_only: never use the network.
             progress: whether to draw a progress bar on stderr. Default: on a terminal or in a notebook.
 
@@ -317,26 +323,38 @@ class Phi:
     ) -> Stream:
         """Generates text piece by piece. Errors of the call are raised here. Work starts at the first read.
 
+        >>> for chunk in phi.stream("What is icing?", temperature=0, max_tokens=3):
+        ...     print(repr(chunk))
+        'A'
+        ' long'
+        ' shot'
+
+        The logits are changed in this order: `logit_bias`, penalties, `temperature`, `top_k`, `top_p`, `min_p`.
+
         Args:
             prompt: a str (one user turn), messages (`{"role": ..., "content": ...}`), or token ids. A last message of
                 the assistant is continued.
-            max_tokens: the maximal number of tokens. Default: until a stop token or the end of the context.
-            temperature: 0 always takes the most likely token. 1 samples from the model's own distribution.
+            max_tokens: generate at most this many tokens. Default: until a stop token or the end of the context.
+            temperature: at least 0. 0 always takes the most likely token. 1 samples from the model's own distribution.
             top_k: keep only this many of the most likely tokens. Default: all, as with 0.
-            top_p: keep only the smallest set of tokens with this total probability. Default: all, as with 1.
-            min_p: keep only tokens at least this likely relative to the most likely one. Default: all, as with 0.
-            repeat_penalty: above 1, makes the last generated tokens less likely. Default: off, as with 1.
+            top_p: keep only the smallest set of tokens with this total probability, above 0 and at most 1. Default:
+                all, as with 1. (Nucleus sampling, https://arxiv.org/abs/1904.09751.)
+            min_p: keep only tokens with at least this part of the most likely token's probability, from 0 to 1.
+                Default: all, as with 0. (https://arxiv.org/abs/2407.01082.)
+            repeat_penalty: divides the positive logits of recently generated tokens and multiplies the negative ones,
+                except those of stop tokens. Above 1 they become less likely. Default: off, as with 1.
+                (https://arxiv.org/abs/1909.05858.)
             repeat_last_n: the number of generated tokens that `repeat_penalty` looks back at. 0: none, -1: all.
-            presence_penalty: subtracted from the logit of every token generated so far, from -2 to 2.
-            frequency_penalty: the same, times the number of its occurrences, from -2 to 2.
-            logit_bias: token ids to numbers from -100 to 100, which are added to their logits.
+            presence_penalty: from -2 to 2. It is subtracted from the logit of every token generated so far.
+            frequency_penalty: from -2 to 2. The same, times the number of the token's occurrences.
+            logit_bias: maps token ids to numbers from -100 to 100, which are added to their logits.
             seed: the same seed gives the same text. Default: a random one, which the stream and the result report.
-            stop: a str or a list of str that end the text. They are not part of it.
+            stop: a str or a list of str. The text ends before the first of them.
             ignore_eos: generate past the model's own stop tokens, for benchmarks.
             logprobs: report the log probability of every token.
             top_logprobs: report this many of the most likely tokens at each position too, at most 20.
-            timeout: seconds from this call on, including the time in the queue. Then the text ends as it is. Default:
-                none.
+            timeout: seconds from this call on, including the time in the queue. The text ends there, without an error.
+                Default: none.
             on_progress: called with a `Progress` in tokens while a reader waits, in the phases `"wait"`, `"prefill"`
                 and `"decode"`. An exception that it raises cancels the stream and is raised by the read.
             raw: take a str unchanged, without the chat template, not as a user turn.
@@ -352,7 +370,9 @@ class Phi:
 
         A read raises:
             BusyError: with `max_concurrent`, if all slots are held by streams that were not read for 10 seconds.
-            ClosedError: the model was closed meanwhile.
+            ClosedError: the model was closed since the call.
+            MemoryError: the prompt or its KV cache does not fit the available memory.
+            InvalidModelError: the weights are damaged: every logit is NaN or -inf.
         """
         call = options.generation(
             {
@@ -389,7 +409,12 @@ class Phi:
 
     @same_options(stream)
     def generate(self, prompt: Prompt, **options: Any) -> Result:
-        """Generates the whole text: the same text as `stream`, with the same options and errors."""
+        """Generates the whole text: the same text as `stream`, with the same options and errors.
+
+        >>> result = phi.generate("What is icing?", temperature=0)
+        >>> result.finish_reason, result.usage.completion_tokens
+        ('stop', 28)
+        """
         with self.stream(prompt, **options) as stream:
             for _ in stream:
                 pass
@@ -397,19 +422,25 @@ class Phi:
 
     @same_options(stream)
     def astream(self, prompt: Prompt, **options: Any) -> AsyncStream:
-        """`stream` for event loops. Errors of the call are raised here, without an `await`.
+        """`stream` for event loops: `async for chunk in phi.astream(prompt)`.
 
-        Reading it blocks no loop and takes no thread. `on_progress` is called in the loop's thread.
+        Errors of the call are raised here, without an `await`. Reading it blocks no loop and takes no thread.
+        `on_progress` is called in the loop's thread.
         """
         return AsyncStream(self.stream(prompt, **options))
 
     @same_options(stream)
     def agenerate(self, prompt: Prompt, **options: Any) -> Coroutine[Any, Any, Result]:
-        """`generate` for event loops. Errors of the call are raised here, without an `await`."""
+        """`generate` for event loops: `await phi.agenerate(prompt)`. Errors of the call come before the `await`."""
         return aio.agenerate(self.astream(prompt, **options))
 
     def render(self, messages: str | Iterable[Message]) -> str:
         """Applies the chat template: returns the exact text that messages become. A str is one user turn.
+
+        >>> print(phi.render([{"role": "user", "content": "Hello!"}]), end="")
+        <|user|>
+        Hello!<|end|>
+        <|assistant|>
 
         Raises:
             ClosedError: the model is closed.
@@ -421,6 +452,9 @@ class Phi:
         self, prompt: str | Iterable[Message], *, parse_special: bool = False, add_bos: bool = False
     ) -> list[int]:
         """The token ids of a text without the chat template, or of messages, exactly as `stream` reads them.
+
+        >>> phi.tokenize("ice hockey")
+        [299, 312]
 
         Args:
             prompt: a str or messages.
@@ -441,6 +475,9 @@ class Phi:
 
     def detokenize(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """The text of token ids.
+
+        >>> phi.detokenize([299, 312])
+        'ice hockey'
 
         Args:
             ids: token ids.
@@ -465,6 +502,9 @@ class Phi:
         """The logits after the last id, float32 of shape (n_vocab,).
 
         `numpy.asarray` takes the buffer without a copy. The call waits for a slot of `max_concurrent`.
+
+        >>> phi.logits([299, 312]).shape
+        (2048,)
 
         Args:
             ids: token ids, at least one.

@@ -5,8 +5,8 @@
 //!     s  = q . K / sqrt(d)                    lanes are keys: K is (head_dim, positions)
 //!     m' = max(m, s);  p = exp(s - m');  out = out * exp(m - m') + p V;  the sum of p likewise
 //! ```
-//! An online softmax (Milakov and Gimelshein, 2018; as used by FlashAttention, Dao et al., 2022). A group of queries shares
-//! each load of K, and of V for the keys that all of them attend to. The result of a query does not depend on its group.
+//! An online softmax (Milakov and Gimelshein, 2018, <https://arxiv.org/abs/1805.02867>), as FlashAttention uses it (Dao et
+//! al., 2022, <https://arxiv.org/abs/2205.14135>). A group of queries shares each load of K, and of V for the keys that all of them attend to. The result of a query does not depend on its group.
 
 use half::f16;
 

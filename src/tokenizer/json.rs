@@ -56,7 +56,9 @@ impl Document {
         }
     }
 
-    /// Errors: `InvalidModel` for damage and for ids from `n_vocab` on, `UnsupportedModel` for other kinds.
+    /// # Errors
+    ///
+    /// `InvalidModel` for damage and for ids from `n_vocab` on, `UnsupportedModel` for other kinds.
     pub fn parts(&self, n_vocab: usize) -> Result<Parts<'_>> {
         let model = self.root.get("model").and_then(Value::as_object);
         let model = model.ok_or_else(|| self.invalid("not a tokenizer: `model` is missing"))?;
