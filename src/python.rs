@@ -313,7 +313,7 @@ impl Model {
         };
         let prompt_tokens = prompt.len();
         let top_logprobs = logprobs.then_some(top_logprobs);
-        // a timeout too long for a Duration is no limit
+        // a timeout too long for a Duration limits nothing
         let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         detached(py, || {
             let seed = seed.map_or_else(random_seed, Ok)?;

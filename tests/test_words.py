@@ -35,8 +35,7 @@ HABITS = {
     "as it stands": r"\bas (it|they) stands?\b",  # unchanged, as it is
     "two dimensions are due": r"\b(is|are|was|were) due\b",  # must be, expected
     "reports due now": r"\breports due\b",  # the progress since the last report
-    "which are no rows": r"\b(which|that|who) (is|are) no(?= (?!longer\b|more\b|less\b))",  # is not a
-    "what is no number": r"\bwhat is no\b",
+    "what is no number": r"(?<!here )\b(is|are|was|were) no (?!longer\b|more\b|less\b|such\b)",  # is not a
     "so many elements": r"\bso many\b",  # this number of elements
     "nobody": r"\b(some|no|every|any)body\b",  # name the subject: no process, a caller
     "any machine in question": r"\bin question\b",

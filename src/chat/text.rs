@@ -22,7 +22,7 @@ impl<'a> Text<'a> {
         Ok(())
     }
 
-    /// `str(value)`; an undefined value is no text.
+    /// `str(value)`. An undefined value adds nothing.
     pub fn str(&mut self, value: &Value) -> Result<(), Error> {
         match value.as_str() {
             Some(text) => self.push(text),

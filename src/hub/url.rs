@@ -155,7 +155,7 @@ mod tests {
             ("https://a/b/c?d/e", "y", "https://a/b/y"),
             ("https://a", "y", "https://a/y"),
             ("https://a", "?y", "https://a?y"),
-            // a URL in the query is no scheme of the whole
+            // the scheme of a URL in the query is not the scheme of the whole
             ("https://a/b", "/x?from=https://y", "https://a/x?from=https://y"),
             ("https://a/b", "login?next=https://a/b", "https://a/login?next=https://a/b"),
             ("https://a/b", "?https://y", "https://a/b?https://y"),

@@ -1,7 +1,7 @@
 //! How many tokens of a prompt go through the model together: a chunk.
 //!
 //! The activations of a chunk fit a byte budget, and one layer of it takes about as long at any position, so that other
-//! sequences get their turns. The results have the same bits whatever the lengths are.
+//! sequences get their turns. The bits of the results do not depend on the lengths.
 //!
 //! Decisions: docs/design/model.md
 

@@ -9,12 +9,13 @@ use crate::error::{Error, Result, excerpt};
 
 pub(super) type Merge = (String, String);
 
-/// The merges of a SentencePiece vocabulary, which has only a score for each piece: a piece can be made of any two
-/// others, those with a higher score first; of the same piece, those parts that come first in the vocabulary.
+/// The merges of a SentencePiece vocabulary, which has only a score for each piece. Any two pieces whose texts join to a
+/// third are a merge. The order is that of Hugging Face's `tokenizer.json` for Phi-3: by falling score of the result, then
+/// by the ids of the parts.
 ///
-/// `pieces`: (id, text, score) of the ordinary pieces, ascending by id; `ids`: all that a merge may consist of. The
-/// order is that of the `tokenizer.json` which Hugging Face publishes for Phi-3. None: there are far more than a
-/// vocabulary has that was learned from text, as when it holds "a", "aa", "aaa" and so on: they would fill memory.
+/// `pieces`: the text and the score of each ordinary piece, ascending by id. `ids`: the pieces that a merge may consist of.
+/// None: there are far more merges than in a vocabulary that was learned from text, as with "a", "aa", "aaa" and so on. They
+/// would fill memory.
 pub(super) fn by_score<'a>(
     pieces: impl Iterator<Item = (&'a str, f32)>,
     ids: &HashMap<&str, u32>,

@@ -137,7 +137,8 @@ impl<'a> Vocabulary<'a> {
                     "key `{TOKENS}`: token {id} has {len} bytes; at most {MAX_TOKEN} are allowed"
                 )));
             }
-            tokens.push(str::from_utf8(bytes).map_err(|_| invalid(format!("key `{TOKENS}`: token {id} is no UTF-8")))?);
+            tokens
+                .push(str::from_utf8(bytes).map_err(|_| invalid(format!("key `{TOKENS}`: token {id} is not UTF-8")))?);
         }
         let n_vocab = size(gguf)?;
         if tokens.len() > n_vocab {
@@ -213,13 +214,14 @@ impl<'a> Vocabulary<'a> {
         self.check_bytes(&vocab, fallback_token)?;
         let ids = pieces.iter().rev().map(|&(id, text)| (text, id)).collect();
         let normal = pieces.iter().filter(|&&(id, _)| self.types[id as usize] == NORMAL);
-        let merges = merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids).ok_or_else(|| {
-            let path = self.gguf.path().display();
-            Error::InvalidModel(format!(
-                "{path}: key `{TOKENS}`: its {} tokens are made of one another in more ways than those of any language",
-                self.tokens.len()
-            ))
-        })?;
+        let merges =
+            merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids).ok_or_else(|| {
+                let path = self.gguf.path().display();
+                Error::InvalidModel(format!(
+                    "{path}: key `{TOKENS}`: its {} tokens give more merges than those of any language",
+                    self.tokens.len()
+                ))
+            })?;
         let unk = self.unknown.map(|id| self.tokens[id as usize].to_owned());
         vocab.extend(unk.clone().zip(self.unknown));
         let name = format!("{}: key `{TOKENS}`", self.gguf.path().display());

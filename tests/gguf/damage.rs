@@ -291,8 +291,8 @@ fn the_memory_of_a_vocabulary_is_bounded_by_its_size() {
     let family = |letter: &str, n: usize| (1..=n).map(|k| letter.repeat(k)).collect::<Vec<_>>();
     let control = |n: usize| (0..n).map(|i| format!("<|{i}{}|>", "x".repeat(900))).collect::<Vec<_>>();
     for (case, more, says) in [
-        ("families", family("a", 1000), "made of one another in more ways"),
-        ("short families", ('a'..='z').flat_map(|c| family(&c.to_string(), 100)).collect(), "in more ways"),
+        ("families", family("a", 1000), "give more merges"),
+        ("short families", ('a'..='z').flat_map(|c| family(&c.to_string(), 100)).collect(), "give more merges"),
         ("control tokens", control(5000), "5000 added tokens of 4"),
     ] {
         let tokens: Vec<String> = bytes.clone().chain(more).collect();
