@@ -72,7 +72,7 @@ test-windows: export CARGO_TARGET_X86_64_PC_WINDOWS_GNU_RUNNER := $(WINE)
 test-windows: require target/windows/bcryptprimitives.dll ## the engine's tests for Windows, under Wine
 	$(call need,$(WINE),wine64)
 	$(call target,$(WINDOWS))
-	cargo test --target $(WINDOWS)
+	cargo test --target $(WINDOWS) --tests
 
 target/windows/%.dll: tests/platforms/%.c
 	$(call need,x86_64-w64-mingw32-gcc,gcc-mingw-w64-x86-64-posix)
@@ -87,7 +87,7 @@ MUSL := x86_64-unknown-linux-musl
 test-musl: require ## the engine's tests for musl
 	$(call need,musl-gcc,musl-tools)
 	$(call target,$(MUSL))
-	RUSTFLAGS= cargo test --target $(MUSL)
+	RUSTFLAGS= cargo test --target $(MUSL) --tests
 
 CHECKED := aarch64-apple-darwin x86_64-apple-darwin aarch64-pc-windows-msvc x86_64-pc-windows-msvc
 

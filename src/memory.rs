@@ -26,7 +26,7 @@ pub fn check(bytes: u64, what: impl Display) -> Result<()> {
     }
 }
 
-/// As `check`, and an error if the allocator refuses `bytes` at this moment: for code that allocates without asking.
+/// [`check`], and a trial allocation of `bytes`: for code that allocates without handling a refusal.
 pub fn probe(bytes: u64, what: impl Display) -> Result<()> {
     check(bytes, &what)?;
     let length = usize::try_from(bytes).unwrap_or(usize::MAX);

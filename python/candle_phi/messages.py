@@ -8,6 +8,11 @@ from .errors import NotInThisVersionError
 from .options import did_you_mean, encodable
 
 Message: TypeAlias = Mapping[str, object]
+"""A message of a conversation: `{"role": ..., "content": ...}`.
+
+The role is `"system"`, `"developer"` (the same), `"user"` or `"assistant"`. The content is a str or a list of
+`{"type": "text", "text": ...}`. A `name` is accepted and not used. Other keys must be None or empty.
+"""
 
 
 class TokenIds(Protocol):

@@ -96,8 +96,8 @@ class Phi:
         mmap: False reads the file into private memory. Use it for files that may change and for network mounts.
         tokenizer: the path of a `tokenizer.json`, or a repository of the Hub that has one. Default: the file's own.
         chat_template: a Jinja source. Default: the file's, else the model family's.
-        max_concurrent: how many streams may hold a KV cache at once. Default: no limit. A stream takes a slot at its
-            first read and frees it at its end, or when it is cancelled, closed or dropped. Further streams queue.
+        max_concurrent: at most this many streams hold a KV cache at once. Default: no limit. A stream takes a slot at
+            its first read and frees it at its end, or when it is cancelled, closed or dropped. Further streams queue.
             `logits` takes a slot too.
         on_progress: called with a `Progress` while the model loads. An exception that it raises stops the loading.
 
@@ -358,7 +358,7 @@ class Phi:
             on_progress: called with a `Progress` in tokens while a reader waits, in the phases `"wait"`, `"prefill"`
                 and `"decode"`. An exception that it raises cancels the stream and is raised by the read.
             raw: take a str unchanged, without the chat template, not as a user turn.
-            parse_special: whether special tokens in a raw prompt count as such. Default: True.
+            parse_special: read special tokens in a raw prompt as tokens. False reads them as text. Default: True.
             add_bos: put the beginning-of-text token before a raw prompt.
 
         Raises:
@@ -458,7 +458,7 @@ class Phi:
 
         Args:
             prompt: a str or messages.
-            parse_special: whether special tokens in a str count as such.
+            parse_special: read special tokens in a str as tokens. False reads them as text.
             add_bos: put the beginning-of-text token before a str.
 
         Raises:

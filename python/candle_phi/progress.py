@@ -68,6 +68,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], object]
+"""A function that takes a `Progress`, at most 20 times a second. Its result is ignored. An exception ends the work."""
 
 
 def token_callback(on_progress: OnProgress | None) -> Callback | None:

@@ -1,4 +1,4 @@
-"""What a generation returns: text that knows its tokens."""
+"""The results of a generation: text with its token ids and figures."""
 
 import builtins
 from collections.abc import Collection, Mapping

@@ -35,7 +35,7 @@ pub enum KvSlice<'a> {
     },
 }
 
-/// As `KvSlice`, to be written.
+/// A [`KvSlice`] to write to.
 pub enum KvSliceMut<'a> {
     F16(&'a mut [f16]),
     F32(&'a mut [f32]),

@@ -25,7 +25,7 @@ fn equal_lengths(name: &str, len: usize, expected_name: &str, expected: usize) {
     assert!(len == expected, "{name} has {len} elements, {expected_name} has {expected}");
 }
 
-/// Of `Kernel::pack`.
+/// Checks the arguments of `Kernel::pack`.
 pub fn pack<K: Kernel>(kernel: &K, format: Format, phase: Phase, x: &[f32], at: usize, tile: &[Line]) {
     whole_blocks(format, x.len());
     let shape = kernel.tile(format, x.len(), phase);
@@ -33,7 +33,7 @@ pub fn pack<K: Kernel>(kernel: &K, format: Format, phase: Phase, x: &[f32], at: 
     assert!(tile.len() == shape.lines, "the tile has {} lines; it takes {}", tile.len(), shape.lines);
 }
 
-/// Of `Kernel::matmul`.
+/// Checks the arguments of `Kernel::matmul`.
 pub fn matmul<K: Kernel>(kernel: &K, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize) {
     whole_blocks(weights.format, weights.cols);
     let (bytes, row) = (weights.bytes.len(), weights.format.row_bytes(weights.cols));
@@ -43,19 +43,19 @@ pub fn matmul<K: Kernel>(kernel: &K, weights: Weights<'_>, phase: Phase, x: &[Li
     assert!(lines == Some(x.len()), "the activations have {} lines; {tokens} tokens take {lines:?}", x.len());
 }
 
-/// Of `Kernel::rms_norm`.
+/// Checks the arguments of `Kernel::rms_norm`.
 pub fn rms_norm(x: &[f32], weight: &[f32], out: &[f32]) {
     equal_lengths("weight", weight.len(), "x", x.len());
     equal_lengths("out", out.len(), "x", x.len());
 }
 
-/// Of `Kernel::swiglu`.
+/// Checks the arguments of `Kernel::swiglu`.
 pub fn swiglu(gate: &[f32], up: &[f32], out: &[f32]) {
     equal_lengths("up", up.len(), "gate", gate.len());
     equal_lengths("out", out.len(), "gate", gate.len());
 }
 
-/// Of `Kernel::attention`.
+/// Checks the arguments of `Kernel::attention`.
 pub fn attention(queries: &[Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
     features("head_dim", head_dim);
     for query in queries {
@@ -81,7 +81,7 @@ fn kv(name: &str, slice: KvSlice<'_>, head_dim: usize) {
     equal_lengths(name, len, "a page", PAGE * head_dim);
 }
 
-/// Of `dequantize`.
+/// Checks the arguments of `dequantize`.
 pub fn dequantize(weights: Weights<'_>, out: &[f32]) {
     let (format, bytes) = (weights.format, weights.bytes.len());
     let whole = out.len().is_multiple_of(format.block_len()) && bytes == format.row_bytes(out.len());

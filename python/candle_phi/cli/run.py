@@ -156,7 +156,7 @@ def make_parser(command: str) -> Parser:
         "--parse-special",
         shown="--[no-]parse-special",
         action=argparse.BooleanOptionalAction,
-        help="with --raw: special tokens count as such (default)",
+        help="with --raw: read special tokens as tokens (default)",
     )
     section.add("--json", default=False, help="print one JSON object at the end")
     section.add("--stats", default=False, help="print tokens and speeds on stderr at the end")
