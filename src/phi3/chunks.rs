@@ -8,7 +8,7 @@
 use super::Config;
 use crate::ops::{ATTEND_COST, ATTENTION_SCRATCH};
 
-/// The longest chunk. Its tokens share one unpacking of the weights: 2 % of the work at 512 tokens, 4 % at 256.
+/// The longest chunk. Its tokens share one unpacking of the weights: 2% of the work at 512 tokens, 4% at 256.
 pub const LONGEST: usize = 512;
 /// Tokens of a tile of packed activations.
 const TILE: usize = 16;
