@@ -1,6 +1,7 @@
 """The README and docs/ are true: Python runs and prints what they show, commands are known, links resolve."""
 
 import ast
+import asyncio
 import doctest
 import os
 import re
@@ -10,11 +11,13 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 
-from candle_phi import Phi, hub
+import candle_phi
+from candle_phi import AsyncStream, Phi, Stream, hub
 from conftest import HAIKU, HANG, ROOT
 from fake_hub import FakeHub
 
@@ -89,11 +92,21 @@ def test_the_downloads(server: FakeHub, phi: Phi) -> None:
 
 
 def test_the_examples_of_docstrings_print_what_they_show(phi: Phi) -> None:
-    found = doctest.DocTestFinder().find(Phi, "Phi", globs={"Phi": Phi, "phi": phi})
-    examples = [test for test in found if test.examples]
-    assert len(examples) > 5
-    for test in examples:
-        assert doctest.DocTestRunner().run(test).failed == 0, test.name
+    names = {"Phi": Phi, "phi": phi, "asyncio": asyncio}
+    for thing, count in [(Phi, 7), (Stream, 1), (AsyncStream, 1)]:
+        found = doctest.DocTestFinder().find(thing, thing.__name__, globs=names)
+        examples = [test for test in found if test.examples]
+        assert len(examples) == count
+        for test in examples:
+            assert doctest.DocTestRunner().run(test).failed == 0, test.name
+
+
+@pytest.mark.parametrize("module", [candle_phi, candle_phi.testing], ids=lambda module: module.__name__)
+def test_the_code_of_a_modules_docstring_runs(module: ModuleType) -> None:
+    assert module.__doc__ is not None
+    _, _, code = module.__doc__.partition("\n\n")
+    assert "Phi" in code
+    exec(code, {})
 
 
 def commands() -> list[str]:

@@ -28,6 +28,12 @@ _HOUR = 3600.0
 class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
     """The text of one generation, read piece by piece in an event loop.
 
+    >>> async def answer():
+    ...     async with phi.astream("What is icing?", temperature=0, max_tokens=3) as stream:
+    ...         return [chunk async for chunk in stream]
+    >>> asyncio.run(answer())
+    ['A', ' long', ' shot']
+
     An asynchronous iterator of `Chunk`s, whose join is `text`. Work starts at the first read and stays at most a small
     buffer ahead of the reader. Any thread may cancel it. Leaving an `async with` block, cancelling the task that reads
     it, or dropping it cancels it. It keeps its model alive. It belongs to no event loop.

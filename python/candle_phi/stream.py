@@ -116,6 +116,12 @@ class StreamBase:
 class Stream(StreamBase, Generator[Chunk, None, None]):
     """The text of one generation, read piece by piece.
 
+    >>> with phi.stream("What is icing?", temperature=0, max_tokens=3) as stream:
+    ...     print([chunk for chunk in stream])
+    ['A', ' long', ' shot']
+    >>> stream.finish_reason, stream.usage.completion_tokens
+    ('length', 3)
+
     An iterator of `Chunk`s, whose join is `text`. Work starts at the first read and stays at most a small buffer ahead
     of the reader. Any thread may read or cancel it. Leaving a `with` block or dropping the stream cancels it. It keeps
     its model alive.
