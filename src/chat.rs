@@ -1,4 +1,5 @@
-//! Messages -> prompt: the text that a chat template makes of them, and which ranges of it are the messages' own.
+//! From messages to a prompt: the text that a chat template makes of them, and the ranges of it that come from the
+//! messages.
 //!
 //! The template is the caller's, else the file's, else the built-in one of the model's family ([`Template::new`]). All
 //! three are Jinja and are rendered by the same engine. Three promises hold for any template:

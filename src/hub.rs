@@ -11,7 +11,7 @@
 //!   Repository::link        cache         the name of a content
 //! ```
 //!
-//! Without the cargo feature `hub` the build has no network code, and all the rest.
+//! Without the cargo feature `hub` the build has everything but the network code.
 //!
 //! Decisions: docs/design/hub.md
 

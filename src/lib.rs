@@ -53,11 +53,10 @@
 //! Engine::bandwidth       bandwidth   measures how fast the weights can be read: for benchmarks
 //! ```
 //!
-//! Beside these: `hub` finds or downloads the file, `requirements` estimates the memory of a
-//! model, `memory` checks allocations, `ready` is the queue of streams that have something to read, `panic` turns panics
-//! into errors.
+//! Other modules: `hub` finds or downloads the file, `requirements` estimates the memory of a model, `memory` checks
+//! allocations, `ready` is the queue of streams that have something to read, `panic` turns panics into errors.
 //!
-//! Work has a word for each of its owners:
+//! Four words for work:
 //!
 //! - A `Work` (work) is what a stream computes, step by step: a `Generation` or `Logits`. It knows no threads.
 //! - A `Job` (schedule) is what the scheduler runs in turn: a `Work` with the outbox of its reader.

@@ -12,7 +12,7 @@ use crate::phi3::{Chunks, Config};
 /// Context that the estimate assumes if the caller gives none: a file may state 131072, and the cache grows with use.
 const USUAL_CONTEXT: usize = 4096;
 
-/// Bytes.
+/// The memory of a model, in bytes.
 pub struct Requirements {
     pub weights: u64,
     /// Keys and values of one sequence.

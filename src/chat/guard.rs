@@ -1,12 +1,13 @@
-//! Rewrites a parsed template: its operators pay, and they compare texts as these read.
+//! Rewrites a parsed template: each operation pays for the text it touches, and comparisons see texts without marks.
 //!
 //! The engine bounds the number of steps, not the cost of one step: forty times `x ~ x` is a terabyte. So, before
 //! compiling, operations on text and lists become calls of functions that `jinja.rs` provides (or their operands pass
-//! through one). Raw text becomes an expression, because only expressions pass the formatter. Statements that a chat
-//! template does not need are refused. A name such as "~" cannot be written in a template, nor be shadowed by one. This
-//! also leaves the compiler nothing large to fold: `'a' * 100000000` is computed at compile time otherwise.
+//! through one). A template cannot write or shadow the names of these functions, such as "~". Raw text becomes an
+//! expression, because only expressions pass the formatter. Statements that a chat template does not need are refused.
+//! This also leaves the compiler nothing large to fold: `'a' * 100000000` is computed at compile time otherwise.
 //!
 //! Decisions: docs/design/text.md
+
 use minijinja::machinery::Span;
 use minijinja::machinery::ast::{self, BinOpKind, CallArg, Expr, Spanned, Stmt};
 use minijinja::value::Value;

@@ -563,7 +563,7 @@ fn text_method(meter: &Meter, state: &State, text: &str, name: &str, args: &[Val
         }
         // A width in a format string is a length that nothing pays for.
         "format" => Err(Error::from(ErrorKind::UnknownMethod)),
-        // The others are questions: `startswith`, `isdigit` and the like.
+        // The others return a bool: `startswith`, `isdigit` and similar ones.
         _ => {
             let args: Vec<Value> = args.iter().map(marks::read).collect();
             let answer = pycompat::unknown_method_callback(state, &Value::from(&*marks::unmark(text)), name, &args)?;

@@ -9,6 +9,7 @@
 //! Signs are code points that stand for no character: they show where a message is.
 //!
 //! Decisions: docs/design/text.md
+
 use std::borrow::Cow;
 use std::ops::Range;
 use std::str::CharIndices;

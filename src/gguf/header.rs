@@ -1,6 +1,7 @@
 //! Reads and checks everything before the tensors' bytes.
 //!
 //! Decisions: docs/design/files.md
+
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::Path;

@@ -9,7 +9,7 @@
 //! .locks/models--org--name/repository.lock            ours: shared by downloads, exclusive while files are removed
 //! ```
 //!
-//! `hf_hub` names the folders of a repository and of a commit. Three of its functions do not serve: `Cache::from_env`
+//! `hf_hub` names the folders of a repository and of a commit. Three of its functions are not used: `Cache::from_env`
 //! panics without a home folder and reads HF_HOME alone, `CacheRepo::get` joins any text of a ref to a path and knows no
 //! commits, and `CacheRepo::create_ref` empties a ref before it writes. Paths of blobs and URLs need its HTTP client.
 //!

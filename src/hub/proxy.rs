@@ -1,7 +1,7 @@
 //! The proxy of a request: the environment's, else the system's.
 //!
-//! `ureq::Proxy` parses the address of a proxy, speaks to it and matches the names of NO_PROXY. `Proxy::try_from_env` does
-//! not serve: it takes ALL_PROXY before HTTPS_PROXY, sends https through HTTP_PROXY, passes over an address that is not
+//! `ureq::Proxy` parses the address of a proxy, speaks to it and matches the names of NO_PROXY. `Proxy::try_from_env` is
+//! not used: it takes ALL_PROXY before HTTPS_PROXY, sends https through HTTP_PROXY, passes over an address that is not
 //! valid, and cannot tell which variable it read.
 
 use std::collections::BTreeMap;

@@ -5,6 +5,7 @@
 //! training and to batches.
 //!
 //! Decisions: docs/design/files.md
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 

@@ -1,6 +1,7 @@
 //! The merges of a BPE: pairs of neighbors that become one token, in order of priority.
 //!
 //! Decisions: docs/design/files.md
+
 use std::collections::HashMap;
 
 use tokenizers::models::bpe::{BPE, Vocab};
