@@ -66,7 +66,7 @@ _RENAMED: Mapping[str, str] = {
 _ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("p", "prompt", "message", "query"), 'the prompt needs no option: candle-phi "PROMPT"'),
     **dict.fromkeys(("f", "file", "input"), "a prompt from a file: candle-phi - < FILE"),
-    **dict.fromkeys(("q", "quiet", "silent"), "stdout has the answer alone; 2>/dev/null drops the remarks"),
+    **dict.fromkeys(("q", "quiet", "silent"), "stdout has only the answer; 2>/dev/null hides the rest"),
     **dict.fromkeys(("stream", "no_stream"), "the answer always streams; --json prints it whole"),
     **dict.fromkeys(("i", "interactive", "cnv", "conversation"), "chat (a conversation) is not in this version"),
     **dict.fromkeys(("host", "port", "api_key"), "serve (a server) is not in this version"),
