@@ -106,7 +106,7 @@ wheel: require .venv/wheel ## this machine's wheel as a release builds it, in di
 test-wheel: .venv/wheel ## installs dist's wheel in bare environments, on emulated CPUs and in a frozen app
 	$(BIN)/python -m pytest --confcutdir tests/wheel tests/wheel
 
-baseline: wheel ## checks that all of the wheel's code runs on any x86-64 CPU, or asks first (Linux; needs binutils)
+baseline: wheel ## checks that the wheel's code runs on any x86-64 CPU, or is chosen at run time (Linux; needs binutils)
 	rm -rf target/unstripped
 	$(MATURIN_WHEEL) --out target/unstripped -- -C strip=none
 	$(BIN)/python packaging/baseline.py target/unstripped/*.whl dist/$$(ls target/unstripped)
