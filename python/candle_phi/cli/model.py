@@ -30,7 +30,7 @@ _MODEL: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
 HUB: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
     "revision": (str, "NAME", "a branch, a tag or a commit (default: main)"),
     "cache_dir": (str, "FOLDER", "the cache (default: that of Hugging Face's tools)"),
-    "token": (str, "TEXT", "for private repositories (default: HF_TOKEN, a login's)"),
+    "token": (str, "TEXT", "an access token (default: HF_TOKEN, else a login's)"),
 }
 
 DOWNLOAD_GB: Mapping[str, float] = {

@@ -74,7 +74,7 @@ _ANSWERS: Mapping[str, str] = {
         ("fa", "flash_attn", "mlock", "b", "ub", "batch_size", "n_batch", "numa"), "the engine chooses this itself"
     ),
     **dict.fromkeys(("torch_dtype", "dtype", "load_in_4bit"), "weights keep the type that the file has"),
-    **dict.fromkeys(("n_best", "num_return_sequences"), "one call gives one answer; --seed tells them apart"),
+    **dict.fromkeys(("n_best", "num_return_sequences"), "one call gives one answer; another --seed gives another"),
     "keepalive": "no model stays loaded after an answer",
     "max_concurrent": "the command line answers one prompt",
 }
