@@ -1,39 +1,7 @@
 //! candle-phi: Phi-3-family GGUF models as a stream of text.
 //!
-//! The engine behind the Python package of the same name.
-//!
-//! ```
-//! use candle_phi::chat::Message;
-//! use candle_phi::engine::{Engine, LoadOptions};
-//! use candle_phi::generate::Request;
-//! use candle_phi::sampling::Sampling;
-//! use candle_phi::task::Task;
-//!
-//! # fn main() -> Result<(), candle_phi::error::Error> {
-//! let path = "python/candle_phi/demo/phi3-demo-q4_k_m.gguf".as_ref();
-//! let engine = Engine::load(path, &LoadOptions::default(), &Task::default())?;
-//! let question = Message { role: "user".into(), content: "What is a power play?".into() };
-//! let prompt = engine.tokenize_messages(&[question])?;
-//! let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
-//! let stream = engine.stream(Request { prompt, sampling: greedy, ..Request::default() }, None, None)?;
-//! let mut text = String::new();
-//! while let Some(piece) = stream.next()? {
-//!     text += &piece.text;
-//! }
-//! assert_eq!(text, "One team has a player in the box, so the other team skates with one more for a while.");
-//! # Ok(())
-//! # }
-//! ```
-//!
-//! # Features
-//!
-//! - `hub` (default): downloads from the Hugging Face Hub, with TLS.
-//! - `python`: the module for Python. Only `python.rs` knows Python.
-//! - `cuda`, `metal`: Candle's other back ends.
-//!
-//! # Modules
-//!
-//! In the order of one call:
+//! The engine behind the Python package of the same name. Only `python.rs` knows Python. It is compiled with the feature
+//! `python` alone. The modules in the order of one call:
 //!
 //! ```text
 //! Engine::load            engine      opens file, tokenizer, template and weights
@@ -65,6 +33,37 @@
 //!   caller: cancellation and progress.
 //!
 //! Imports go down this list, never up.
+//!
+//! # Example
+//!
+//! ```
+//! use candle_phi::chat::Message;
+//! use candle_phi::engine::{Engine, LoadOptions};
+//! use candle_phi::generate::Request;
+//! use candle_phi::sampling::Sampling;
+//! use candle_phi::task::Task;
+//!
+//! # fn main() -> Result<(), candle_phi::error::Error> {
+//! let path = "python/candle_phi/demo/phi3-demo-q4_k_m.gguf".as_ref();
+//! let engine = Engine::load(path, &LoadOptions::default(), &Task::default())?;
+//! let question = Message { role: "user".into(), content: "What is a power play?".into() };
+//! let prompt = engine.tokenize_messages(&[question])?;
+//! let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+//! let stream = engine.stream(Request { prompt, sampling: greedy, ..Request::default() }, None, None)?;
+//! let mut text = String::new();
+//! while let Some(piece) = stream.next()? {
+//!     text += &piece.text;
+//! }
+//! assert_eq!(text, "One team has a player in the box, so the other team skates with one more for a while.");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Features
+//!
+//! - `hub` (default): downloads from the Hugging Face Hub, with TLS.
+//! - `python`: the module for Python.
+//! - `cuda`, `metal`: Candle's other back ends.
 
 // Each exception names its reason, here or where the module is declared.
 #![deny(unsafe_code)]

@@ -244,8 +244,8 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// The progress since a report of phase `reported`: the end of that phase and of each later one, then the current
-    /// phase. The end of the wait is left out.
+    /// The progress reports due when phase `reported` was the last one in a report: the end of each phase from that one
+    /// on, then the current phase. The end of the wait is no news.
     pub fn progress(&self, reported: Option<Phase>) -> Vec<Progress> {
         let state = lock(&self.state);
         let (first, current) = (reported.unwrap_or(Phase::Wait), state.phase());

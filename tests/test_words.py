@@ -34,7 +34,7 @@ HABITS = {
     "stands there twice": r"\bstands? there\b",  # duplicate
     "as it stands": r"\bas (it|they) stands?\b",  # unchanged, as it is
     "two dimensions are due": r"\b(is|are|was|were) due\b",  # must be, expected
-    "reports due now": r"\breports due\b",  # the progress since the last report
+    "reports due now": r"\breports due now\b",  # the progress since the last report
     "what is no number": r"(?<!here )\b(is|are|was|were) no (?!longer\b|more\b|less\b|such\b)",  # is not a
     "so many elements": r"\bso many\b",  # this number of elements
     "nobody": r"\b(some|no|every|any)body\b",  # name the subject: no process, a caller
