@@ -245,7 +245,7 @@ impl<T> Outbox<T> {
     }
 
     /// The progress reports due when phase `reported` was the last one in a report: the end of each phase from that one
-    /// on, then the current phase. The end of the wait is no news.
+    /// on, then the current phase. The end of the wait is not reported.
     pub fn progress(&self, reported: Option<Phase>) -> Vec<Progress> {
         let state = lock(&self.state);
         let (first, current) = (reported.unwrap_or(Phase::Wait), state.phase());
