@@ -156,9 +156,9 @@ def test_timeouts_keep_the_text(slow: Phi, stopwatch: Stopwatch) -> None:
 
 
 def test_a_timeout_begins_with_the_call(slow: Phi) -> None:
-    begin = time.monotonic()
     stream = slow.stream(HAIKU, ignore_eos=True, timeout=0.2)
-    wait_until(lambda: time.monotonic() - begin > 0.2)  # not with the first read
+    deadline = time.monotonic() + 0.2  # the stream's is no later
+    wait_until(lambda: time.monotonic() > deadline)  # a timeout that began with the first read would not be over
     assert list(stream) == []
     assert stream.finish_reason == "timeout"
 
@@ -464,7 +464,7 @@ def any_python(request: pytest.FixtureRequest) -> str:
 def ends_by_itself(python: str, script: str) -> str:
     """What a script prints that exits with 7, without a word on stderr."""
     environment = {**os.environ, "PYTHONPATH": str(Path(candle_phi.__file__).parents[1])}
-    done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stderr) == (7, "")
     return done.stdout
 
@@ -520,6 +520,47 @@ for _ in range(20): jobs.put("Hi")
 sys.exit(7)
 """
     assert ends_by_itself(any_python, script) == "20\n"
+
+
+def test_an_older_exit_handler_may_join_an_event_loop(any_python: str) -> None:
+    """The thread that wakes event loops has to outlive the exit handlers."""
+    script = f"""
+import asyncio, atexit, queue, sys, threading
+def stop():
+    for _ in range(20): jobs.put("Hi")
+    jobs.put(None)
+    worker.join({HANG / 2})
+    print(len(texts))
+atexit.register(stop)
+from candle_phi import Phi
+phi = Phi.demo(n_threads=1)
+jobs, texts, begun = queue.Queue(), [], threading.Event()
+async def serve():
+    while (prompt := jobs.get()) is not None:
+        texts.append(await phi.agenerate(prompt, max_tokens=3, ignore_eos=True))
+        begun.set()
+worker = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+worker.start()
+jobs.put("Hi")
+begun.wait()
+sys.exit(7)
+"""
+    assert ends_by_itself(any_python, script) == "21\n"
+
+
+def test_an_event_loop_may_start_after_the_main_thread_has_ended(any_python: str) -> None:
+    """Python 3.12 starts no threads from then on."""
+    script = """
+import asyncio, sys, threading
+from candle_phi import Phi
+phi = Phi.demo(n_threads=1)
+def work():
+    threading.main_thread().join()
+    print(len(asyncio.run(phi.agenerate("Hi", max_tokens=3, ignore_eos=True)).token_ids))
+threading.Thread(target=work).start()
+sys.exit(7)
+"""
+    assert ends_by_itself(any_python, script) == "3\n"
 
 
 @posix
