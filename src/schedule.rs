@@ -545,7 +545,7 @@ mod tests {
         let (out, results) = channel();
         let scheduler = Scheduler::with(1, Duration::ZERO);
         let mut unread = idle('u', &out);
-        unread.unread_since = Some(Instant::now());
+        unread.unread_since = Some(Instant::now() + Duration::from_secs(3600)); // it counts as 0 s
         scheduler.submit(unread).unwrap();
         for name in ['v', 'w'] {
             scheduler.submit(job(name, 1, &out)).unwrap();
