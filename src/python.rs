@@ -185,7 +185,7 @@ impl Model {
             dict.set_item(key, to_python(py, value)?)?;
         }
         detached(py, || {
-            drop(parts); // the last hold on the file if another thread has closed the model meanwhile
+            drop(parts); // the last reference to the file if another thread has closed the model meanwhile
             Ok(())
         })?;
         Ok(dict)

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::panic;
 
-/// More than the cores of any machine in question; catches a typo before it becomes a million threads.
+/// No machine has as many cores: a larger number is a typo.
 const MAX_THREADS: usize = 1024;
 
 /// The number of threads to use: `n_threads` if given, else `CANDLE_PHI_NUM_THREADS`, else the CPUs that affinity and
