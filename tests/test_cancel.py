@@ -209,6 +209,7 @@ def test_closing_reaches_every_reader(path: Path, stopwatch: Stopwatch) -> None:
         thread.start()
     for thread in closing:
         thread.join(HANG)
+        assert not thread.is_alive(), "hangs"
     stopwatch.check(time.monotonic() - since, SOON)
     for reader in readers:
         stopwatch.check(reader.took(since), SOON)
