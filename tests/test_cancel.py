@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -452,10 +453,17 @@ sys.exit(7)
 
 
 def pythons() -> list[str]:
-    """Every other CPython from 3.11 on that is installed here: one build of the module serves them all."""
+    """This Python and every other CPython from 3.11 on that is installed here and can load the same module: a build for
+    the stable ABI runs in all of them, one for a free-threaded Python in that one only."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return [sys.executable]
     names = [shutil.which(f"python3.{minor}") for minor in range(11, 20)]
     of_pyenv = sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
-    ask = "import sys; assert sys.version_info >= (3, 11); print(sys.version)"
+    ask = (
+        "import sys, sysconfig\n"
+        "assert sys.version_info >= (3, 11) and not sysconfig.get_config_var('Py_GIL_DISABLED')\n"
+        "print(sys.version)"
+    )
     versions = {sys.version: sys.executable}
     for python in [*filter(None, names), *of_pyenv]:
         done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
