@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from candle_phi import Phi, Result
-from conftest import HAIKU, HANG, run_python
+from conftest import HAIKU, run_python
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 
 # What the scripts begin with. A child that hangs is ended by its alarm, and the script fails.
-FORKING = f"HANG = {HANG / 2}" + """
+FORKING = """
 import os, signal, sys, threading, time, warnings
+HANG = 30
 warnings.filterwarnings("ignore", "(?s).*fork", DeprecationWarning)  # Python 3.12: of a fork with threads
 from candle_phi import ForkError, Phi
 PROMPT = "Write a haiku about ice hockey"
