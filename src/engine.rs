@@ -85,7 +85,7 @@ pub struct Info {
     pub system_fingerprint: String,
 }
 
-/// The owners of the file.
+/// The parts that hold the file open.
 pub struct Parts {
     pub gguf: Gguf,
     pub tokenizer: Arc<Tokenizer>,
@@ -301,7 +301,7 @@ fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn
                 (!matches!(options.device.as_str(), "auto" | "cpu"), "device", "which runs on the CPU"),
             ];
             if let Some((_, name, reason)) = refused.into_iter().find(|(given, ..)| *given) {
-                return Err(Error::option(name, format!("does not go with engine 'candle', {reason}")));
+                return Err(Error::option(name, format!("cannot be used with engine 'candle', {reason}")));
             }
             Ok(Arc::new(Stock::load(gguf, task)?))
         }
@@ -312,7 +312,7 @@ fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn
 fn backend(options: &LoadOptions) -> Result<Backend> {
     let missing = |device: &str| {
         Error::UnsupportedModel(format!(
-            "device '{device}' is not in this build: it takes the cargo feature `{device}`"
+            "device '{device}' is not in this build: it needs the cargo feature `{device}`"
         ))
     };
     let found = match options.device.as_str() {
@@ -329,7 +329,7 @@ fn backend(options: &LoadOptions) -> Result<Backend> {
         }
     };
     let device = found
-        .map_err(|error| Error::UnsupportedModel(format!("device '{}' does not answer: {error}", options.device)))?;
+        .map_err(|error| Error::UnsupportedModel(format!("device '{}' cannot be opened: {error}", options.device)))?;
     let n_threads = threads::count(options.n_threads)?;
     let kernel = choose_kernel(options.kernel.as_deref())?;
     Ok(match device {

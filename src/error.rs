@@ -46,7 +46,7 @@ pub enum Error {
     /// The machine has less memory than the request needs (`MemoryError`).
     #[error("{0}")]
     Memory(String),
-    /// A bug of ours, caught (`InternalError`).
+    /// A bug of the engine, caught (`InternalError`).
     #[error("internal error: {0}")]
     Internal(String),
     /// The work was cancelled. Never reaches Python as an exception.
@@ -97,7 +97,7 @@ pub fn human_size(bytes: u64) -> String {
 }
 
 impl From<candle_core::Error> for Error {
-    /// Shapes and types are checked at load, so an error from Candle afterwards is a bug of ours.
+    /// Shapes and types are checked at load. An error from Candle afterwards is a bug of the engine.
     fn from(error: candle_core::Error) -> Self {
         Error::Internal(error.to_string())
     }

@@ -1,7 +1,7 @@
 //! candle-phi: Phi-3-family GGUF models as a stream of text.
 //!
-//! The engine behind the Python package of the same name. Only `python.rs` knows Python. It is compiled with the feature
-//! `python` alone. The modules in the order of one call:
+//! The engine behind the Python package of the same name. Only `python.rs` knows Python. It is compiled only with the
+//! feature `python`. The modules in the order of one call:
 //!
 //! ```text
 //! Engine::load            engine      opens file, tokenizer, template and weights

@@ -250,8 +250,8 @@ impl<T> Outbox<T> {
         let state = lock(&self.state);
         let (first, current) = (reported.unwrap_or(Phase::Wait), state.phase());
         let is_due = |phase: &Phase| {
-            let is_news = *phase != Phase::Wait || *phase == current || reported.is_none();
-            (first..=current).contains(phase) && is_news
+            let is_end_of_wait = *phase == Phase::Wait && *phase != current && reported.is_some();
+            (first..=current).contains(phase) && !is_end_of_wait
         };
         let phases = [Phase::Wait, Phase::Prefill, Phase::Decode].into_iter();
         phases.filter(is_due).map(|phase| state.progress(phase)).collect()

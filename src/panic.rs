@@ -14,7 +14,7 @@ thread_local! {
     static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Keeps panics off stderr and notes their places, for the rest of the process. An extension module has a panic hook of
+/// Prints no panics to stderr and records their places, for the rest of the process. An extension module has a panic hook of
 /// its own, so no other module is affected.
 pub fn silence() {
     std::panic::set_hook(Box::new(|panic| {
@@ -25,7 +25,7 @@ pub fn silence() {
 
 /// Calls `work`. A panic becomes `Error::Internal` with its message, and its place if `silence` was called before.
 pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    PLACE.take(); // of a panic that was caught without it
+    PLACE.take(); // the place of a panic that other code caught
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| Err(to_error(payload)))
 }
 

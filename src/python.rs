@@ -68,8 +68,8 @@ impl From<Error> for PyErr {
 
 /// Runs `work` without the interpreter's lock. A panic becomes an `InternalError`.
 ///
-/// `work` never calls Python, and it waits in pieces of at most 75 ms: between them Python handles signals and calls
-/// callbacks. A daemon thread that comes back while the interpreter finalizes stays in `PyEval_RestoreThread`:
+/// `work` never calls Python. It waits in pieces of at most 75 ms: between them Python handles signals and calls
+/// callbacks. Only the thread that wakes event loops waits longer. A daemon thread that comes back while the interpreter finalizes stays in `PyEval_RestoreThread`:
 /// PyO3 parks it there before Python 3.14, and Python itself from then on. Until finalization begins it passes, so that
 /// an `atexit` handler can join it.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
@@ -185,7 +185,7 @@ impl Model {
             dict.set_item(key, to_python(py, value)?)?;
         }
         detached(py, || {
-            drop(parts); // the last hold on the file if another thread has closed the model meanwhile
+            drop(parts); // the last reference to the file if another thread has closed the model meanwhile
             Ok(())
         })?;
         Ok(dict)
@@ -512,12 +512,8 @@ impl ReadyQueue {
         self.0.put(ticket);
     }
 
-    fn take(&self, py: Python<'_>) -> PyResult<Option<Vec<u64>>> {
+    fn take(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
         detached(py, || Ok(self.0.take()))
-    }
-
-    fn close(&self) {
-        self.0.close();
     }
 }
 

@@ -9,58 +9,39 @@ use crate::threads::lock;
 /// The tickets of streams that have something to read.
 #[derive(Default)]
 pub struct ReadyQueue {
-    state: Mutex<State>,
+    tickets: Mutex<Vec<u64>>,
     changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    tickets: Vec<u64>,
-    closed: bool,
 }
 
 impl ReadyQueue {
     pub fn put(&self, ticket: u64) {
-        lock(&self.state).tickets.push(ticket);
+        lock(&self.tickets).push(ticket);
         self.changed.notify_one();
     }
 
-    /// Waits for tickets and takes all of them; None once the queue is closed.
-    pub fn take(&self) -> Option<Vec<u64>> {
-        let waiting = |state: &mut State| state.tickets.is_empty() && !state.closed;
-        let mut state = self.changed.wait_while(lock(&self.state), waiting).unwrap_or_else(PoisonError::into_inner);
-        if state.closed { None } else { Some(std::mem::take(&mut state.tickets)) }
-    }
-
-    /// Ends every `take`, now and later.
-    pub fn close(&self) {
-        lock(&self.state).closed = true;
-        self.changed.notify_all();
+    /// Waits for tickets and takes all of them.
+    pub fn take(&self) -> Vec<u64> {
+        let waiting = self.changed.wait_while(lock(&self.tickets), |tickets| tickets.is_empty());
+        std::mem::take(&mut waiting.unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     #[test]
-    fn tickets_come_in_order_and_closing_ends_the_wait() {
-        let queue = Arc::new(ReadyQueue::default());
-        let waiting = queue.clone();
-        let taken = std::thread::spawn(move || {
+    fn tickets_come_in_order() {
+        let queue = ReadyQueue::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..1000).for_each(|ticket| queue.put(ticket)));
             let mut taken = Vec::new();
-            while let Some(tickets) = waiting.take() {
+            while taken.len() < 1000 {
+                let tickets = queue.take();
+                assert!(!tickets.is_empty());
                 taken.extend(tickets);
-                if taken.len() == 1000 {
-                    waiting.close();
-                }
             }
-            taken
+            assert_eq!(taken, Vec::from_iter(0..1000));
         });
-        (0..1000).for_each(|ticket| queue.put(ticket));
-        assert_eq!(taken.join().unwrap(), Vec::from_iter(0..1000));
-        queue.put(1);
-        assert_eq!(queue.take(), None);
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! Readers never compute. They submit a job and wait for its results, so that they can handle signals meanwhile. The
 //! thread runs the jobs a step at a time and skips those whose reader is behind. A step is a token, or a layer of a
-//! prompt, and steps differ in length: the next one is that of the job that had the least time so far. `slots` jobs have
-//! a slot, and with it a KV cache. The others wait for one in the order of arrival. The first job starts the thread. It
-//! ends when the model is closed or the last `Scheduler` is dropped.
+//! prompt. Steps differ in length, so the next step goes to the job with the least compute time so far. `slots` jobs have
+//! a slot, and with it a KV cache. The others wait for a slot in the order of arrival. The first job starts the thread.
+//! The thread ends when the model is closed or the last `Scheduler` is dropped.
 //!
 //! Decisions: docs/design/runtime.md
 
@@ -545,7 +545,7 @@ mod tests {
         let (out, results) = channel();
         let scheduler = Scheduler::with(1, Duration::ZERO);
         let mut unread = idle('u', &out);
-        unread.unread_since = Some(Instant::now());
+        unread.unread_since = Some(Instant::now() + Duration::from_secs(3600)); // it counts as 0 s
         scheduler.submit(unread).unwrap();
         for name in ['v', 'w'] {
             scheduler.submit(job(name, 1, &out)).unwrap();

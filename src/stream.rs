@@ -103,14 +103,13 @@ impl<W: Work> Stream<W> {
     }
 
     fn start(&self) -> Result<()> {
-        let mut unstarted = lock(&self.unstarted);
-        let Some(work) = unstarted.take() else { return Ok(()) };
+        // The lock is free again from here on: dropping work may unmap the model.
+        let Some(work) = lock(&self.unstarted).take() else { return Ok(()) };
         if self.outbox.cancel.is_set() {
             return Ok(());
         }
         let job = StreamJob { work, outbox: self.outbox.clone(), submitted: Instant::now(), began: false };
         let result = self.scheduler.submit(Box::new(job));
-        drop(unstarted);
         if result.is_err() {
             self.outbox.abandon(FinishReason::Error);
         }

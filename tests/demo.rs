@@ -18,7 +18,7 @@ const SAMPLED: [(u64, &str); 3] = [
     (2, "Sleepy kids lace up —\neach stride throwing silver snow,\nwinter waits outside."),
     (3, "A hush fills the rink\nwrists and shoulders coiled like springs\nthen the storm begins."),
 ];
-/// A question whose most probable answer no kernel's rounding changes.
+/// A question with a clear most probable answer: the rounding of the kernels does not change it.
 const QUESTION: &str = "What is a Zamboni?";
 const ANSWER: &str = "It drives over the rink between periods and leaves the ice smooth and shining.";
 
@@ -81,22 +81,22 @@ fn every_kernel_of_this_cpu_writes_the_same() {
     }
 }
 
-/// Windows keeps the name of a file that is mapped. The compute thread lets go of it a moment after `close`.
+/// Windows does not delete a file while it is mapped. The compute thread may hold it for a moment after `close`.
 #[cfg(windows)]
 #[test]
-fn a_closed_model_lets_go_of_its_file() {
+fn the_file_of_a_closed_model_can_be_deleted() {
     let demo = Demo::new();
     let engine = demo.open("portable", true);
     generate(&engine, QUESTION, 0.0, 1);
     engine.close();
-    let removed = (0..100).any(|_| {
+    let removed = (0..1200).any(|_| {
         std::thread::sleep(std::time::Duration::from_millis(50));
         fs::remove_file(&demo.path).is_ok() && !demo.path.exists()
     });
     assert!(removed);
 }
 
-/// Windows tells of Ctrl-C in a thread that it makes, and no wait is interrupted: it is seen by the reader that looks up.
+/// Windows reports Ctrl-C on a thread of its own and interrupts no wait. The reader sees it between two waits.
 #[cfg(windows)]
 #[test]
 fn ctrl_c_ends_a_stream() {
@@ -104,7 +104,6 @@ fn ctrl_c_ends_a_stream() {
     use std::process::Command;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::task::Poll;
-    use std::time::{Duration, Instant};
 
     const CTRL_C: u32 = 0;
     const CREATE_NO_WINDOW: u32 = 0x0800_0000;
@@ -120,7 +119,7 @@ fn ctrl_c_ends_a_stream() {
         1
     }
 
-    // A process with a console of its own: all who share one are told.
+    // All processes of a console get the event, so this test runs in one with a console of its own.
     if std::env::var_os(INSIDE).is_none() {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "ctrl_c_ends_a_stream"]).env(INSIDE, "1").creation_flags(CREATE_NO_WINDOW);
@@ -129,15 +128,12 @@ fn ctrl_c_ends_a_stream() {
         return;
     }
     assert_ne!(SetConsoleCtrlHandler(Some(pressed), 1), 0);
-    assert_ne!(SetConsoleCtrlHandler(None, 0), 0); // some are started with Ctrl-C ignored
+    assert_ne!(SetConsoleCtrlHandler(None, 0), 0); // a process may be started with Ctrl-C ignored
     let demo = Demo::new();
     let engine = demo.open("portable", true);
     let stream = engine.stream(Request { ignore_eos: true, ..request(&engine, HAIKU, 0.0, 1) }, None, None).unwrap();
-    let presses = std::thread::spawn(|| {
-        std::thread::sleep(Duration::from_millis(200));
-        assert_ne!(GenerateConsoleCtrlEvent(CTRL_C, 0), 0);
-        Instant::now()
-    });
+    assert!(stream.next().unwrap().is_some());
+    assert_ne!(GenerateConsoleCtrlEvent(CTRL_C, 0), 0);
     while !PRESSED.load(Ordering::Relaxed) {
         match stream.poll().unwrap() {
             Poll::Ready(piece) => assert!(piece.is_some(), "it ended by itself"),
@@ -145,6 +141,5 @@ fn ctrl_c_ends_a_stream() {
         }
     }
     stream.cancel();
-    assert!(presses.join().unwrap().elapsed() < Duration::from_secs(2));
     assert_eq!(generate(&engine, QUESTION, 0.0, 1), ANSWER);
 }

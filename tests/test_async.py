@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -194,6 +195,27 @@ def test_a_task_that_is_cancelled_elsewhere_ends_what_it_read(phi: Phi) -> None:
         assert other.finish_reason in ("stop", "length")
 
     asyncio.run(check())
+
+
+def test_a_task_may_read_streams_without_end(phi: Phi) -> None:
+    """A stream leaves nothing behind on the task that read it."""
+    callbacks = 0
+
+    class Counted(asyncio.Task[None]):
+        def add_done_callback(self, *args: Any, **options: Any) -> None:
+            nonlocal callbacks
+            callbacks += 1
+            super().add_done_callback(*args, **options)
+
+    async def serve() -> None:
+        for _ in range(20):
+            await phi.agenerate(HAIKU, max_tokens=2)
+
+    async def check() -> None:
+        await Counted(serve(), loop=asyncio.get_running_loop())
+
+    asyncio.run(check())
+    assert callbacks <= 2  # `check` waits with one
 
 
 def test_a_dropped_stream_frees_its_slot() -> None:

@@ -149,3 +149,11 @@ def test_ci_runs_the_oldest_and_the_newest_python() -> None:
     tested = set(re.findall(r'"(3\.\d+t?)"', workflow))
     assert {promised[0], promised[-1], f"{promised[-1]}t"} <= tested
     assert "make test-timing" in workflow
+
+
+def test_ci_keeps_every_run_of_main_and_tests_musl_with_the_oldest_rust() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (group,) = re.findall(r"^  group: (.*)$", workflow, re.MULTILINE)
+    assert "github.sha" in group  # of one group, only the newest waiting run stays
+    rust_version = tomllib.loads((ROOT / "Cargo.toml").read_text(encoding="utf-8"))["package"]["rust-version"]
+    assert re.findall(r"\brust:(\S+)-alpine\b", workflow) == [rust_version]

@@ -15,16 +15,17 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 # What the scripts begin with. A child that hangs is ended by its alarm, and the script fails.
 FORKING = """
 import os, signal, sys, threading, time, warnings
+HANG = 30
 warnings.filterwarnings("ignore", "(?s).*fork", DeprecationWarning)  # Python 3.12: of a fork with threads
 from candle_phi import ForkError, Phi
 PROMPT = "Write a haiku about ice hockey"
 
-def in_child(work, seconds):
+def in_child(work):
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, HANG)
             work()
             code = 0
         except BaseException:
@@ -52,9 +53,9 @@ def own():
     with Phi.demo() as phi:
         assert phi.generate(PROMPT, seed=1) == text
 text = None
-in_child(lambda: Phi.demo().generate(PROMPT, seed=1), 30)
+in_child(lambda: Phi.demo().generate(PROMPT, seed=1))
 text = Phi.demo().generate(PROMPT, seed=1).text
-in_child(own, 30)
+in_child(own)
 """
     run_python(FORKING + script)
 
@@ -86,7 +87,7 @@ def test_a_model_from_before_the_fork_is_refused_at_once(call: str) -> None:
 phi = Phi.demo()
 started, untouched = phi.stream(PROMPT, seed=1), phi.stream(PROMPT, seed=2)
 next(started)
-in_child(lambda: refused(lambda: {call}), 1)
+in_child(lambda: refused(lambda: {call}))
 assert len("".join(started)) > 10  # the parent's is as it was
 """
     run_python(FORKING + script)
@@ -116,7 +117,7 @@ def end():
     gc.collect()
 
 n_ctx = phi.n_ctx
-in_child(end, 1)
+in_child(end)
 assert not phi.closed
 assert first + "".join(started) == phi.generate(PROMPT, seed=1)
 """
@@ -131,7 +132,7 @@ def fork(p):
     if not children:
         children.append(os.fork())
         if children == [0]:
-            signal.setitimer(signal.ITIMER_REAL, 5)
+            signal.setitimer(signal.ITIMER_REAL, HANG)
 
 with Phi.demo(kernel="portable", n_threads=1) as phi:
     children = []
@@ -163,9 +164,9 @@ def own():
     refused(lambda: phi.generate(PROMPT, seed=1))
     with Phi.demo(n_threads=3) as mine:
         assert mine.generate(PROMPT, seed=1) == text
-        in_child(lambda: refused(lambda: mine.generate("Hi")), 1)  # a grandchild
+        in_child(lambda: refused(lambda: mine.generate("Hi")))  # a grandchild
 
-in_child(own, 30)
+in_child(own)
 assert phi.generate(PROMPT, seed=1) == text
 """
     run_python(FORKING + script)
@@ -194,7 +195,7 @@ threads = [threading.Thread(target=work) for _ in range(3)]
 for thread in threads: thread.start()
 try:
     for _ in range(12):
-        in_child(own, 30)
+        in_child(own)
 finally:
     done.set()
     for thread in threads: thread.join()
@@ -227,7 +228,7 @@ def in_namespace(work):
             sys.stderr.flush()
             os._exit(code)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.alarm(10)
+    signal.setitimer(signal.ITIMER_REAL, HANG)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == 0, f"the child ended with {code}"
 """
@@ -264,7 +265,7 @@ def native_only():
     else: raise AssertionError("no ForkError")
     Phi.demo().generate("Hi", seed=1, max_tokens=2)
 
-in_child(native_only, 30)
+in_child(native_only)
 """
     run_python(FORKING + script)
 
@@ -279,7 +280,7 @@ def threads():
     names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
     return sorted(name for name in names if name.startswith("candle-phi")), len(names)
 def settled(expected):
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while threads() != expected and time.monotonic() < until:
         time.sleep(0.01)
     assert threads() == expected, (threads(), expected)
@@ -319,7 +320,7 @@ else:
         raise Enough
     try: Phi(path, on_progress=stop)
     except Enough: pass
-deadline = time.monotonic() + 30
+deadline = time.monotonic() + 60
 while maps():
     assert time.monotonic() < deadline
     time.sleep(0.001)

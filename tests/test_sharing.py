@@ -30,6 +30,7 @@ def test_many_threads_many_times(phi: Phi) -> None:
         worker.start()
     for worker in workers:
         worker.join(2 * HANG)
+        assert not worker.is_alive(), "hangs"
     assert wrong == []
 
 

@@ -203,11 +203,8 @@ class ReadyQueue:
 
     def __new__(cls) -> ReadyQueue: ...
     def put(self, ticket: int) -> None: ...
-    def take(self) -> list[int] | None:
-        """Waits for tickets without the GIL and takes all of them; None once the queue is closed."""
-
-    def close(self) -> None:
-        """Ends every `take`. Safe from any thread, repeatedly."""
+    def take(self) -> list[int]:
+        """Waits for tickets without the GIL and takes all of them."""
 
 def doctor() -> dict[str, object]:
     """Facts on this build and machine: version, cpu, kernels, kernel, n_threads, cache_dir."""

@@ -1,7 +1,6 @@
 """Streams for event loops. Waiting takes no thread and blocks no loop."""
 # Decisions: docs/design/python.md
 
-import atexit
 import contextlib
 import itertools
 import os
@@ -22,6 +21,8 @@ if TYPE_CHECKING:  # at run time where it is used: it takes long to import, and 
 
 _PROGRESS_INTERVAL = 0.075
 """Seconds between two progress reports. The contract: at most 20 a second, and at least one in 200 ms."""
+_POLL_INTERVAL = 0.02
+"""Seconds between two polls of a stream if no thread can be started."""
 _HOUR = 3600.0
 
 
@@ -71,14 +72,11 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
         if task is None or (self._reader is not None and self._reader() is task):
             return
         self._reader = weakref.ref(task)
-        myself = weakref.ref(self)
-
-        def cancel_with(task: "Task[Any]") -> None:
-            stream = myself()
-            if stream is not None and task.cancelled() and stream._reader is not None and stream._reader() is task:
-                stream.cancel()
-
-        task.add_done_callback(cancel_with)
+        streams = _read_by.get(task)
+        if streams is None:
+            streams = _read_by[task] = weakref.WeakSet()
+            task.add_done_callback(_end_streams)
+        streams.add(self)
 
     def _poll(self) -> tuple[bool, Chunk | None]:
         """Whether the next chunk is ready, and the chunk, which is None at the end. Never waits."""
@@ -96,11 +94,13 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
 
     async def _wait(self, loop: "AbstractEventLoop", event: "Event") -> Chunk | None:
         """Waits for the next chunk, which is None at the end."""
-        with _notifier().calling(loop, event) as call:
+        notifier = _notifier()
+        with contextlib.nullcontext() if notifier is None else notifier.calling(loop, event) as call:
             while True:
-                call(self._stream)
+                if call is not None:
+                    call(self._stream)
                 # The timer keeps this task alive, and goes when the loop is closed. The notifier keeps nothing alive.
-                timer = loop.call_later(self._pause(), event.set)
+                timer = loop.call_later(_POLL_INTERVAL if call is None else self._pause(), event.set)
                 try:
                     await event.wait()
                 finally:
@@ -143,6 +143,17 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
         self.cancel()
 
 
+_read_by: weakref.WeakKeyDictionary[Any, weakref.WeakSet[AsyncStream]] = weakref.WeakKeyDictionary()
+"""The streams that each task has read. One done callback serves all: a task may read any number of streams."""
+
+
+def _end_streams(task: "Task[Any]") -> None:
+    """Cancels the streams of which a cancelled task was the last reader."""
+    for stream in list(_read_by.pop(task, ())):
+        if task.cancelled() and stream._reader is not None and stream._reader() is task:
+            stream.cancel()
+
+
 async def agenerate(stream: AsyncStream) -> Result:
     """Reads a stream to its end."""
     async with stream:
@@ -154,7 +165,8 @@ async def agenerate(stream: AsyncStream) -> Result:
 class _Notifier:
     """The one thread of this process that waits for the streams of all event loops, and wakes the loops.
 
-    It waits inside the engine. The engine's own threads never run Python code.
+    It waits inside the engine. The engine's own threads never run Python code. It lives as long as the process: exit
+    handlers of the application may still join a thread that reads in an event loop.
     """
 
     def __init__(self) -> None:
@@ -165,8 +177,8 @@ class _Notifier:
         self._thread.start()
 
     def _run(self) -> None:
-        while (tickets := self._queue.take()) is not None:
-            for ticket in tickets:
+        while True:
+            for ticket in self._queue.take():
                 self._wake(ticket)
 
     def _wake(self, ticket: int) -> None:
@@ -195,32 +207,20 @@ class _Notifier:
             if ticket is not None:
                 self._waiting.pop(ticket, None)
 
-    def stop(self) -> None:
-        self._queue.close()
-        self._thread.join(1)
-
 
 _current: _Notifier | None = None
 _starting = threading.Lock()
 
 
-def _notifier() -> _Notifier:
-    """This process's notifier. The first call starts it."""
+def _notifier() -> _Notifier | None:
+    """This process's notifier. The first call starts it. None if no thread can be started: the system has no more, or
+    the interpreter exits (Python 3.12)."""
     global _current
     with _starting:
         if _current is None:
-            _current = _Notifier()
-            atexit.register(_stop)
+            with contextlib.suppress(RuntimeError):
+                _current = _Notifier()
         return _current
-
-
-def _stop() -> None:
-    """Ends the thread at the interpreter's exit, while threads can still end by themselves."""
-    global _current
-    with _starting:
-        notifier, _current = _current, None
-    if notifier is not None:
-        notifier.stop()
 
 
 def _forget() -> None:

@@ -54,11 +54,11 @@ impl Demo {
     }
 }
 
-/// How long it took, which is never long.
+/// Fails if the work takes a minute. It takes milliseconds.
 fn timed<T>(case: &dyn std::fmt::Display, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = work();
-    assert!(start.elapsed() < Duration::from_secs(5), "{case}: {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{case}: {:?}", start.elapsed());
     result
 }
 

@@ -19,11 +19,15 @@ EMULATOR = shutil.which("qemu-x86_64")
 
 
 def pythons() -> list[str]:
-    """Every CPython from 3.11 on that is installed here."""
+    """Every CPython from 3.11 on that is installed here and has the GIL. The free-threaded one has its own wheel."""
     names = [f"python3.{minor}" for minor in range(11, 20)]
     named = [path for name in names if (path := shutil.which(name))]
     of_pyenv = sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
-    ask = "import sys, venv, ensurepip; assert sys.version_info >= (3, 11); print(sys.version, sys.base_prefix)"
+    ask = (
+        "import sys, sysconfig, venv, ensurepip\n"
+        "assert sys.version_info >= (3, 11) and not sysconfig.get_config_var('Py_GIL_DISABLED')\n"
+        "print(sys.version, sys.base_prefix)"
+    )
     found: dict[str, str] = {}
     for python in [sys.executable, *named, *of_pyenv]:
         done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
