@@ -11,8 +11,8 @@ pub(super) type Merge = (String, String);
 /// others, those with a higher score first; of the same piece, those parts that come first in the vocabulary.
 ///
 /// `pieces`: (id, text, score) of the ordinary pieces, ascending by id; `ids`: all that a merge may consist of. The
-/// order is that of the `tokenizer.json` which Hugging Face publishes for Phi-3. None: there are far more than a
-/// vocabulary has that was learned from text, as when it holds "a", "aa", "aaa" and so on: they would fill memory.
+/// order is that of the `tokenizer.json` which Hugging Face publishes for Phi-3. None: there are far
+/// more than in a vocabulary learned from text, as with "a", "aa", "aaa" and so on. They would fill memory.
 pub(super) fn by_score<'a>(
     pieces: impl Iterator<Item = (&'a str, f32)>,
     ids: &HashMap<&str, u32>,

@@ -137,7 +137,8 @@ impl<'a> Vocabulary<'a> {
                     "key `{TOKENS}`: token {id} has {len} bytes; at most {MAX_TOKEN} are allowed"
                 )));
             }
-            tokens.push(str::from_utf8(bytes).map_err(|_| invalid(format!("key `{TOKENS}`: token {id} is no UTF-8")))?);
+            tokens
+                .push(str::from_utf8(bytes).map_err(|_| invalid(format!("key `{TOKENS}`: token {id} is not UTF-8")))?);
         }
         let n_vocab = size(gguf)?;
         if tokens.len() > n_vocab {
@@ -216,7 +217,7 @@ impl<'a> Vocabulary<'a> {
         let merges = merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids).ok_or_else(|| {
             let path = self.gguf.path().display();
             Error::InvalidModel(format!(
-                "{path}: key `{TOKENS}`: its {} tokens are made of one another in more ways than those of any language",
+                "{path}: key `{TOKENS}`: too many merges for {} tokens, far more than in a vocabulary learned from text",
                 self.tokens.len()
             ))
         })?;
