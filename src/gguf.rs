@@ -158,8 +158,8 @@ impl Gguf {
             let length = file.as_ref().and_then(|file| file.metadata().ok()).map(|file| file.len());
             if let Some(length) = length.filter(|&length| length < map.len() as u64) {
                 return Err(Error::InvalidModel(format!(
-                    "{}: the file shrank from {} to {length} bytes since it was opened; open it again (mmap=False reads \
-                     a private copy)",
+                    "{}: the file shrank from {} to {length} bytes since it was opened; open it again, without mmap \
+                     if it may change",
                     path.display(),
                     map.len()
                 )));

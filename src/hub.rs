@@ -175,7 +175,10 @@ impl Hub {
             revision.clone_from(&remote.commit); // one commit for all parts
             files.push((name, remote));
         }
-        let mut share = transfer::Share { before: 0, total: files.iter().map(|(_, remote)| remote.size).sum() };
+        let mut share = transfer::Share {
+            before: 0,
+            total: files.iter().fold(0, |total, (_, remote)| remote.size.saturating_add(total)),
+        };
         let waiting = || task.report(Phase::Wait, 0, Some(share.total));
         // no removal may start until all files are there
         let _lock = Lock::wait(&repository.repository_lock(), Mode::Shared, task, waiting)?;
@@ -259,14 +262,18 @@ impl Hub {
         let mut damaged = Vec::new();
         for file in &files {
             let hash = |checksum: &Checksum| -> Result<Checksum> {
-                let unreadable = |error: io::Error| Error::download(format!("{}: {error}", file.path.display()));
+                let unreadable = |error| Error::download(format!("{}: cannot be read: {error}", file.path.display()));
                 let mut open = File::open(&file.path).map_err(unreadable)?;
                 let mut hasher = checksum.hasher(file.size);
                 let mut done = before;
-                hasher.read(&mut open, |n| {
+                let read = hasher.read(&mut open, |n| {
                     done += n;
                     task.report(Phase::Verify, done, Some(total));
                     task.check().map_err(Stop::Cancelled)
+                });
+                read.map_err(|stop| match stop {
+                    Stop::Cancelled(error) => error,
+                    Stop::Unreadable(error) => unreadable(error),
                 })?;
                 Ok(hasher.finish())
             };
@@ -330,15 +337,6 @@ enum Stop {
 impl From<io::Error> for Stop {
     fn from(error: io::Error) -> Self {
         Stop::Unreadable(error)
-    }
-}
-
-impl From<Stop> for Error {
-    fn from(stop: Stop) -> Self {
-        match stop {
-            Stop::Cancelled(error) => error,
-            Stop::Unreadable(error) => Error::download(format!("the file cannot be read: {error}")),
-        }
     }
 }
 

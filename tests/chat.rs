@@ -1,5 +1,5 @@
-//! Chat templates: what each family's prompt is, and what happens to system messages, continued messages and user text
-//! that looks like control tokens.
+//! Chat templates: the prompt of each family, system messages, continued messages, and user text that looks like control
+//! tokens.
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -208,7 +208,7 @@ fn a_system_message_is_kept_or_refused_never_dropped() {
                    {{ m.content }}{% endfor %}";
     assert_eq!(embedded(Phi3, refuses).source(), template.source());
 
-    // Everybody else's is taken as it is.
+    // Other templates are used as they are.
     for template in [embedded(Phi4Mini, MICROSOFT), given(MICROSOFT)] {
         assert_eq!(text(&template, &[user("U")]), "<|user|>\nU<|end|>\n<|assistant|>\n");
         let error = value_error(template.render(&[system("S"), user("U")]));
@@ -231,6 +231,11 @@ fn a_system_message_is_kept_or_refused_never_dropped() {
     let short = "{% for m in messages %}{{ m.content[:4] }}{% endfor %}";
     assert_eq!(text(&given(short), &[system("abc"), user("de")]), "abcde");
     assert!(value_error(given(short).render(&[system("abcdef"), user("de")])).contains("(message 0)"));
+
+    // A separator after a message's text is not part of it.
+    let lines = "{% for m in messages %}{{ m.content.split('\n') }}{{ m.content.replace('\n', ' ') }}{{ m.content | length }};\
+                 {% endfor %}";
+    assert_eq!(text(&given(lines), &[system("a\nb\n"), user("c\n")]), "['a', 'b', '']a b 4;['c', '']c 2;");
 
     // What it keeps it may trim.
     let trims = "{% for m in messages %}{{ m.content | trim }}|{% endfor %}";
@@ -256,6 +261,9 @@ fn a_last_message_of_the_assistant_is_continued() {
     assert_eq!(text(&given(trims), &messages(" 1, 2, ")), "<user>Count.</><assistant>1, 2,");
     assert_eq!(text(&given(trims), &messages("1, 2,")), "<user>Count.</><assistant>1, 2,");
     assert_eq!(text(&given(trims), &[assistant("1"), user("2")]), "<assistant>1</><user>2</><assistant>");
+
+    let counted = "{{ messages[-1].content | length }}|{{ messages[-1].content }}";
+    assert_eq!(text(&given(counted), &messages("1 \u{50123}")), "3|1 \u{50123}");
 
     let twice = "{{ messages[-1].content }}|{{ messages[-1].content }}|";
     assert_eq!(text(&given(twice), &messages("1 ")), "1 |1 ");
@@ -550,6 +558,7 @@ fn a_template_cannot_tell_user_text_from_its_own() {
         "[{'k': c}] | map(attribute='k') | list",
         "c is defined and c and true",
         "(c ~ 'X') | lower",
+        "('aX' ~ c ~ 'B') | title",
         "('aX' ~ c) | trim('a')",
         "('a' ~ c).split('a')",
         "('a' ~ c ~ 'b') | replace('ab', '<>')",

@@ -671,6 +671,15 @@ def test_a_cache_folder_that_is_a_file(home: Path, server: FakeHub) -> None:
         hub.download("org/model")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that opens and cannot be read")
+def test_verify_names_a_file_that_cannot_be_read(home: Path, server: FakeHub) -> None:
+    path = hub.download("org/model", "model-q4.gguf")
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(DownloadError, match=r"model-q4\.gguf: cannot be read: "):
+        hub.verify("org/model")
+
+
 def test_verify_names_what_is_damaged(home: Path, server: FakeHub) -> None:
     server.files |= {"other.gguf": b"another content"}
     path = hub.download("org/model", "model-q4.gguf")
@@ -754,6 +763,14 @@ def test_space_is_checked_for_all_parts_before_the_first(home: Path, server: Fak
     with pytest.raises(DownloadError, match=rf"not enough disk space: {3 * size / 1e9:.2f} GB to download.*free"):
         hub.download("org/model")
     assert (server.count(), server.sent) == (0, 0)
+
+
+def test_sizes_that_no_disk_has(home: Path, server: FakeHub) -> None:
+    server.files = dict(PARTS)
+    size = str(2**64 - 1)
+    server.break_with(lambda reply, _: reply.headers.__setitem__("x-linked-size", size), "hub", "HEAD", times=None)
+    with pytest.raises(DownloadError, match=r"not enough disk space: 18\.45 EB to download"):
+        hub.download("org/model")
 
 
 def test_space_is_not_needed_for_parts_that_are_there(home: Path, server: FakeHub) -> None:

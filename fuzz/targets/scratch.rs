@@ -1,4 +1,4 @@
-//! What the targets share: a file with given bytes, and a sound model.
+//! Parts that the targets share: a file with given bytes, and a sound model.
 #![allow(dead_code)] // each target uses its own part of it
 
 #[path = "../../tests/gguf_writer/mod.rs"]
@@ -41,7 +41,7 @@ pub fn sound() -> (Gguf, Arc<Tokenizer>) {
     (gguf, Arc::new(tokenizer))
 }
 
-/// What every error that comes of a file promises: one line of some length.
+/// Checks the form of an error about a file: one line, not too long, and not a bug of ours.
 pub fn check_message(error: &candle_phi::error::Error) {
     let message = error.to_string();
     assert!(!message.contains('\n') && message.len() < 4096, "{message}");

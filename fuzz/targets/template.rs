@@ -1,7 +1,7 @@
-//! Any text as a chat template: no control token comes of the characters of a message, whatever the template does.
+//! Any text as a chat template: the characters of a message never become part of a control token.
 //!
 //! The messages consist of characters that no other text here has, and the added tokens are made of those characters,
-//! with all flags. So each one that is found would be the messages' doing.
+//! with all flags. So every added token that is found is a defect.
 #![no_main]
 mod scratch;
 

@@ -225,7 +225,7 @@ fn add_functions(env: &mut Environment<'static>, meter: &Meter) {
 fn add_filters(env: &mut Environment<'static>, meter: &Meter) {
     env.add_filter("abs", filters::abs);
     env.add_filter("capitalize", |text: StringInput| capitalize(text.as_str()));
-    env.add_filter("count", filters::length);
+    env.add_filter("count", length);
     env.add_filter("d", filters::default);
     env.add_filter("default", filters::default);
     env.add_filter("dictsort", filters::dictsort);
@@ -234,7 +234,7 @@ fn add_filters(env: &mut Environment<'static>, meter: &Meter) {
     env.add_filter("int", |state: &State, value: Value| filters::int(state, unmarked(&value)?));
     env.add_filter("items", filters::items);
     env.add_filter("last", filters::last);
-    env.add_filter("length", filters::length);
+    env.add_filter("length", length);
     env.add_filter("lower", |text: StringInput| marks::map(text.as_str(), str::to_lowercase));
     env.add_filter("max", filters::max);
     env.add_filter("min", filters::min);
@@ -338,8 +338,25 @@ fn capitalize(text: &str) -> String {
     marks::map(first, str::to_uppercase) + &marks::map(rest, str::to_lowercase)
 }
 
+/// A word may be partly a message's and partly the template's.
 fn title(text: &str) -> String {
-    marks::map(text, |run| filters::title(run.into()))
+    let mut starts_word = true;
+    marks::map(text, |run| {
+        let mut titled = String::with_capacity(run.len());
+        for c in run.chars() {
+            if starts_word {
+                titled.extend(c.to_uppercase());
+            } else {
+                titled.extend(c.to_lowercase());
+            }
+            starts_word = c.is_ascii_punctuation() || c.is_whitespace();
+        }
+        titled
+    })
+}
+
+fn length(value: &Value) -> Result<usize, Error> {
+    value.as_str().map_or_else(|| filters::length(value), |text| Ok(marks::count(text)))
 }
 
 /// A value that becomes a number. The digits of a number are not marked, so a message's text cannot become one.

@@ -72,14 +72,16 @@ pub(super) fn is_space(c: char) -> bool {
 /// `text` with every character marked.
 pub(super) fn mark(text: &str) -> String {
     let mut marked = String::with_capacity(4 * text.len());
+    let mut push = |code| marked.push(char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER));
     for c in text.chars() {
-        let code = c as u32;
-        let codes = match code {
-            0..SHIFT => [Some(code + SHIFT), None],
-            HIGH_PLANES.. => [Some(code - HIGH_PLANES + HIGH_SHIFTED), None],
-            _ => [Some(UPPER + ((code - SHIFT) >> 10)), Some(LOWER + ((code - SHIFT) & 0x3ff))],
-        };
-        marked.extend(codes.into_iter().flatten().filter_map(char::from_u32));
+        match c as u32 {
+            code @ 0..SHIFT => push(code + SHIFT),
+            code @ HIGH_PLANES.. => push(code - HIGH_PLANES + HIGH_SHIFTED),
+            code => {
+                push(UPPER + ((code - SHIFT) >> 10));
+                push(LOWER + ((code - SHIFT) & 0x3ff));
+            }
+        }
     }
     marked
 }
@@ -96,6 +98,11 @@ pub(super) fn unmark(text: &str) -> Cow<'_, str> {
         false => Cow::Borrowed(text),
         true => letters(text).filter(|letter| letter.origin != Origin::Sign).map(|letter| letter.plain).collect(),
     }
+}
+
+/// Characters of `text` without marks and signs.
+pub(super) fn count(text: &str) -> usize {
+    letters(text).filter(|letter| letter.origin != Origin::Sign).count()
 }
 
 /// Bytes of `text` without marks.
@@ -149,7 +156,7 @@ pub(super) fn runs(text: &str) -> impl Iterator<Item = (Origin, &str)> {
 }
 
 /// `text` with `change` applied to each run without marks; the result for a message's characters is marked again.
-pub(super) fn map(text: &str, change: impl Fn(&str) -> String) -> String {
+pub(super) fn map(text: &str, mut change: impl FnMut(&str) -> String) -> String {
     let changed = runs(text).map(|(origin, run)| match origin {
         Origin::Template => change(run),
         Origin::Message => mark(&change(&unmark(run))),
@@ -158,7 +165,8 @@ pub(super) fn map(text: &str, change: impl Fn(&str) -> String) -> String {
     changed.collect()
 }
 
-/// The ranges of `text` that equal `needle` without marks, from left to right and without overlaps.
+/// The ranges of `text` that equal `needle` without marks, from left to right and without overlaps. A sign next to a
+/// range is outside it, so that the text around a match keeps it.
 pub(super) fn find_all(text: &str, needle: &str) -> Vec<Range<usize>> {
     let (plain, needle) = (unmark(text), unmark(needle));
     let found = plain.match_indices(&*needle).map(|(at, found)| at..at + found.len());
@@ -166,17 +174,22 @@ pub(super) fn find_all(text: &str, needle: &str) -> Vec<Range<usize>> {
         return found.collect();
     }
     // From offsets in `plain` to offsets in `text`.
-    let mut letters = letters(text);
-    let (mut read, mut at) = (0, 0);
-    let mut place = |plain: usize| {
+    let mut letters = letters(text).filter(|letter| letter.origin != Origin::Sign).peekable();
+    let mut read = 0;
+    let mut read_to = |plain: usize| {
+        let mut end = None;
         while read < plain {
             let Some(letter) = letters.next() else { break };
-            read += if letter.origin == Origin::Sign { 0 } else { letter.plain.len_utf8() };
-            at = letter.range.end;
+            read += letter.plain.len_utf8();
+            end = Some(letter.range.end);
         }
-        at
+        (end, letters.peek().map_or(text.len(), |next| next.range.start))
     };
-    found.map(|range| place(range.start)..place(range.end)).collect()
+    let place = |range: Range<usize>| {
+        let (_, start) = read_to(range.start);
+        start..read_to(range.end).0.unwrap_or(start)
+    };
+    found.map(place).collect()
 }
 
 /// `value` with every text in it unmarked, for questions about it. The meter has weighed it.
@@ -246,8 +259,11 @@ mod tests {
     fn places_are_found_by_what_the_text_reads() {
         let text = format!("a{}b{}b", mark("éb"), sign(1));
         let found: Vec<&str> = find_all(&text, "b").into_iter().map(|range| &text[range]).collect();
-        assert_eq!(found, [&mark("b"), "b", &format!("{}b", sign(1))]);
+        assert_eq!(found, [&mark("b"), "b", "b"]);
         assert_eq!(find_all(&text, &mark("aé")), std::iter::once(0..5).collect::<Vec<_>>());
+        let text = format!("{}{}\n{}", mark("a"), sign(0), sign(1));
+        let found: Vec<&str> = find_all(&text, "\n").into_iter().map(|range| &text[range]).collect();
+        assert_eq!(found, ["\n"]);
         assert_eq!(find_all("aaa", "aa"), std::iter::once(0..2).collect::<Vec<_>>());
         assert_eq!(find_all(&mark("ab"), "").len(), 3);
     }

@@ -40,7 +40,7 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option
         unsafe { Mmap::map(&file) }.map_err(failed)?
     } else {
         let too_large = || invalid(&format!("its {length} bytes exceed this machine's address space"));
-        memory::check(length, format_args!("{}: the copy of mmap=False", path.display()))?;
+        memory::check(length, format_args!("{}: a copy in memory (mmap is off)", path.display()))?;
         let mut memory = MmapMut::map_anon(usize::try_from(length).map_err(|_| too_large())?).map_err(failed)?;
         for (i, part) in memory[..].chunks_mut(READ).enumerate() {
             task.check()?;

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::task::{Phase, Task};
 
 const MAX_REDIRECTS: usize = 10;
-/// The longest wait that a server may ask for.
+/// The longest time that a server may ask to wait, in one answer or in several without progress.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 /// Bytes that count as progress. A connection that breaks earlier each time would need too many requests.
 const MIN_PROGRESS: u64 = 1 << 16;
@@ -230,7 +230,6 @@ impl Client {
             Retry::After(wait) => format!(" (retry after {} s)", wait.as_secs()),
             _ => String::new(),
         };
-        let retry = if matches!(retry, Retry::After(wait) if wait > MAX_RETRY_AFTER) { Retry::No } else { retry };
         Some(self.failure(request, format!("{host} answers {status}{wait}: {problem}"), response, retry))
     }
 
@@ -240,7 +239,7 @@ impl Client {
     }
 
     pub fn retry_policy(&self) -> RetryPolicy {
-        RetryPolicy { timeout: self.download_timeout, since: Instant::now(), tries: 0, was_reached: false }
+        RetryPolicy::new(self.download_timeout)
     }
 }
 
@@ -338,25 +337,42 @@ pub struct RetryPolicy {
     since: Instant,
     /// Failures since then.
     tries: u32,
+    /// The waits that the server has asked for since then.
+    asked: Duration,
     was_reached: bool,
 }
 
 impl RetryPolicy {
+    fn new(timeout: Duration) -> Self {
+        RetryPolicy { timeout, since: Instant::now(), tries: 0, asked: Duration::ZERO, was_reached: false }
+    }
+
     /// Notes what a request brought.
     pub fn received(&mut self, bytes: u64) {
         self.was_reached |= bytes > 0;
         if bytes >= MIN_PROGRESS {
-            (self.since, self.tries) = (Instant::now(), 0);
+            (self.since, self.tries, self.asked) = (Instant::now(), 0, Duration::ZERO);
         }
     }
 
     /// Waits before the next try, or gives up with the failure's error.
     pub fn wait(&mut self, failure: Failure, task: &Task, done: u64, total: Option<u64>) -> Result<()> {
+        let pause = self.pause(failure)?;
+        task.report(Phase::Wait, done, total);
+        task.sleep(pause)
+    }
+
+    /// The time to the next try.
+    fn pause(&mut self, failure: Failure) -> Result<Duration> {
         let usual = (self.timeout / 40 * 2u32.saturating_pow(self.tries)).min(self.timeout / 2);
         let pause = match failure.retry {
             Retry::After(wait) => {
+                self.asked += wait;
+                if self.asked > MAX_RETRY_AFTER {
+                    return Err(failure.error);
+                }
                 self.since += wait; // the network is not to blame for it
-                wait
+                wait.max(usual)
             }
             Retry::Soon => usual,
             Retry::Unreachable if self.was_reached => usual,
@@ -366,8 +382,7 @@ impl RetryPolicy {
             return Err(failure.error);
         }
         self.tries = (self.tries + 1).min(8); // the pause is at its maximum by then
-        task.report(Phase::Wait, done, total);
-        task.sleep(pause)
+        Ok(pause)
     }
 }
 
@@ -385,7 +400,7 @@ pub fn retry<T>(client: &Client, mut once: impl FnMut() -> Result<T, Failure>) -
 fn error(message: String, url: &str, status: Option<u16>, browser_url: &str) -> Error {
     let way_out = match status {
         Some(401 | 404) => String::new(), // a browser would get the same answer
-        _ => format!("; or download the file from {browser_url} in a browser and open it with Phi('file.gguf')"),
+        _ => format!("; or download the file from {browser_url} in a browser, and open that file"),
     };
     // a query may hold a signature that is as good as a key
     let url = url.split(['?', '#']).next().unwrap_or(url);
@@ -443,6 +458,20 @@ mod tests {
         assert_ne!(origin("http://a.b"), origin("https://a.b"));
         assert_ne!(origin("http://a.b"), origin("http://a.b:81"));
         assert_eq!(origin("file:///etc/passwd"), None);
+    }
+
+    #[test]
+    fn the_waits_that_a_server_asks_for_have_limits() {
+        let seconds = Duration::from_secs;
+        let mut policy = RetryPolicy::new(seconds(400));
+        let mut pause = |wait: u64, received: u64| {
+            policy.received(received);
+            policy.pause(Failure { error: Error::Closed, retry: Retry::After(seconds(wait)) })
+        };
+        assert_eq!([pause(200, 0), pause(0, 0), pause(100, 0)], [200, 20, 100].map(|wait| Ok(seconds(wait))));
+        assert_eq!(pause(1, MIN_PROGRESS - 1), Err(Error::Closed));
+        assert_eq!([pause(300, MIN_PROGRESS), pause(0, 0)], [300, 20].map(|wait| Ok(seconds(wait))));
+        assert_eq!(pause(301, MIN_PROGRESS), Err(Error::Closed));
     }
 
     #[test]

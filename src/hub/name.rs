@@ -35,7 +35,8 @@ pub fn is_inside(name: &str) -> bool {
     name.len() <= 1024
         && !name.contains(['\\', ':', '\0'])
         && !name.chars().any(char::is_control)
-        && name.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+        // Windows drops dots and spaces at the end of a name
+        && name.split('/').all(|part| !part.trim_end_matches(['.', ' ']).is_empty())
 }
 
 /// A commit: 40 hexadecimal digits.
@@ -130,7 +131,9 @@ mod tests {
 
     #[test]
     fn names_that_lead_out_of_the_cache() {
-        for name in ["", "/etc/passwd", "../x", "a/../../x", "a//b", "C:x", "a\\b", "a/.", "a\0b", "a\nb"] {
+        for name in
+            ["", "/etc/passwd", "../x", "a/../../x", "a//b", "C:x", "a\\b", "a/.", "a\0b", "a\nb", "a/.. /b", "a/.../b"]
+        {
             assert!(!is_inside(name), "{name:?}");
         }
         assert!(is_inside("sub/模型-q4.gguf"));

@@ -14,7 +14,7 @@ use super::cache::{PlaceFile, Repository, beside, copy_file, move_file, unwritab
 use super::checksum::{Checksum, Hasher};
 use super::choice::bytes;
 use super::client::{Client, Failure, Request, Response, Retry, clean};
-use super::headers::ContentRange;
+use super::headers::{ContentRange, number};
 use super::lock::{Lock, Mode};
 use super::remote::Remote;
 use crate::error::{Error, Result};
@@ -221,7 +221,7 @@ impl<'a> Transfer<'a> {
                 policy.received(self.received - before);
                 if let Err(failure) = result {
                     policy.wait(failure, &self.client.task, self.share.before + self.have, Some(self.share.total))?;
-                    self.is_pieced = true;
+                    self.is_pieced = self.have > 0;
                 }
             }
             let hasher = std::mem::replace(&mut self.hasher, self.remote.checksum.hasher(self.remote.size));
@@ -265,7 +265,9 @@ impl<'a> Transfer<'a> {
         let mut response = client.send(&request)?;
         if response.status() == 416 && self.have > 0 {
             let (host, size, attempts) = (&response.host, self.remote.size, self.attempts);
-            let message = format!("{host} says that {size} bytes end before byte {} (attempt {attempts})", self.have);
+            let have = self.have;
+            let message =
+                format!("{host} has no bytes from {have} on, of the file's {size} bytes (attempt {attempts})");
             let failure = client.failure(&request, message, &response, Retry::Soon);
             self.restart(&failure.error)?; // the file has another content than the server's
             return Err(failure);
@@ -314,7 +316,7 @@ impl<'a> Transfer<'a> {
     /// Checks that a response has the rest of this content, or all of it. With all of it, the file begins anew.
     fn check_response(&mut self, request: &Request, response: &Response) -> Result<(), Failure> {
         let (host, size, attempts) = (&response.host, self.remote.size, self.attempts);
-        let length = response.header("content-length").and_then(|length| length.parse::<u64>().ok());
+        let length = response.header("content-length").and_then(number);
         if response.status() == 206 {
             let range = response.header("content-range").unwrap_or_default();
             let first = self.have;
@@ -323,8 +325,9 @@ impl<'a> Transfer<'a> {
                 return Ok(());
             }
             let (range, retry) = (clean(range), if first > 0 { Retry::Soon } else { Retry::No });
-            let message =
-                format!("{host} sends the range {range:?}, not {first}- of {size} as requested (attempt {attempts})");
+            let message = format!(
+                "{host} sends the range {range:?}, not the bytes from {first} on of {size} (attempt {attempts})"
+            );
             let failure = self.client.failure(request, message, response, retry);
             if first > 0 {
                 self.restart(&failure.error)?;

@@ -214,14 +214,13 @@ impl<'a> Vocabulary<'a> {
         self.check_bytes(&vocab, fallback_token)?;
         let ids = pieces.iter().rev().map(|&(id, text)| (text, id)).collect();
         let normal = pieces.iter().filter(|&&(id, _)| self.types[id as usize] == NORMAL);
-        let merges =
-            merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids).ok_or_else(|| {
-                let path = self.gguf.path().display();
-                Error::InvalidModel(format!(
-                    "{path}: key `{TOKENS}`: its {} tokens give more merges than those of any language",
-                    self.tokens.len()
-                ))
-            })?;
+        let merges = merges::by_score(normal.map(|&(id, text)| (text, scores[id as usize])), &ids).ok_or_else(|| {
+            let path = self.gguf.path().display();
+            Error::InvalidModel(format!(
+                "{path}: key `{TOKENS}`: too many merges for {} tokens, far more than in a vocabulary learned from text",
+                self.tokens.len()
+            ))
+        })?;
         let unk = self.unknown.map(|id| self.tokens[id as usize].to_owned());
         vocab.extend(unk.clone().zip(self.unknown));
         let name = format!("{}: key `{TOKENS}`", self.gguf.path().display());
