@@ -266,3 +266,23 @@ def test_logits_that_do_not_fit_the_memory_are_refused_at_the_call(tmp_path: Pat
         with pytest.raises(MemoryError, match=r"\(131072, 4194304\) needs 4398046511104 bytes .* bytes are available"):
             phi.logits(ids, every_position=True)
         assert phi.logits([1, 2]).shape == (2**22,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_file_larger_than_the_address_space_is_a_memory_error_with_its_size(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "large.gguf")
+    os.truncate(path, 1 << 36)  # a hole
+    script = f"""
+import resource
+from candle_phi import Phi
+resource.setrlimit(resource.RLIMIT_AS, (1 << 35,) * 2)
+try:
+    Phi({str(path)!r})
+except MemoryError as error:
+    assert "large.gguf: the file needs 68719476736 bytes of address space" in str(error), error
+else:
+    raise AssertionError("it opens")
+with Phi.demo() as phi:
+    assert phi.generate("Hi", max_tokens=1)
+"""
+    run_python(script)

@@ -310,6 +310,11 @@ def test_a_path_that_no_file_system_has_names_the_option(call: Any) -> None:
         Phi("\ud800.gguf")
 
 
+def test_a_token_of_the_wrong_type_is_not_shown() -> None:
+    with pytest.raises(OptionTypeError, match=r"^token must be a str, True or False, not bytes$"):
+        hub.info("phi-4", token=b"hf_secret")  # type: ignore[arg-type]
+
+
 def typed(name: str, value: str | None) -> str:
     """As a command line spells an option."""
     flag = "--" + name.replace("_", "-")

@@ -172,6 +172,27 @@ def path(name: str, value: object) -> str:
     return text
 
 
+def _file(name: str, value: object) -> str:
+    """Accepts the path of a file, or the name of a repository."""
+    if not (text := path(name, value)):
+        raise OptionValueError(name, "is empty")
+    return text
+
+
+def _folder(name: str, value: object) -> str:
+    """Accepts a folder that exists, or the path of one to be made."""
+    text = _file(name, value)
+    if os.path.exists(text) and not os.path.isdir(text):
+        raise OptionValueError(name, f"is not a folder: {text}")
+    return text
+
+
+def _template(name: str, value: object) -> str:
+    if not (text := _text(name, value)).strip():
+        raise OptionValueError(name, "is empty")
+    return text
+
+
 def _optional(check: Check, absent: object = None) -> Check:
     """Accepts None too, and returns `absent` for it."""
     return lambda name, value: absent if value is None else check(name, value)
@@ -186,8 +207,8 @@ def _function(name: str, value: object) -> object:
 def _token(name: str, value: object) -> str | bool:
     if isinstance(value, bool):
         return value
-    if not isinstance(value, str):
-        _wrong_type(name, "a str, True or False", value)
+    if not isinstance(value, str):  # the message is without the value, which may be a secret
+        raise OptionTypeError(name, f"must be a str, True or False, not {type(value).__name__}")
     return _text(name, value)
 
 
@@ -256,8 +277,8 @@ MODEL: dict[str, Check] = {
     "kernel": _optional(_text),
     "kv_cache": _choice(get_args(KvCache)),
     "mmap": flag,
-    "tokenizer": _optional(path),
-    "chat_template": _optional(_text),
+    "tokenizer": _optional(_file),
+    "chat_template": _optional(_template),
     "max_concurrent": _optional(_integer(1)),
     "on_progress": _optional(_function),
 }
@@ -267,7 +288,7 @@ HUB: dict[str, Check] = {
     "repo_id": _text,
     "filename": _optional(_text),
     "revision": _optional(_text),
-    "cache_dir": _optional(path),
+    "cache_dir": _optional(_folder),
     "token": _optional(_token),
     "local_files_only": flag,
     "progress": _optional(flag),
