@@ -464,3 +464,25 @@ def test_a_full_disk_is_said_and_a_full_log_changes_nothing(unbuffered: str) -> 
         answered = run("Hi", "--max-tokens", "1", *DEMO, capture_output=False, stdout=-1, stderr=full, env=env)
         assert (answered.returncode, answered.stdout.endswith(b"\n")) == (0, True)
         assert run("Hi", "--nope", capture_output=False, stderr=full, env=env).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"], ["Hi"], ["tokenize"]])
+def test_endless_stdin_takes_bounded_memory(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Endless(io.RawIOBase):
+        count = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self.count += len(buffer)
+            assert self.count < 4 << 20, "it is read without end"
+            buffer[:] = b"y" * len(buffer)
+            return len(buffer)
+
+    monkeypatch.setattr(prompt, "_MOST", 1 << 20)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(Endless()), encoding="utf-8"))
+    assert cli.main([*arguments, *DEMO]) == 2
+    assert capsys.readouterr().err == "candle-phi: stdin has more than 1 MiB, and no context holds so much text\n"

@@ -28,7 +28,7 @@ def start() -> None:
 
 
 def finish() -> None:
-    """Ends the output. The interpreter flushes once more at its exit: what cannot be written goes to the null device."""
+    """Ends the output. What cannot be written goes to the null device, because the interpreter flushes once more."""
     for file in (sys.stdout, sys.stderr):
         try:
             if file is not None:
