@@ -286,3 +286,44 @@ with Phi.demo() as phi:
     assert phi.generate("Hi", max_tokens=1)
 """
     run_python(script)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space and the number of threads")
+def test_a_thread_that_the_system_refuses_is_a_memory_error_and_no_fault_of_the_file() -> None:
+    script = """
+import os, resource, shutil, tempfile
+from pathlib import Path
+from candle_phi import Phi
+
+def refused(call, says):
+    try:
+        call()
+    except MemoryError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(says)
+
+with tempfile.TemporaryDirectory() as folder, Phi.demo() as phi:
+    text = phi.render("Hi")
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (32 << 20), before[1]))
+    refused(lambda: phi.render("Hi"), "the chat template needs a thread with 67108864 bytes of stack")
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert phi.render("Hi") == text
+
+    path = Path(folder, "model.gguf")
+    shutil.copy(phi.path, path)
+    os.chmod(folder, 0o755)
+    root = os.geteuid() == 0  # root may have any number of threads
+    if root:
+        os.setresuid(65534, 65534, 0)
+    most = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, most[1]))
+    refused(lambda: Phi(path), "the system refused to start a thread")
+    if root:
+        os.setresuid(0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_NPROC, most)
+    Phi(path).close()
+"""
+    run_python(script)
