@@ -23,6 +23,7 @@ use minijinja::value::Value;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::tokenizer::{Family, Tokenizer};
+use jinja::Fault;
 use marks::{CONTINUED, MAX_SIGNS, Origin, SLACK};
 
 mod clock;
@@ -115,7 +116,8 @@ impl Template {
         };
         let mut template = Template { source: built_in(family).to_owned(), tokens, broken: None };
         if let Some(source) = source {
-            jinja::check(source).map_err(|what| Error::option("chat_template", format!("is not valid: {what}")))?;
+            jinja::check(source)
+                .map_err(|fault| fault.error(|what| Error::option("chat_template", format!("is not valid: {what}"))))?;
             template.source = source.to_owned();
             return Ok(template);
         }
@@ -123,10 +125,14 @@ impl Template {
             Ok(None) => {}
             Ok(Some(source)) => {
                 template.source = source.to_owned();
-                template.broken = jinja::check(source).err().map(|what| {
-                    let path = gguf.path().display();
-                    Error::InvalidModel(format!("{path}: key `tokenizer.chat_template`: {what}; pass a chat_template"))
-                });
+                template.broken = match jinja::check(source) {
+                    Ok(()) => None,
+                    Err(Fault::System(error)) => return Err(error),
+                    Err(Fault::Template(what)) => Some(Error::InvalidModel(format!(
+                        "{}: key `tokenizer.chat_template`: {what}; pass a chat_template",
+                        gguf.path().display()
+                    ))),
+                };
                 if family == Family::Spm && template.loses_system_messages() {
                     template.source = built_in(family).to_owned();
                 }
@@ -188,7 +194,7 @@ impl Template {
         }
 
         let mut text = jinja::render(&self.source, self.variables(values, !continued))
-            .map_err(|what| Error::Value(format!("chat template: {what}")))?;
+            .map_err(|fault| fault.error(|what| Error::Value(format!("chat template: {what}"))))?;
         if let Some((_, i)) = system.iter().enumerate().find(|(number, _)| !text.contains(marks::sign(*number))) {
             return Err(Error::Value(format!(
                 "this chat template drops system messages (message {i}); pass a chat_template that keeps them, or put \

@@ -43,7 +43,7 @@ pub enum Error {
     /// own way.
     #[error("{name} {problem}")]
     Option { name: &'static str, problem: String },
-    /// The machine has less memory than the request needs (`MemoryError`).
+    /// The machine has less memory than the request needs, or too few threads (`MemoryError`).
     #[error("{0}")]
     Memory(String),
     /// A bug of the engine, caught (`InternalError`).

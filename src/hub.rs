@@ -205,7 +205,11 @@ impl Hub {
             Token::Given(token) => Some(token.trim().to_owned()),
         };
         if token.as_ref().is_some_and(|token| token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic())) {
-            return Err(Error::option("token", "must be printable ASCII characters without spaces"));
+            const PROBLEM: &str = "must be printable ASCII characters without spaces";
+            return Err(match self.token {
+                Token::Given(_) => Error::option("token", PROBLEM),
+                _ => Error::Value(format!("the token of HF_TOKEN or of a login {PROBLEM}")),
+            });
         }
         client::Client::new(token, &self.system_proxies, task)
     }

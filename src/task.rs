@@ -126,7 +126,7 @@ impl<T: Send + 'static> BackgroundTask<T> {
                 *lock(&inner_outcome.result) = Some(result);
                 inner_outcome.changed.notify_all();
             })
-            .map_err(|error| Error::Internal(format!("cannot start a thread: {error}")))?;
+            .map_err(|error| Error::Memory(format!("the system refused to start a thread: {error}")))?;
         Ok(BackgroundTask { task, outcome, fork_guard: ForkGuard::here() })
     }
 

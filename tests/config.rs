@@ -264,4 +264,8 @@ fn another_architecture_is_sound_but_not_ours() {
     let old = File::new().key("general.architecture", str("llama")).key("general.name", str("Phi3 mini"));
     refused(old, "old conversion");
     refused(File::new().key("phi3.rope.scaling.type", str("yarn")), "yarn");
+    let head = File::new().key("phi3.attention.key_length", u32(64));
+    refused(head, "phi3.attention.key_length is 64");
+    refused(File::new().key("phi3.attention.value_length", u32(0)), "phi3.attention.value_length is 0");
+    assert!(File::new().key("phi3.attention.key_length", u32(2)).config().is_ok());
 }

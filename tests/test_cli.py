@@ -451,3 +451,38 @@ def test_the_default_model_is_the_one_in_the_hubs_cache(tmp_path: Path, phi: Phi
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"} | {"HF_HOME": str(tmp_path)}
     done = run("--seed=1", HAIKU, env=env)
     assert (done.returncode, done.stdout.decode().rstrip("\n")) == (0, phi.generate(HAIKU, seed=1))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_said_and_a_full_log_changes_nothing(unbuffered: str) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full:
+        for arguments in (["--version"], ["--help"], ["list"], ["Hi", "--max-tokens", "1", *DEMO]):
+            done = run(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE, env=env)
+            assert (done.returncode, done.stderr) == (1, b"candle-phi: [Errno 28] No space left on device\n"), arguments
+        answered = run("Hi", "--max-tokens", "1", *DEMO, capture_output=False, stdout=-1, stderr=full, env=env)
+        assert (answered.returncode, answered.stdout.endswith(b"\n")) == (0, True)
+        assert run("Hi", "--nope", capture_output=False, stderr=full, env=env).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"], ["Hi"], ["tokenize"]])
+def test_endless_stdin_takes_bounded_memory(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Endless(io.RawIOBase):
+        count = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self.count += len(buffer)
+            assert self.count < 4 << 20, "it is read without end"
+            buffer[:] = b"y" * len(buffer)
+            return len(buffer)
+
+    monkeypatch.setattr(prompt, "_MOST", 1 << 20)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(Endless()), encoding="utf-8"))
+    assert cli.main([*arguments, *DEMO]) == 2
+    assert capsys.readouterr().err == "candle-phi: stdin has more than 1 MiB, and no context holds so much text\n"

@@ -1,5 +1,6 @@
 """Every exception: raised where it belongs, naming what was wrong; picklable; caught by its built-in base."""
 
+import copy
 import os
 import pickle
 import shutil
@@ -243,3 +244,21 @@ def test_aliases_are_short_names_too(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_tokenizer_that_is_not_there_names_the_option() -> None:
     with pytest.raises(ModelNotFoundError, match="'nowhere\\.json'"):
         Phi.demo(tokenizer="nowhere.json")
+
+
+@pytest.mark.parametrize("name", ["CacheInfo", "Chat", "Event", "OutputError", "ToolCall", "integrations", "server"])
+def test_names_of_later_versions_are_named_by_the_module(name: str) -> None:
+    with pytest.raises(candle_phi.NotInThisVersionError, match=rf"^candle_phi\.{name} is not in this version$"):
+        getattr(candle_phi, name)
+    assert not hasattr(candle_phi, name)
+
+
+def test_a_subclass_that_does_not_open_its_model_is_told_so() -> None:
+    class Closed(Phi):
+        def __init__(self) -> None:
+            pass
+
+    closed = Closed()
+    for use in (repr, Phi.generate, Phi.close, copy.copy, lambda closed: closed.n_ctx):
+        with pytest.raises(AttributeError, match=r"^this Closed is not open: its __init__ did not call Phi\.__init__$"):
+            use(closed, *(["Hi"] if use is Phi.generate else []))

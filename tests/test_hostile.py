@@ -266,3 +266,64 @@ def test_logits_that_do_not_fit_the_memory_are_refused_at_the_call(tmp_path: Pat
         with pytest.raises(MemoryError, match=r"\(131072, 4194304\) needs 4398046511104 bytes .* bytes are available"):
             phi.logits(ids, every_position=True)
         assert phi.logits([1, 2]).shape == (2**22,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_file_larger_than_the_address_space_is_a_memory_error_with_its_size(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "large.gguf")
+    os.truncate(path, 1 << 36)  # a hole
+    script = f"""
+import resource
+from candle_phi import Phi
+resource.setrlimit(resource.RLIMIT_AS, (1 << 35,) * 2)
+try:
+    Phi({str(path)!r})
+except MemoryError as error:
+    assert "large.gguf: the file needs 68719476736 bytes of address space" in str(error), error
+else:
+    raise AssertionError("it opens")
+with Phi.demo() as phi:
+    assert phi.generate("Hi", max_tokens=1)
+"""
+    run_python(script)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space and the number of threads")
+def test_a_thread_that_the_system_refuses_is_a_memory_error_and_no_fault_of_the_file() -> None:
+    script = """
+import os, resource, shutil, tempfile
+from pathlib import Path
+from candle_phi import Phi
+
+def refused(call, says):
+    try:
+        call()
+    except MemoryError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(says)
+
+with tempfile.TemporaryDirectory() as folder, Phi.demo() as phi:
+    text = phi.render("Hi")
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (32 << 20), before[1]))
+    refused(lambda: phi.render("Hi"), "the chat template needs a thread with 67108864 bytes of stack")
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert phi.render("Hi") == text
+
+    path = Path(folder, "model.gguf")
+    shutil.copy(phi.path, path)
+    os.chmod(folder, 0o755)
+    root = os.geteuid() == 0  # root may have any number of threads
+    if root:
+        os.setresuid(65534, 65534, 0)
+    most = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, most[1]))
+    refused(lambda: Phi(path), "the system refused to start a thread")
+    if root:
+        os.setresuid(0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_NPROC, most)
+    Phi(path).close()
+"""
+    run_python(script)

@@ -6,12 +6,12 @@ import math
 import pickle
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from candle_phi import NotInThisVersionError, Phi
+from candle_phi import NotInThisVersionError, Phi, hub
 from candle_phi.options import (
     FOREIGN,
     RENAMED,
@@ -259,6 +259,60 @@ def test_answers_name_options_that_exist() -> None:
     assert set(RENAMED.values()) <= known | UNBUILT.keys()
     assert not (FOREIGN.keys() | RENAMED.keys() | UNBUILT.keys()) & known
     assert not FOREIGN.keys() & RENAMED.keys()
+
+
+@pytest.mark.parametrize("method", ["stream", "generate", "astream", "agenerate"])
+@pytest.mark.parametrize("name", ["main_gpu", "question", "store", "verbosity", "vocab_only", "mirostat"])
+def test_a_foreign_option_is_not_mistaken_for_a_short_or_unrelated_name(phi: Phi, method: str, name: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown option '{name}'") as raised:
+        getattr(phi, method)(HAIKU, **{name: 1})
+    assert "min_p" not in str(raised.value)
+    assert "did you mean" not in str(raised.value)
+    assert "is an option of" not in str(raised.value).replace("use device, an option of Phi()", "")
+
+
+class Unprintable:
+    """A value whose repr fails."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words for it")
+
+
+class TwoLines:
+    """A value whose repr has several lines, as that of an array."""
+
+    def __repr__(self) -> str:
+        return "[[1 2]\n [3 4]]"
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATION if name != "on_progress"])
+def test_a_value_with_an_unusual_repr_is_a_type_error_on_one_line(phi: Phi, name: str) -> None:
+    for value, shown in ((Unprintable(), "no repr: no words for it"), (TwoLines(), "[[1 2] [3 4]]")):
+        with pytest.raises(OptionTypeError, match=f"^{name} must be .*, not test_options") as raised:
+            phi.stream(HAIKU, **cast(Any, {name: value}))
+        assert f"({shown})" in str(raised.value)
+
+
+def test_an_array_without_dimensions_is_no_list_of_stop_strings(phi: Phi) -> None:
+    class Scalar:
+        def __iter__(self) -> Any:
+            raise TypeError("iteration over a 0-d array")
+
+    with pytest.raises(OptionTypeError, match=r"^stop must be a str or a list of str, not"):
+        phi.stream(HAIKU, stop=Scalar())
+
+
+@pytest.mark.parametrize("call", [hub.list_cached, lambda cache_dir: hub.cached("phi-4", cache_dir=cache_dir)])
+def test_a_path_that_no_file_system_has_names_the_option(call: Any) -> None:
+    with pytest.raises(OptionValueError, match=r"^cache_dir has a lone surrogate, '\\ud800', at position 2$"):
+        call(cache_dir="a/\ud800")
+    with pytest.raises(OptionValueError, match=r"^model_path has a lone surrogate"):
+        Phi("\ud800.gguf")
+
+
+def test_a_token_of_the_wrong_type_is_not_shown() -> None:
+    with pytest.raises(OptionTypeError, match=r"^token must be a str, True or False, not bytes$"):
+        hub.info("phi-4", token=b"hf_secret")  # type: ignore[arg-type]
 
 
 def typed(name: str, value: str | None) -> str:

@@ -126,3 +126,14 @@ def test_the_fingerprint_tells_configurations_apart(phi: Phi) -> None:
 def test_a_logprob_is_a_value() -> None:
     one, same = (TokenLogprob(5, "ice", b"ice", -0.5, ()) for _ in range(2))
     assert {one, same} == {one}
+
+
+def test_attributes_of_later_versions_are_named(phi: Phi) -> None:
+    result = phi.generate(HAIKU, max_tokens=1, seed=1)
+    for owner, names in ((result.usage, ("draft_tokens", "accepted_tokens")), (result, ("prompt_index", "parsed"))):
+        for name in names:
+            with pytest.raises(NotInThisVersionError, match=rf"{type(owner).__name__}\.{name} is not in this version"):
+                getattr(owner, name)
+            assert not hasattr(owner, name)
+    with pytest.raises(AttributeError, match="has no attribute 'tokens'"):
+        result.usage.tokens  # type: ignore[attr-defined]  # noqa: B018

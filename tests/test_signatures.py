@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import re
+import typing
 from typing import Any
 
 import pytest
@@ -195,3 +196,11 @@ def test_a_coroutine_that_is_not_awaited_has_the_methods_name() -> None:
     coroutine = FakePhi(["a"]).agenerate("Hi")
     assert coroutine.__qualname__ == "agenerate"  # type: ignore[attr-defined]
     coroutine.close()
+
+
+@pytest.mark.parametrize("name", [name for name in dir(Phi) if not name.startswith("_")])
+def test_annotations_can_be_read_at_run_time(name: str) -> None:
+    # as pydantic, typer and other libraries read them
+    method = inspect.getattr_static(Phi, name)
+    function = method.fget if isinstance(method, property) else getattr(Phi, name)
+    assert "return" in typing.get_type_hints(function)

@@ -30,6 +30,7 @@ from .errors import (
     InternalError,
     InvalidModelError,
     ModelNotFoundError,
+    NotInThisVersionAttributeError,
     NotInThisVersionError,
     OfflineError,
     PhiError,
@@ -74,6 +75,8 @@ __all__ = [
     "testing",
 ]
 
+_LATER = ("CacheInfo", "Chat", "Event", "OutputError", "ParsedResult", "ToolCall", "integrations", "server")
+"""Names of a later version."""
 _OPEN = "open a model first: phi = Phi.demo(), or Phi.from_pretrained(name)"
 _FOREIGN = {
     "load": "use Phi(path) or Phi.from_pretrained(name)",
@@ -100,6 +103,8 @@ def __getattr__(name: str) -> object:
         import importlib
 
         return importlib.import_module(".testing", __name__)
+    if name in _LATER:
+        raise NotInThisVersionAttributeError(f"{__name__}.{name} is not in this version")
     hint = f": {_FOREIGN[name]}" if name in _FOREIGN else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
 

@@ -20,6 +20,11 @@ from .results import Result
 from .signatures import adds_options, hides_unknown, same_options, takes_path, takes_prompt
 from .stream import Stream
 
+if TYPE_CHECKING:
+    _Logits = memoryview[float]
+else:
+    _Logits = memoryview  # not generic at run time before Python 3.14
+
 _DEMO = "phi3-demo-q4_k_m.gguf"
 
 _LATER = (
@@ -498,7 +503,7 @@ class Phi:
         every_position: bool = False,
         on_progress: OnProgress | None = None,
         **unknown: Never,
-    ) -> "memoryview[float]":
+    ) -> _Logits:
         """The logits after the last id, float32 of shape (n_vocab,).
 
         `numpy.asarray` takes the buffer without a copy. The call waits for a slot of `max_concurrent`.
@@ -546,6 +551,8 @@ class Phi:
     if not TYPE_CHECKING:  # a type checker would take every name, and every call
 
         def __getattr__(self, name: str) -> Any:
+            if "_model" not in vars(self):
+                raise AttributeError(f"this {type(self).__name__} is not open: its __init__ did not call Phi.__init__")
             raise missing_attribute(self, name, later=_LATER, foreign=_FOREIGN)
 
         def __call__(self, *args: object, **options: object) -> Never:

@@ -68,9 +68,9 @@ class OptionValueError(OptionError, ValueError):
 def _abbreviate(value: object) -> str:
     """A value's repr, cut to one short line."""
     try:
-        text = repr(value)
-    except ValueError:  # an int of more than 4300 digits has no repr
-        text = f"{type(value).__name__} too large to print"
+        text = " ".join(repr(value).split())
+    except Exception as error:  # an int of more than 4300 digits, or a class whose `__repr__` fails
+        text = f"{type(value).__name__} too large to print" if isinstance(value, int) else f"no repr: {error}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -165,6 +165,32 @@ def path(name: str, value: object) -> str:
         _wrong_type(name, "a path of type str", text)
     if "\0" in text:
         _out_of_range(name, "a path without NUL characters", text)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise OptionValueError(name, f"has a lone surrogate, {text[at]!r}, at position {at}") from None
+    return text
+
+
+def _file(name: str, value: object) -> str:
+    """Accepts the path of a file, or the name of a repository."""
+    if not (text := path(name, value)):
+        raise OptionValueError(name, "is empty")
+    return text
+
+
+def _folder(name: str, value: object) -> str:
+    """Accepts a folder that exists, or the path of one to be made."""
+    text = _file(name, value)
+    if os.path.exists(text) and not os.path.isdir(text):
+        raise OptionValueError(name, f"is not a folder: {text}")
+    return text
+
+
+def _template(name: str, value: object) -> str:
+    if not (text := _text(name, value)).strip():
+        raise OptionValueError(name, "is empty")
     return text
 
 
@@ -182,8 +208,8 @@ def _function(name: str, value: object) -> object:
 def _token(name: str, value: object) -> str | bool:
     if isinstance(value, bool):
         return value
-    if not isinstance(value, str):
-        _wrong_type(name, "a str, True or False", value)
+    if not isinstance(value, str):  # the message is without the value, which may be a secret
+        raise OptionTypeError(name, f"must be a str, True or False, not {type(value).__name__}")
     return _text(name, value)
 
 
@@ -194,7 +220,11 @@ def _stop(name: str, value: object) -> list[str]:
         value = [value]
     elif isinstance(value, (bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
         _wrong_type(name, "a str or a list of str", value)
-    strings = [_text(f"{name}[{i}]", string) for i, string in enumerate(value)]
+    try:
+        values = list(value)
+    except TypeError:  # an array without dimensions
+        _wrong_type(name, "a str or a list of str", value)
+    strings = [_text(f"{name}[{i}]", string) for i, string in enumerate(values)]
     for i, string in enumerate(strings):
         if not string:
             raise OptionValueError(f"{name}[{i}]", "is empty, and every text contains an empty string")
@@ -248,8 +278,8 @@ MODEL: dict[str, Check] = {
     "kernel": _optional(_text),
     "kv_cache": _choice(get_args(KvCache)),
     "mmap": flag,
-    "tokenizer": _optional(path),
-    "chat_template": _optional(_text),
+    "tokenizer": _optional(_file),
+    "chat_template": _optional(_template),
     "max_concurrent": _optional(_integer(1)),
     "on_progress": _optional(_function),
 }
@@ -259,7 +289,7 @@ HUB: dict[str, Check] = {
     "repo_id": _text,
     "filename": _optional(_text),
     "revision": _optional(_text),
-    "cache_dir": _optional(path),
+    "cache_dir": _optional(_folder),
     "token": _optional(_token),
     "local_files_only": flag,
     "progress": _optional(flag),
@@ -318,7 +348,10 @@ UNBUILT: Mapping[str, str] = {
     "tools": "tool calls",
     "tool_choice": "tool calls",
     "parallel_tool_calls": "tool calls",
+    "raise_tool_errors": "tool calls",
     "reasoning": "reasoning output",
+    "exact": "chats",
+    "max_steps": "chats",
     "adapters": "LoRA adapters",
     "adapter": "LoRA adapters",
     "quantize": "conversion",
@@ -331,16 +364,27 @@ RENAMED: Mapping[str, str] = {
     "num_predict": "max_tokens",
     "n_predict": "max_tokens",
     "max_length": "max_tokens",
+    "max_len": "max_tokens",
+    "max_gen_len": "max_tokens",
+    "max_output_tokens": "max_tokens",
     "temp": "temperature",
     "repetition_penalty": "repeat_penalty",
     "stop_sequences": "stop",
     "stop_seqs": "stop",
     "stop_strings": "stop",
     "random_seed": "seed",
+    "random_state": "seed",
+    "n_probs": "top_logprobs",
+    "max_time": "timeout",
     "n_gpu_layers": "device",
+    "num_gpu": "device",
+    "main_gpu": "device",
+    "gpu_layers": "device",
     "device_map": "device",
     "num_ctx": "n_ctx",
     "context_length": "n_ctx",
+    "max_model_len": "n_ctx",
+    "max_seq_len": "n_ctx",
     "num_thread": "n_threads",
     "type_k": "kv_cache",
     "type_v": "kv_cache",
@@ -353,8 +397,23 @@ RENAMED: Mapping[str, str] = {
     "guided_json": "response_format",
     "response_model": "response_format",
     "output_type": "response_format",
-    "lora_path": "adapters",
+    "guided_regex": "regex",
+    "guided_choice": "choices",
+    "guided_grammar": "grammar",
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "think": "reasoning",
+    "enable_thinking": "reasoning",
+    "reasoning_effort": "reasoning",
+    "prompt_lookup_num_tokens": "speculate",
+    "assistant_model": "draft",
     "draft_model": "draft",
+    "max_num_seqs": "max_batch",
+    "enable_prefix_caching": "prefix_cache",
+    "cache_prompt": "prefix_cache",
+    "lora_path": "adapters",
+    "lora_base": "adapters",
+    "lora_request": "adapter",
 }
 """Names of other libraries' options, each with the option that does the same here."""
 
@@ -376,6 +435,22 @@ FOREIGN: Mapping[str, str] = {
     "torch_dtype": "leave it out, since weights keep the type that the file has",
     "dtype": "leave it out, since weights keep the type that the file has",
     "use_mmap": "use mmap, an option of Phi()",
+    **dict.fromkeys(
+        ("min_tokens", "min_new_tokens", "min_length"),
+        "there is no least length; ignore_eos=True with max_tokens gives an exact one",
+    ),
+    **dict.fromkeys(
+        ("num_beams", "beam_size", "use_beam_search", "best_of"), "there is no beam search; temperature=0 is greedy"
+    ),
+    **dict.fromkeys(("logits_all", "prompt_logprobs"), "use .logits(ids, every_position=True)"),
+    **dict.fromkeys(("use_cache", "n_keep", "num_keep"), "leave it out, each call has a KV cache of its own"),
+    **dict.fromkeys(("verbosity", "echo"), "leave it out, the result is the answer alone"),
+    **dict.fromkeys(("input", "question", "query", "text"), "give the prompt first, by position"),
+    **dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), "leave it out, the model file has it"),
+    "stop_token_ids": "use stop, with the tokens' text",
+    "detokenize": "leave it out, the result has both, .text and .token_ids",
+    "proxies": "set HTTPS_PROXY",
+    "vocab_only": "leave it out, a mapped file is read as it is needed",
     "system": 'use a system message: {"role": "system", "content": ...} first in the messages',
 }
 """Names of other libraries' options that have no counterpart of one name here, each with what to do instead."""
@@ -418,7 +493,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def _closest(name: str, known: Iterable[str]) -> str | None:
     import difflib  # not at import: only a mistake needs it
 
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    # at the default cutoff, 0.6, "main_gpu" would be close to "min_p"
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
 
 
 def checked(known: Mapping[str, Check], given: Mapping[str, object]) -> dict[str, Any]:

@@ -27,6 +27,11 @@ class Usage:
     total_tokens: int
     cached_tokens: int
 
+    if not TYPE_CHECKING:  # a type checker would take every name
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute(self, name, later=("accepted_tokens", "draft_tokens"), foreign={})
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
@@ -137,7 +142,7 @@ class Result(_Text):
 
     __slots__ = ("finish_reason", "seed", "system_fingerprint", "timings", "usage")
 
-    _LATER = ("parsed", "reasoning", "tool_calls")
+    _LATER = ("parsed", "prompt_index", "reasoning", "tool_calls")
     _FOREIGN: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("choices", "content", "message", "outputs", "response", "generated_text"), "a Result is the text itself"
     )

@@ -29,12 +29,30 @@ const MAX_MESSAGE: usize = 250;
 const STACK: usize = 64 << 20;
 
 /// Checks the length and the syntax of `source`.
-pub(super) fn check(source: &str) -> Result<(), String> {
+pub(super) fn check(source: &str) -> Result<(), Fault> {
     run(source, |template| guard::guard(&template).map(drop))
 }
 
+/// Why a template was not compiled or gave no text.
+pub(super) enum Fault {
+    /// The template's: the line and the problem.
+    Template(String),
+    /// The system's, which says nothing about the template.
+    System(crate::error::Error),
+}
+
+impl Fault {
+    /// The error, made by `error` if the template is at fault.
+    pub(super) fn error(self, error: impl FnOnce(String) -> crate::error::Error) -> crate::error::Error {
+        match self {
+            Fault::Template(what) => error(what),
+            Fault::System(other) => other,
+        }
+    }
+}
+
 /// The text that `source` makes of `variables`; marked characters are still marked.
-pub(super) fn render(source: &str, variables: Value) -> Result<String, String> {
+pub(super) fn render(source: &str, variables: Value) -> Result<String, Fault> {
     run(source, |template| {
         let template = guard::guard(&template)?;
         let mut compiler = CodeGenerator::new("chat template", source);
@@ -48,9 +66,9 @@ pub(super) fn render(source: &str, variables: Value) -> Result<String, String> {
     })
 }
 
-fn run<T: Send>(source: &str, work: impl FnOnce(ast::Stmt<'_>) -> Result<T, Error> + Send) -> Result<T, String> {
+fn run<T: Send>(source: &str, work: impl FnOnce(ast::Stmt<'_>) -> Result<T, Error> + Send) -> Result<T, Fault> {
     if source.len() > MAX_SOURCE {
-        return Err(format!("it is {} bytes long; the limit is {MAX_SOURCE}", source.len()));
+        return Err(Fault::Template(format!("it is {} bytes long; the limit is {MAX_SOURCE}", source.len())));
     }
     let source = &source.replace("\r\n", "\n").replace('\r', "\n"); // as Jinja2 does
     let whitespace = WhitespaceConfig { keep_trailing_newline: false, lstrip_blocks: true, trim_blocks: true };
@@ -61,9 +79,11 @@ fn run<T: Send>(source: &str, work: impl FnOnce(ast::Stmt<'_>) -> Result<T, Erro
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
         match thread.spawn_scoped(scope, work).map(|thread| thread.join()) {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err("the template engine failed".to_owned()),
-            Err(error) => Err(format!("cannot start a thread for it: {error}")),
+            Ok(Ok(result)) => result.map_err(Fault::Template),
+            Ok(Err(_)) => Err(Fault::Template("the template engine failed".to_owned())),
+            Err(error) => Err(Fault::System(crate::error::Error::Memory(format!(
+                "the chat template needs a thread with {STACK} bytes of stack, which the system refused: {error}"
+            )))),
         }
     })
 }

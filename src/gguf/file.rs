@@ -33,15 +33,23 @@ pub(super) fn load(task: &Task, path: &Path, mmap: bool) -> Result<(Mmap, Option
     if length == 0 {
         return Err(invalid("the file is empty"));
     }
+    // "Cannot allocate memory" says nothing about the file, and has no number
+    let refused = |error: std::io::Error| match error.kind() {
+        ErrorKind::OutOfMemory => Error::Memory(format!(
+            "{}: the file needs {length} bytes of address space, which the system refused",
+            path.display()
+        )),
+        _ => failed(error),
+    };
     let map = if mmap {
         // SAFETY: a mapped file must not shrink or change while it is mapped: reading past a new end is a fatal signal.
         // No code here writes to a model file, `Phi`'s documentation passes the rule on to the user, and `mmap = false`
         // is there for files that cannot promise it.
-        unsafe { Mmap::map(&file) }.map_err(failed)?
+        unsafe { Mmap::map(&file) }.map_err(refused)?
     } else {
         let too_large = || invalid(&format!("its {length} bytes exceed this machine's address space"));
         memory::check(length, format_args!("{}: a copy in memory (mmap is off)", path.display()))?;
-        let mut memory = MmapMut::map_anon(usize::try_from(length).map_err(|_| too_large())?).map_err(failed)?;
+        let mut memory = MmapMut::map_anon(usize::try_from(length).map_err(|_| too_large())?).map_err(refused)?;
         for (i, part) in memory[..].chunks_mut(READ).enumerate() {
             task.check()?;
             task.report(Phase::Load, (i * READ) as u64, Some(length));
@@ -103,6 +111,8 @@ fn diagnose(path: &Path, bytes: &[u8]) -> Error {
     } else if is_safetensors(bytes) {
         "this is a safetensors file; only GGUF files are supported, so look for the GGUF version of the model"
             .to_owned()
+    } else if ["{{", "{%", "{#"].iter().any(|start| text.starts_with(start)) {
+        "this is a Jinja template, not a model".to_owned()
     } else if text.starts_with('{') {
         "this is a JSON text, not a model; a server's error message or a configuration was saved in its place"
             .to_owned()

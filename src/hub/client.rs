@@ -400,7 +400,7 @@ pub fn retry<T>(client: &Client, mut once: impl FnMut() -> Result<T, Failure>) -
 fn error(message: String, url: &str, status: Option<u16>, browser_url: &str) -> Error {
     let way_out = match status {
         Some(401 | 404) => String::new(), // a browser would get the same answer
-        _ => format!("; or download the file from {browser_url} in a browser, and open that file"),
+        _ => format!("; or download the file from {browser_url} in a browser and give its path instead"),
     };
     // a query may hold a signature that is as good as a key
     let url = url.split(['?', '#']).next().unwrap_or(url);

@@ -80,6 +80,14 @@ impl Config {
                  at most {MOST_HEAD_DIM} are possible"
             )));
         }
+        for key in ["phi3.attention.key_length", "phi3.attention.value_length"] {
+            if let Some(length) = gguf.metadata().u32(key)?.filter(|&length| length as usize != head_dim) {
+                return Err(keys.unsupported(format!(
+                    "the key {key} is {length}; this version needs heads of phi3.embedding_length / \
+                     phi3.attention.head_count = {head_dim} features"
+                )));
+            }
+        }
         let rope_dims = keys.size_or("phi3.rope.dimension_count", 1..=MOST_HEAD_DIM, head_dim)?;
         if rope_dims > head_dim || !rope_dims.is_multiple_of(2) {
             return Err(keys.invalid(format!(

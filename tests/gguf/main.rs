@@ -273,6 +273,7 @@ fn says_what_a_file_is_that_is_no_gguf() {
         ("html, BOM", "\u{feff}\n <HTML lang=en>".into(), Invalid, &["this is an HTML page, not a model"]),
         ("html, comment", "<!-- x -->\n<head><title>".into(), Invalid, &["this is an HTML page, not a model"]),
         ("xml", b"<?xml version=\"1.0\"?><Error>".into(), Invalid, &["XML text", "server's error message"]),
+        ("template", b"{{ bos_token }}{% for message in messages %}".into(), Invalid, &["a Jinja template"]),
         ("json", b"{\"error\": \"gated repo\"}".into(), Invalid, &["JSON text", "server's error message"]),
         ("git lfs", pointer.into(), Invalid, &["Git LFS pointer", "2.39 GB", "git lfs pull"]),
         ("git lfs, no size", b"version https://git-lfs".into(), Invalid, &["Git LFS pointer", "git lfs pull"]),

@@ -3,7 +3,6 @@
 
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -55,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.status.end_interrupted()
         return 130
     except BrokenPipeError:
-        # The reader, such as head, has read enough. The interpreter flushes once more at exit: into the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass  # the reader, such as head, has read enough
     except (UsageError, NotInThisVersionError) as error:
         output.say(str(error))
         return 2
@@ -65,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         logger.removeHandler(log_lines)
+        output.finish()
     return 0
 
 

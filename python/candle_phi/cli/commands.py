@@ -30,7 +30,7 @@ UNBUILT: Mapping[str, str] = {
 """Commands of a later version, each with its subject."""
 
 _ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("ls", "models", "tags", "show", "info", "ps"), "list"),
+    **dict.fromkeys(("/list", "/show", "ls", "models", "tags", "show", "info", "ps"), "list"),
     **dict.fromkeys(("download", "get", "fetch", "install", "add"), "pull"),
     **dict.fromkeys(("remove", "delete", "del", "uninstall"), "rm"),
     **dict.fromkeys(("benchmark", "speed"), "bench"),
@@ -38,14 +38,16 @@ _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("tokens", "encode"), "tokenize"),
     **dict.fromkeys(("generate", "ask", "prompt", "complete", "completion", "exec"), '"PROMPT"'),
     "version": "--version",
-    "usage": "--help",
-    "man": "--help",
+    **dict.fromkeys(("usage", "man", "?", "/?", "/help", "/h"), "--help"),
 }
 """Commands of other programs, each with what does the same here."""
 
 _ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("update", "upgrade"), "pip updates the package"),
-    **dict.fromkeys(("start", "stop", "create", "cp", "push", "quit", "exit"), "no model stays loaded after an answer"),
+    **dict.fromkeys(
+        ("start", "stop", "create", "cp", "push", "quit", "exit", "/bye", "/exit", "/quit"),
+        "no model stays loaded after an answer",
+    ),
     **dict.fromkeys(("login", "signin", "auth"), "--token or HF_TOKEN sets the token for the Hub"),
     **dict.fromkeys(("logout", "signout"), "--token and HF_TOKEN set the token for the Hub"),
     **dict.fromkeys(("search", "find"), "candle-phi list shows the short names"),

@@ -54,7 +54,11 @@ def is_repository(name: str) -> bool:
 
 def _about_unknown_name(name: str) -> str:
     """The message for a word that is not a short name."""
-    close = hub.closest(name) or hub.closest(name.partition(":")[0])  # "phi3:fp16", with a tag as Ollama's
+    word = name.strip()
+    close = hub.closest(word) or hub.closest(word.partition(":")[0])  # "phi3:fp16", with a tag as Ollama's
+    if closest(word.lower(), ["demo"], cutoff=0.75):
+        close = "demo"
+    name = name if len(name) <= 80 else name[:77] + "..."
     known = f"short names: demo, {', '.join(hub.SHORT_NAMES)}"
     if close is not None:
         return f"unknown model {name!r}; did you mean {close}? {known[0].upper()}{known[1:]}"
@@ -104,7 +108,7 @@ def _about_missing_file(path: str) -> str:
         return f"{path}: no such file; did you mean {expanded}? The shell expands ~ at the start of a word only"
     folder, name = os.path.split(path)
     try:
-        files = [file for file in os.listdir(folder or ".") if file.endswith(".gguf")]
+        files = [file for file in os.listdir(folder or ".") if file.endswith(".gguf") and file.isprintable()]
     except OSError:
         files = []
     close = closest(name, files)

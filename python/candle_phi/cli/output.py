@@ -1,5 +1,6 @@
 """What the command line prints: results on stdout, messages on stderr, one line each."""
 
+import contextlib
 import errno
 import json
 import os
@@ -24,6 +25,16 @@ def start() -> None:
         reconfigure(errors="replace")
     elif reconfigure:
         reconfigure(encoding="utf-8", errors="surrogateescape")  # a path may hold bytes that are not UTF-8
+
+
+def finish() -> None:
+    """Ends the output. What cannot be written goes to the null device, because the interpreter flushes once more."""
+    for file in (sys.stdout, sys.stderr):
+        try:
+            if file is not None:
+                file.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def write(text: str) -> None:
@@ -51,7 +62,9 @@ def say(message: str) -> None:
 def note(message: str) -> None:
     """Prints a remark on stderr, on one line."""
     status.clear()
-    if sys.stderr is not None:
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):  # a full disk, or a reader that has gone: the exit code says it
         sys.stderr.write(_escape(re.sub(r"\s*\n\s*", " ", message.strip())) + "\n")
 
 

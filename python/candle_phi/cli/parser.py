@@ -291,6 +291,17 @@ def format_rows(title: str, rows: Collection[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+class _Version(argparse.Action):
+    """Prints the version and ends. argparse's own action hides that stdout cannot be written."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from .output import write
+
+        write(f"candle-phi {__version__}\n")
+        parser.exit()
+        raise AssertionError  # `exit` does not return
+
+
 def add_version(section: Section) -> None:
     """Adds --version."""
-    section.add("--version", action="version", version=f"candle-phi {__version__}", help="print the version")
+    section.add("--version", action=_Version, nargs=0, help="print the version")

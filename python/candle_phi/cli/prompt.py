@@ -16,6 +16,10 @@ _PATIENCE = 3.0
 """Seconds to wait for the end of stdin before a line says that stdin is being read."""
 
 
+_MOST = 64 << 20
+"""The largest stdin, in bytes."""
+
+
 def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
     """The prompt of a command line.
 
@@ -101,13 +105,15 @@ def _read_stdin(*, beside: bool) -> str:
     remark.daemon = True
     remark.start()
     try:
-        data = sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read(_MOST + 1)
     except OSError as error:
         if beside and error.errno == errno.EBADF:  # nohup's stdin
             return ""
         raise UsageError(f"stdin cannot be read: {error.strerror or error}") from error
     finally:
         remark.cancel()
+    if len(data) > _MOST:  # without this, the output of `yes` would take all memory
+        raise UsageError(f"stdin has more than {_MOST >> 20} MiB, and no context holds so much text")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
