@@ -7,8 +7,8 @@
 
 use std::fmt::Display;
 use std::fs::read_to_string;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::Path;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
@@ -29,8 +29,20 @@ pub fn check(bytes: u64, what: impl Display) -> Result<()> {
 /// [`check`], and a trial allocation of `bytes`: for code that allocates without handling a refusal.
 pub fn probe(bytes: u64, what: impl Display) -> Result<()> {
     check(bytes, &what)?;
+    probe_pieces(1, bytes, what)
+}
+
+/// An error if the allocator refuses `pieces` times `bytes` at this moment. Memory that is never written may exceed the
+/// available memory, so this alone suits a buffer of which only a part is used.
+pub fn probe_pieces(pieces: usize, bytes: u64, what: impl Display) -> Result<()> {
     let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-    Vec::<u8>::new().try_reserve_exact(length).map_err(|_| refused(bytes, what))
+    let mut granted = Vec::new();
+    for _ in 0..pieces {
+        let mut piece = Vec::<u8>::new();
+        piece.try_reserve_exact(length).map_err(|_| refused(bytes, &what))?;
+        granted.push(black_box(piece)); // the compiler may drop an allocation that nothing uses
+    }
+    Ok(())
 }
 
 /// Room for `more` elements.
@@ -51,19 +63,6 @@ pub fn filled<T: Clone>(value: T, length: usize, what: impl Display) -> Result<V
     Ok(vector)
 }
 
-/// Raises an error of this module where the caller cannot return one: in a kernel. `catch` makes it a result again.
-pub fn raise(error: Error) -> ! {
-    resume_unwind(Box::new(error))
-}
-
-/// Runs `work`, and returns the error that a kernel raised.
-pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match payload.downcast::<Error>() {
-        Ok(error) => Err(*error),
-        Err(panic) => resume_unwind(panic),
-    })
-}
-
 fn refused(bytes: u64, what: impl Display) -> Error {
     Error::Memory(format!("{what} needs {bytes} bytes of memory, which the system refused"))
 }
@@ -77,8 +76,10 @@ struct Available {
     /// Of the machine: free, or in caches that give way.
     memory: u64,
     swap: u64,
-    /// What the limit of a cgroup leaves; `u64::MAX` without one.
+    /// What the memory limit of a cgroup leaves; `u64::MAX` without one.
     container: u64,
+    /// What the swap limit of the cgroup leaves of `swap`.
+    container_swap: u64,
 }
 
 impl Available {
@@ -89,15 +90,14 @@ impl Available {
             let value = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
             value.split_whitespace().next()?.parse::<u64>().ok()
         };
-        Some(Available {
-            memory: kilobytes("MemAvailable")? << 10,
-            swap: kilobytes("SwapFree").unwrap_or(0) << 10,
-            container: container(root),
-        })
+        let swap = kilobytes("SwapFree").unwrap_or(0) << 10;
+        let (container, container_swap) = container(root, swap);
+        Some(Available { memory: kilobytes("MemAvailable")? << 10, swap, container, container_swap })
     }
 
     fn check(&self, bytes: u64, what: impl Display) -> Result<()> {
-        let available = self.memory.saturating_add(self.swap).min(self.container);
+        let machine = self.memory.saturating_add(self.swap);
+        let available = machine.min(self.container.saturating_add(self.container_swap));
         if bytes <= available {
             return Ok(());
         }
@@ -105,26 +105,36 @@ impl Available {
     }
 }
 
-/// What the memory limit of this process's container leaves, of cgroup version 2 or 1.
-fn container(root: &Path) -> u64 {
-    let left = |folder: &str, limit: &str, usage: &str| {
-        let folder = root.join("sys/fs/cgroup").join(folder);
-        let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
-        let (limit, usage) = (number(limit)?, number(usage)?); // no number: "max"
+/// What the limits of this process's container leave of the memory and of `swap`, of cgroup version 2 or 1.
+fn container(root: &Path, swap: u64) -> (u64, u64) {
+    let folder = |name: &str| root.join("sys/fs/cgroup").join(name);
+    // No number: "max", or no such limit.
+    let number = |file: PathBuf| read_to_string(file).ok()?.trim().parse::<u64>().ok();
+    let left = |folder: PathBuf, limit: &str, usage: &str| {
+        let (limit, usage) = (number(folder.join(limit))?, number(folder.join(usage))?);
         let statistics = read_to_string(folder.join("memory.stat")).unwrap_or_default();
-        let file = |name: &str| {
+        let value = |name: &str| {
             let value = statistics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
             value.and_then(|value| value.parse::<u64>().ok())
         };
-        // Pages of files give way when memory is short, those of a mapped model too.
-        let files = ["inactive_file", "active_file"]
+        // These give way when memory is short: pages of files, those of a mapped model too, and the kernel's caches.
+        let reclaimable = ["inactive_file", "active_file", "slab_reclaimable"]
             .iter()
-            .filter_map(|name| file(&format!("total_{name}")).or_else(|| file(name)));
-        Some(limit.saturating_sub(usage.saturating_sub(files.sum())))
+            .filter_map(|name| value(&format!("total_{name}")).or_else(|| value(name)));
+        Some(limit.saturating_sub(usage.saturating_sub(reclaimable.sum())))
     };
-    let version_2 = left("", "memory.max", "memory.current");
-    let version_1 = left("memory", "memory.limit_in_bytes", "memory.usage_in_bytes");
-    version_2.into_iter().chain(version_1).min().unwrap_or(u64::MAX)
+    if let Some(memory) = left(folder(""), "memory.max", "memory.current") {
+        let used = number(folder("memory.swap.current")).unwrap_or(0);
+        let limit = number(folder("memory.swap.max")).unwrap_or(u64::MAX);
+        return (memory, swap.min(limit.saturating_sub(used)));
+    }
+    let Some(memory) = left(folder("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes") else {
+        return (u64::MAX, swap);
+    };
+    // The limit of version 1 is that of memory and swap together.
+    let both = left(folder("memory"), "memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes");
+    let both = both.unwrap_or(u64::MAX);
+    (memory.min(both), swap.min(both.saturating_sub(memory)))
 }
 
 #[cfg(test)]
@@ -147,7 +157,7 @@ mod tests {
     fn the_memory_of_a_machine_and_the_limit_of_a_container() {
         let machine = system(&[]);
         assert_eq!((machine.memory, machine.swap, machine.container), (1_024_000, 24_576, u64::MAX));
-        let statistics = "anon 7\ninactive_file 100\nactive_file 20\n";
+        let statistics = "anon 7\ninactive_file 90\nactive_file 20\nslab_reclaimable 10\n";
         let version_2 = |max| {
             system(&[
                 ("sys/fs/cgroup/memory.max", max),
@@ -164,8 +174,36 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "700"),
             ("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 50\ntotal_active_file 0\n"),
         ]);
-        assert_eq!(version_1.container, 350);
+        assert_eq!((version_1.container, version_1.container_swap), (350, 24_576));
         assert!(Available::read(Path::new("/no/such/root")).is_none());
+    }
+
+    #[test]
+    fn the_swap_of_a_container_counts_as_far_as_its_limit() {
+        let memory = [("sys/fs/cgroup/memory.max", "1000"), ("sys/fs/cgroup/memory.current", "700")];
+        let version_2 = |max| {
+            let swap = [("sys/fs/cgroup/memory.swap.max", max), ("sys/fs/cgroup/memory.swap.current", "50")];
+            system(&[&memory[..], &swap].concat())
+        };
+        assert_eq!(version_2("0").container_swap, 0);
+        assert_eq!(version_2("80").container_swap, 30);
+        assert_eq!(version_2("max").container_swap, 24_576);
+        assert_eq!(system(&memory).container_swap, 24_576);
+        assert_eq!(version_2("80").check(330, "the cache"), Ok(()));
+        assert!(
+            version_2("80").check(331, "the cache").unwrap_err().to_string().ends_with("; 330 bytes are available")
+        );
+        let version_1 = |both| {
+            system(&[
+                ("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000"),
+                ("sys/fs/cgroup/memory/memory.usage_in_bytes", "700"),
+                ("sys/fs/cgroup/memory/memory.memsw.limit_in_bytes", both),
+                ("sys/fs/cgroup/memory/memory.memsw.usage_in_bytes", "750"),
+            ])
+        };
+        assert_eq!(version_1("1100").container_swap, 50);
+        assert_eq!((version_1("1000").container, version_1("1000").container_swap), (250, 0));
+        assert_eq!(version_1("9223372036854771712").container_swap, 24_576);
     }
 
     #[test]
@@ -174,7 +212,7 @@ mod tests {
         assert_eq!(machine.check(1_048_576, "the cache"), Ok(()), "swap counts");
         let error = Error::Memory("the cache needs 1048577 bytes of memory; 1048576 bytes are available".into());
         assert_eq!(machine.check(1_048_577, "the cache"), Err(error));
-        let limited = Available { container: 1000, ..machine };
+        let limited = Available { container: 1000, container_swap: 0, ..machine };
         assert!(limited.check(1001, "the cache").unwrap_err().to_string().ends_with("; 1000 bytes are available"));
     }
 
@@ -184,19 +222,11 @@ mod tests {
             filled(0u64, usize::MAX / 4, "the table").map(drop),
             reserve(&mut vec![1u64], usize::MAX / 4, "the table"),
             probe(u64::MAX / 4, "the table"),
+            probe_pieces(3, u64::MAX / 4, "the table"),
         ] {
             let message = refused.unwrap_err().to_string();
             assert!(message.starts_with("the table needs ") && message.contains(" bytes of memory"), "{message}");
         }
         assert_eq!(filled(7u8, 3, "three bytes").unwrap(), [7, 7, 7]);
-    }
-
-    #[test]
-    fn an_error_that_a_kernel_raised_is_the_result_and_a_panic_stays_one() {
-        let error = Error::Memory("no room".into());
-        let raised = error.clone();
-        assert_eq!(catch(|| -> Result<()> { raise(raised) }), Err(error));
-        assert_eq!(catch(|| Ok(3)), Ok(3));
-        assert!(catch_unwind(|| catch(|| -> Result<()> { panic!("a bug") })).is_err());
     }
 }

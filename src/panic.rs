@@ -29,7 +29,8 @@ pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| Err(to_error(payload)))
 }
 
-/// Continues on this thread a panic that `catch` caught on another.
+/// Unwinds with an error, where a function cannot return one: in a kernel, or after `catch` on another thread. The next
+/// `catch` returns the same error.
 pub fn resume(error: Error) -> ! {
     resume_unwind(Box::new(error))
 }

@@ -21,6 +21,7 @@ use crate::kernels::{Phase, Weights};
 use crate::memory;
 use crate::model::{Model, Sequence, Want};
 use crate::ops::{AttentionShape, Backend, Matrix, Norm, Ops};
+use crate::panic;
 use crate::rope::{Angles, Rope};
 use crate::threads::Cancel;
 
@@ -313,7 +314,10 @@ impl Phi3Sequence {
         if self.buffers.tokens()? != tokens {
             self.buffers = Buffers::new(&self.model, 0)?; // frees the old ones first
             let activations = self.model.chunks.bytes(tokens, every);
-            memory::check(growth + activations, format_args!("a pass over {tokens} tokens at position {start}"))?;
+            memory::check(
+                growth.saturating_add(activations),
+                format_args!("a pass over {tokens} tokens at position {start}"),
+            )?;
             self.buffers = Buffers::new(&self.model, tokens)?;
         } else {
             memory::check(growth, format_args!("the KV cache at position {start}"))?;
@@ -390,7 +394,7 @@ impl Sequence for Phi3Sequence {
     /// One turn: one layer of a chunk of the prompt, or one decoded token. The turns of other sequences in between do
     /// not affect the result.
     fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
-        memory::catch(|| self.turn(cancel))
+        panic::catch(|| self.turn(cancel))
     }
 
     fn computed(&self) -> usize {

@@ -30,9 +30,11 @@ pub fn estimate(path: &Path, n_ctx: Option<usize>, kv_cache: &str) -> Result<Req
     let tokens = n_ctx.unwrap_or(USUAL_CONTEXT).min(config.context_length);
     let chunks = Chunks::new(&config, weights);
     let longest = chunks.length(0, false).min(tokens);
+    // A sliding window frees the keys and values behind it, before the next chunk is added.
+    let held = config.sliding_window.map_or(tokens, |window| tokens.min(window + longest));
     Ok(Requirements {
         weights,
-        context: (tokens * config.kv_bytes(kv_type)) as u64,
+        context: (held * config.kv_bytes(kv_type)) as u64,
         activations: chunks.bytes(longest, false),
     })
 }

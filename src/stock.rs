@@ -7,7 +7,10 @@
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
+use std::sync::atomic::{
+    AtomicBool, AtomicUsize,
+    Ordering::{AcqRel, Relaxed, Release},
+};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::quantized::gguf_file::Content;
@@ -28,6 +31,8 @@ pub struct Stock {
     config: Config,
     file: PathBuf,
     weights: Mutex<ModelWeights>,
+    /// Positions whose keys and values Candle's cache has memory for.
+    cached: AtomicUsize,
     taken: AtomicBool,
 }
 
@@ -63,8 +68,7 @@ impl Stock {
                 "{file}: engine 'candle' does not support {what}; engine 'native' does"
             )));
         }
-        let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
-        memory::probe(weights, format_args!("{file}: the copy of engine 'candle'"))?;
+        memory::probe(copied(gguf, &config), format_args!("{file}: the copy of engine 'candle'"))?;
         let load = || {
             let bytes = gguf.parts().next().map_or(&[][..], |(_, bytes)| bytes);
             let content = Content::read(&mut Cursor::new(bytes))?;
@@ -76,22 +80,54 @@ impl Stock {
         let weights = weights.map_err(|error: candle_core::Error| {
             Error::UnsupportedModel(format!("{file}: engine 'candle' cannot load it: {error}; engine 'native' can"))
         })?;
-        Ok(Stock { config, file: gguf.path().to_owned(), weights: Mutex::new(weights), taken: AtomicBool::new(false) })
+        Ok(Stock {
+            config,
+            file: gguf.path().to_owned(),
+            weights: Mutex::new(weights),
+            cached: AtomicUsize::new(0),
+            taken: AtomicBool::new(false),
+        })
     }
 }
 
+/// Bytes of the weights that Candle copies, with the embedding table as f32 and the rope angles of the whole context.
+fn copied(gguf: &Gguf, config: &Config) -> u64 {
+    let weights: u64 = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
+    let embeddings = 4 * config.n_vocab as u64 * config.hidden as u64;
+    let angles = 4 * config.context_length as u64 * config.rope_dims as u64; // cos and sin: half of the features each
+    weights.saturating_add(embeddings).saturating_add(angles)
+}
+
 impl Stock {
-    /// Candle allocates without asking: an estimate of its activations and its cache for `tokens` more.
+    /// Candle allocates without asking. An error if what it needs for `tokens` more does not fit the memory.
     fn check_memory(&self, held: usize, tokens: usize) -> Result<()> {
-        /// Tensors of the widest kind that Candle holds at a time.
-        const WIDEST: u64 = 3;
-        let Config { hidden, feed_forward, n_head, .. } = self.config;
-        let scores = (n_head as u64).saturating_mul((held + tokens) as u64);
-        let row = scores.max(2 * feed_forward as u64).max((hidden + self.config.q_dim()) as u64);
-        let activations = row.saturating_mul(4 * WIDEST * tokens as u64);
-        let cache = (held + tokens) as u64 * 2 * self.config.kv_bytes(KvType::F32) as u64; // it is copied as it grows
-        memory::probe(activations.saturating_add(cache), format_args!("engine 'candle' with {tokens} tokens more"))
+        let what = format_args!("engine 'candle' with {tokens} tokens more");
+        // The cache of the sequence before is freed as this one starts.
+        let freed = if held == 0 { self.cached.load(Relaxed) } else { 0 };
+        memory::probe(needed(&self.config, held, tokens, freed), what)?;
+        if held > 0 {
+            return Ok(());
+        }
+        // It allocates keys and values of the whole context for every layer, and writes to them as they are used.
+        let keys = KvType::F32.bytes(self.config.n_head_kv, self.config.head_dim) as u64;
+        let all = keys.saturating_mul(self.config.context_length as u64);
+        memory::probe_pieces(2 * self.config.n_layers, all, "a KV cache buffer of engine 'candle'")
     }
+}
+
+/// Bytes that Candle writes for `tokens` more after `held`, of which the memory of `freed` positions is there.
+fn needed(config: &Config, held: usize, tokens: usize, freed: usize) -> u64 {
+    /// Tensors of the widest kind that Candle holds at a time.
+    const WIDEST: u64 = 3;
+    let &Config { hidden, feed_forward, n_head, n_head_kv, .. } = config;
+    let (positions, q_dim) = ((held + tokens) as u64, config.q_dim() as u64);
+    let scores = positions.saturating_mul(n_head as u64);
+    let row = scores.max(2 * feed_forward as u64).max(hidden as u64 + q_dim);
+    let activations = row.saturating_mul(4 * WIDEST * tokens as u64);
+    // A layer's keys and values are repeated for each query head of a group.
+    let repeated = if n_head == n_head_kv { 0 } else { positions.saturating_mul(2 * 4 * q_dim) };
+    let cache = (tokens.saturating_sub(freed) as u64).saturating_mul(config.kv_bytes(KvType::F32) as u64);
+    activations.saturating_add(repeated).saturating_add(cache)
 }
 
 /// The file for Candle's reader, which reads it tensor by tensor. A read fails once the task is cancelled.
@@ -200,6 +236,7 @@ impl Sequence for StockSequence {
             lock(&self.model.weights).forward(&input, self.len)?.flatten_all()?.to_vec1()?
         };
         self.len += self.appended.len();
+        self.model.cached.store(self.len, Relaxed);
         self.appended.clear();
         if cancel.is_set() { Err(Error::Cancelled) } else { Ok(false) }
     }
@@ -219,6 +256,48 @@ impl Sequence for StockSequence {
 
 impl Drop for StockSequence {
     fn drop(&mut self) {
-        self.model.taken.store(false, std::sync::atomic::Ordering::Release);
+        self.model.taken.store(false, Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phi3_mini() -> Config {
+        Config {
+            n_layers: 32,
+            hidden: 3072,
+            feed_forward: 8192,
+            n_head: 32,
+            n_head_kv: 32,
+            head_dim: 96,
+            n_vocab: 32064,
+            context_length: 4096,
+            rms_eps: 1e-5,
+            rope_base: 10_000.0,
+            rope_dims: 96,
+            long_rope: None,
+            sliding_window: None,
+            tied: false,
+        }
+    }
+
+    #[test]
+    fn a_token_after_a_long_conversation_needs_little_memory() {
+        let config = phi3_mini();
+        assert!(needed(&config, 4000, 1, 0) < 4 << 20);
+        let groups = Config { n_head_kv: 8, ..config };
+        assert!((98_000_000..102_000_000).contains(&needed(&groups, 4000, 1, 0)), "repeated keys and values");
+    }
+
+    #[test]
+    fn a_prompt_needs_its_scores_and_its_cache_less_what_the_cache_before_frees() {
+        let config = phi3_mini();
+        let (scores, position) = (3 * 4 * 32 * 2000 * 2000, config.kv_bytes(KvType::F32) as u64);
+        assert_eq!(needed(&config, 0, 2000, 0), scores + 2000 * position);
+        assert_eq!(needed(&config, 0, 2000, 1500), scores + 500 * position);
+        assert_eq!(needed(&config, 0, 2000, 3000), scores);
+        assert_eq!(needed(&config, 0, 1 << 40, 0), u64::MAX);
     }
 }

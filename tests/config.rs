@@ -250,6 +250,8 @@ fn the_memory_that_a_model_needs_follows_from_its_header() {
     assert!(of_100.activations < needed(Some(512), "f16").activations);
     assert_eq!(needed(Some(512), "f16").activations, needed(Some(4096), "f16").activations);
     assert!(estimate(&path, None, "q4").is_err());
+    let windowed = File::new().key("phi3.attention.sliding_window", u32(100)).save(folder.path());
+    assert_eq!(estimate(&windowed, Some(4096), "f16").unwrap().context, (100 + 512) * 16);
 }
 
 #[test]

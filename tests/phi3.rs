@@ -116,7 +116,7 @@ fn the_same_bits_whatever_the_number_of_threads() {
 }
 
 /// Longer than two blocks of attention: on few threads a task walks through the blocks, on many they are computed side by
-/// side. Later chunks of the prompt are shorter than the first.
+/// side.
 #[test]
 fn the_same_bits_of_a_long_context_whatever_the_number_of_threads_and_the_chunks() {
     let shape = Shape { hidden: 32, feed_forward: 32, n_head: 2, n_head_kv: 1, n_vocab: 64, context: 4096 };

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 use super::pack::Line;
-use crate::memory;
+use crate::{memory, panic};
 
 thread_local! {
     /// The pieces that were in use at a time. The last one returned is taken first, so that each place in the code gets
@@ -19,13 +19,13 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Raises `Error::Memory` (see `memory::raise`) if the system refuses: kernels return no errors.
+    /// Unwinds with `Error::Memory` if the system refuses: kernels return no errors.
     pub fn take(lines: usize) -> Self {
         let mut kept = KEPT.with_borrow_mut(Vec::pop).unwrap_or_default();
         if kept.len() < lines {
             drop(kept); // frees the old piece first
             let filled = memory::filled(Line::ZERO, lines, "the scratch memory of a computation");
-            kept = filled.unwrap_or_else(|error| memory::raise(error));
+            kept = filled.unwrap_or_else(|error| panic::resume(error));
         }
         Scratch { kept, lines }
     }
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn too_large_a_piece_is_an_error_and_the_thread_goes_on() {
-        let taken = memory::catch(|| -> Result<()> {
+        let taken = panic::catch(|| -> Result<()> {
             Scratch::take(usize::MAX / size_of::<Line>());
             Ok(())
         });

@@ -17,7 +17,7 @@ use super::AttentionShape;
 use super::cpu::{Disjoint, PARALLEL_FROM, Rows, RowsMut};
 use crate::cache::{KvBuffer, KvLayer, PAGE, Page};
 use crate::kernels::{Kernel, KvPage, KvSliceMut, Line, Query, Scratch, view_mut};
-use crate::memory;
+use crate::panic;
 use crate::threads::{Cancel, Pool};
 
 /// Pages of a block of the context.
@@ -340,7 +340,7 @@ impl Attention<'_> {
         for (start, page) in (first..end).step_by(PAGE).zip(&mut pages) {
             let Page { start, k, v } = self.layer.page_of(start);
             let head = |buffer: &'a KvBuffer| {
-                buffer.head(task.kv_head, n_head_kv).unwrap_or_else(|error| memory::raise(error))
+                buffer.head(task.kv_head, n_head_kv).unwrap_or_else(|error| panic::resume(error))
             };
             *page = Some(KvPage { start: *start, k: head(k), v: head(v) });
         }

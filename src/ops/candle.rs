@@ -7,8 +7,8 @@ use candle_core::{D, DType, Module, Result, Tensor};
 
 use super::{AttentionShape, Matrix, Norm};
 use crate::cache::{KvLayer, Page};
-use crate::memory;
 use crate::rope::Angles;
+use crate::{memory, panic};
 
 pub fn embed(table: &Matrix, ids: &[u32]) -> Result<Tensor> {
     let table = table.candle()?;
@@ -67,7 +67,7 @@ pub fn attention(qkv: &Tensor, layer: &KvLayer, shape: AttentionShape) -> Result
     let (rows, keys) = (group * tokens, layer.len() - layer.start());
     let mut mask = Vec::new();
     let what = format_args!("an attention mask of {rows} queries and {keys} keys");
-    memory::reserve(&mut mask, rows * keys, what).unwrap_or_else(|error| memory::raise(error));
+    memory::reserve(&mut mask, rows * keys, what).unwrap_or_else(|error| panic::resume(error));
     mask.extend((0..rows).flat_map(|row| {
         let position = layer.len() - tokens + row % tokens;
         let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
