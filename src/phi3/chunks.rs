@@ -3,6 +3,7 @@
 //! The activations of a chunk fit a byte budget. One layer of it takes at most half as long again at a long context as at an
 //! empty one, so that other sequences get their turns. The results have the same bits whatever the lengths are.
 //!
+//! Decisions: docs/design/model.md
 //! Decisions: docs/design/runtime.md
 
 use super::Config;
