@@ -138,7 +138,7 @@ def test_a_mapped_file_that_shrank_is_refused_and_a_copy_is_whole(tmp_path: Path
         os.truncate(path, 100_000)
         assert copied.generate(HAIKU, seed=1) == text
         for call in (lambda: mapped.generate(HAIKU), lambda: mapped.logits([1, 2])):
-            with pytest.raises(InvalidModelError, match=r"model\.gguf: the file shrank .* to 100000 bytes.*without mmap"):
+            with pytest.raises(InvalidModelError, match=r"model\.gguf: the file shrank .* 100000 bytes.*without mmap"):
                 call()
 
 
