@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -405,10 +404,8 @@ def test_ctrl_c() -> None:
         assert process.stderr is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        before = time.monotonic()
         assert process.stdout.read() is not None
-        assert process.wait(30) == 130
-        assert time.monotonic() - before < 2
+        assert process.wait(60) == 130
         assert process.stderr.read() == b""
 
 

@@ -60,7 +60,8 @@ def fetched() -> bool:
 
 def test_an_unknown_authority(home: Path, server: FakeHub) -> None:
     with pytest.raises(
-        DownloadError, match=r"127\.0\.0\.1: TLS certificate rejected: unknown issuer.*SSL_CERT_FILE.*browser, and open"
+        DownloadError,
+        match=r"127\.0\.0\.1: TLS certificate rejected: unknown issuer.*SSL_CERT_FILE.*browser and give its path",
     ) as raised:
         fetched()
     assert raised.value.host == "127.0.0.1"
