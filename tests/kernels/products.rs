@@ -147,7 +147,8 @@ fn assert_near(kernel: &dyn Kernel, matrix: &Matrix, phase: Phase, x: &[f32], ex
 /// Row lengths of a format.
 fn widths(format: Format) -> Vec<usize> {
     let any = [1, 7, 20, 33, 100, 32, 64, 96, 256, 512, 1024, 3072, 8192];
-    any.into_iter().filter(|cols| cols % format.block_len() == 0).collect()
+    let most = if cfg!(miri) { 256 } else { usize::MAX };
+    any.into_iter().filter(|cols| cols % format.block_len() == 0 && *cols <= most).collect()
 }
 
 /// Every kernel in each of its phases.
@@ -157,21 +158,22 @@ fn runs() -> Vec<(Box<dyn Kernel>, Phase)> {
 
 #[test]
 fn products_are_as_near_as_the_rounding_of_activations_allows() {
+    let rows = if cfg!(miri) { 3 } else { 35 };
     for format in Format::ALL {
         let runs = runs();
         let mut means = vec![0.0; runs.len()];
         let widths = widths(format);
         for cols in widths.iter().copied() {
             let mut random = Random::new(cols as u64);
-            let tokens = if cols > 1024 { 17 } else { 35 };
-            let matrix = Matrix::random(format, 35, cols, &mut random);
+            let tokens = if cols > 1024 { 17 } else { rows };
+            let matrix = Matrix::random(format, rows, cols, &mut random);
             let mut x = random.normals(tokens * cols);
             // As in the real model, some features are much larger than the others.
             x.iter_mut().step_by(397).for_each(|x| *x *= 50.0);
             let expected = expected(&matrix, &x);
             for ((kernel, phase), mean) in runs.iter().zip(&mut means) {
-                let tokens = if *phase == Phase::Decode { 8 } else { tokens };
-                let (x, expected) = (&x[..tokens * cols], &expected[..tokens * 35]);
+                let tokens = if *phase == Phase::Decode { tokens.min(8) } else { tokens };
+                let (x, expected) = (&x[..tokens * cols], &expected[..tokens * rows]);
                 *mean += assert_near(&**kernel, &matrix, *phase, x, expected) / widths.len() as f64;
             }
         }
