@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-timing asan tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing asan miri tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# maturin installs here, even if another environment is active
@@ -37,13 +37,20 @@ test: engine ## the tests of the engine (cargo) and of the package (pytest), wit
 # The tests whose subject is time, and the limits of those that also check something else. One test at a time, since they
 # would slow each other down. A busy machine may fail them; it must not fail `make test`.
 test-timing: engine ## the tests that measure time, with wide limits
-	cargo test -- --ignored --test-threads 1
 	$(BIN)/python -m pytest --timing
 
 # With --target, even this machine's own, build scripts and derive macros are built without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --no-default-features \
 		--target $$(rustc --print host-tuple) --lib --test kernels --test gguf --test tokenizer --test chat --test attacks
+
+# Portable alone: Miri reports none of the other kernels' instructions. It reads every block format, packs activations, and runs the
+# pool and the ranges that its tasks write.
+miri: require ## the portable kernel and the thread pool under Miri (takes a nightly Rust with the component miri)
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --no-default-features --test kernels -- \
+		products_are_as_near packing_of positions_and
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --no-default-features --lib -- \
+		threads::tests::every threads::tests::a_panic ops::cpu
 
 # It needs a standard library built with the sanitizer, and so the source of rustc's standard library.
 tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustup component add rust-src`)
