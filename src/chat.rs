@@ -27,10 +27,13 @@ use jinja::Fault;
 use marks::{CONTINUED, MAX_SIGNS, Origin, SLACK};
 
 mod clock;
+mod filters;
 mod guard;
 mod jinja;
 mod marks;
 mod meter;
+mod methods;
+mod strings;
 mod text;
 
 /// One message of a conversation. `role` is "system", "user" or "assistant".
