@@ -69,9 +69,9 @@ impl From<Error> for PyErr {
 /// Runs `work` without the interpreter's lock. A panic becomes an `InternalError`.
 ///
 /// `work` never calls Python. It waits in pieces of at most 75 ms: between them Python handles signals and calls
-/// callbacks. Only the thread that wakes event loops waits longer. A daemon thread that comes back while the interpreter finalizes stays in `PyEval_RestoreThread`:
-/// PyO3 parks it there before Python 3.14, and Python itself from then on. Until finalization begins it passes, so that
-/// an `atexit` handler can join it.
+/// callbacks. Only the thread that wakes event loops waits longer. A daemon thread that comes back while the interpreter
+/// finalizes stays in `PyEval_RestoreThread`: PyO3 parks it there before Python 3.14, and Python itself from then on.
+/// Until finalization begins it passes, so that an `atexit` handler can join it.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
     Ok(py.detach(|| panic::catch(work))?)
 }

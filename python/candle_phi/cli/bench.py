@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable
 
 from .. import _bench
 from . import output
@@ -52,14 +53,14 @@ def make_parser() -> Parser:
     )
     section.add(
         "--prompts",
-        type=lambda text: [_count(n, 1) for n in text.split(",")],
+        type=_counts(1),
         default=_bench.PROMPTS,
         metavar="N,...",
         help="prompt lengths in tokens (default: 32,128,512)",
     )
     section.add(
         "--contexts",
-        type=lambda text: [_count(n, 0) for n in text.split(",")],
+        type=_counts(0),
         default=_bench.CONTEXTS,
         metavar="N,...",
         help="context lengths at which decoding is timed (default: 0,1500)",
@@ -67,6 +68,11 @@ def make_parser() -> Parser:
     parser.end_section()
     add_model_options(parser)
     return parser
+
+
+def _counts(least: int) -> Callable[[str], list[int]]:
+    """A type of arguments: whole numbers with commas between them."""
+    return lambda text: [_count(n, least) for n in text.split(",")]
 
 
 def _at_least_1(text: str) -> int:
