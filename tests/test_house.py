@@ -60,6 +60,7 @@ def test_python_modules_import_only_downwards() -> None:
         "progress",
         "hub",
         "memory",
+        "locations",
         "messages",
         "results",
         "stream",

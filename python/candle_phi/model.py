@@ -4,14 +4,13 @@
 import functools
 import logging
 import os
-import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Never, Self, SupportsIndex, TypedDict, Unpack
 
 from . import _engine, aio, hub, memory, options
-from ._engine import DEFAULT_REPO
 from .aio import AsyncStream
 from .errors import ModelNotFoundError, missing_attribute
+from .locations import check_file, is_repository, tokenizer_path
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
 from .metadata import Metadata
 from .options import Device, Engine, KvCache, OptionValueError
@@ -152,9 +151,9 @@ class Phi:
             },
         )
         del checked["on_progress"]
-        _check_file(path)
+        check_file(path)
         if checked["tokenizer"] is not None:
-            checked["tokenizer"] = _tokenizer_path(checked["tokenizer"])
+            checked["tokenizer"] = tokenizer_path(checked["tokenizer"])
         memory.warn_if_too_large(path, checked["n_ctx"], checked["kv_cache"])
         with progress_callback("", False, on_progress) as watch:
             self._model = wait_for(_engine.Model.load(path, **checked), watch)
@@ -225,9 +224,9 @@ class Phi:
             {**options.HUB, **options.MODEL}, {**model_options, **location, "filename": filename, "revision": revision}
         )
         tokenizer = model_options.get("tokenizer")
-        if tokenizer is not None and _is_repository(tokenizer):
+        if tokenizer is not None and is_repository(tokenizer):
             model_options["tokenizer"] = hub.download(os.fspath(tokenizer), "tokenizer.json", **location)
-        if not _is_repository(repo_id):
+        if not is_repository(repo_id):
             for name, value in (("revision", revision), ("cache_dir", cache_dir)):
                 if value:
                     raise OptionValueError(name, f"is for repositories of the Hub, and {repo_id!r} is a path")
@@ -579,43 +578,3 @@ class Phi:
             if are_ids(prompt):
                 return token_ids(prompt, self.n_vocab)
         return self._model.tokenize_messages(turns(prompt))
-
-
-def _is_repository(path: object) -> bool:
-    """Whether it is a repository (`organisation/name`, a short name or an alias) and not an existing path."""
-    if not isinstance(path, str) or path.endswith((".gguf", ".json")) or os.path.exists(path):
-        return False
-    return hub.resolve(path) != path or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
-
-
-def _check_file(path: str) -> None:
-    """Names the call that works, if the path is a repository, a misspelt name or a folder."""
-    if _is_repository(path):
-        repo = hub.resolve(path)
-        what = "the repository" if repo == path else repo
-        raise ModelNotFoundError(f"{path!r} is not a file. To download {what}: Phi.from_pretrained({path!r})")
-    if not path.endswith(".gguf") and not os.path.exists(path):
-        close = hub.closest(path)
-        question = f"; did you mean Phi.from_pretrained({close!r})?" if close else "."
-        raise ModelNotFoundError(
-            f"{path!r} is neither a file nor a model's name{question} Phi.demo() opens the bundled model, "
-            f"Phi.from_pretrained(name) downloads one. Its short names: {', '.join(hub.SHORT_NAMES)}"
-        )
-    if not os.path.isdir(path):
-        return
-    files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
-    if files:
-        first = os.path.join(path, files[0])
-        raise ModelNotFoundError(f"{path!r} is a folder with {len(files)} .gguf files: Phi({first!r}) opens the first")
-    raise ModelNotFoundError(
-        f"{path!r} is a folder without .gguf files. Phi.from_pretrained({DEFAULT_REPO!r}) downloads a model"
-    )
-
-
-def _tokenizer_path(path: str) -> str:
-    """The absolute path of a `tokenizer.json`, downloaded if `path` is a repository."""
-    if _is_repository(path):
-        path = str(hub.download(path, "tokenizer.json"))
-    if not os.path.isfile(path):
-        raise ModelNotFoundError(f"tokenizer={path!r}: no such file; give the path of a tokenizer.json")
-    return os.path.abspath(path)
