@@ -96,22 +96,7 @@ mod tests {
     use super::*;
 
     fn phi3_mini() -> Config {
-        Config {
-            n_layers: 32,
-            hidden: 3072,
-            feed_forward: 8192,
-            n_head: 32,
-            n_head_kv: 32,
-            head_dim: 96,
-            n_vocab: 32064,
-            context_length: 131_072,
-            rms_eps: 1e-5,
-            rope_base: 10_000.0,
-            rope_dims: 96,
-            long_rope: None,
-            sliding_window: None,
-            tied: false,
-        }
+        Config::phi3_mini(131_072)
     }
 
     fn phi4() -> Config {

@@ -45,6 +45,29 @@ pub struct Config {
     pub tied: bool,
 }
 
+#[cfg(test)]
+impl Config {
+    /// Phi-3-mini's sizes, without a sliding window and LongRoPE.
+    pub fn phi3_mini(context_length: usize) -> Self {
+        Config {
+            n_layers: 32,
+            hidden: 3072,
+            feed_forward: 8192,
+            n_head: 32,
+            n_head_kv: 32,
+            head_dim: 96,
+            n_vocab: 32064,
+            context_length,
+            rms_eps: 1e-5,
+            rope_base: 10_000.0,
+            rope_dims: 96,
+            long_rope: None,
+            sliding_window: None,
+            tied: false,
+        }
+    }
+}
+
 impl Config {
     pub fn q_dim(&self) -> usize {
         self.n_head * self.head_dim
