@@ -50,7 +50,7 @@ miri: require ## the portable kernel and the thread pool under Miri (takes a nig
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --no-default-features --test kernels -- \
 		products_are_as_near packing_of positions_and
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --no-default-features --lib -- \
-		threads::tests::every threads::tests::a_panic ops::cpu
+		pool::tests::every pool::tests::a_panic ops::cpu
 
 # It needs a standard library built with the sanitizer, and so the source of rustc's standard library.
 tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustup component add rust-src`)

@@ -6,7 +6,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use candle_phi::kernels::{self, Format, Kernel, Line, Phase, Weights};
+use candle_phi::compute::kernels::{self, Format, Kernel, Line, Phase, Weights};
 
 #[path = "../tests/kernels/random.rs"]
 mod random;

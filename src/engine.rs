@@ -9,24 +9,24 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use sha2::{Digest, Sha256};
 
-use crate::bandwidth;
-use crate::cache::KvType;
-use crate::chat::{Message, Template};
+use crate::compute::bandwidth;
+use crate::compute::kernels::{self, Kernel};
+use crate::compute::ops::Backend;
+use crate::compute::pool::{self, Cancel, Pool, drop_in_background, lock};
 use crate::error::{Error, Result};
-use crate::generate::{Generation, Request};
-use crate::gguf::Gguf;
-use crate::kernels::{self, Kernel};
-use crate::logits::Logits;
-use crate::memory;
+use crate::files::gguf::Gguf;
+use crate::kv::cache::KvType;
+use crate::model::baseline::Stock;
+use crate::model::phi3::Phi3;
 use crate::model::{self, Model, Want};
-use crate::ops::Backend;
-use crate::phi3::Phi3;
-use crate::schedule::Scheduler;
-use crate::stock::Stock;
-use crate::stream::{Stream, TextStream};
-use crate::task::{Phase, Task};
-use crate::threads::{self, Cancel, Pool, drop_in_background, lock};
-use crate::tokenizer::{Special, Tokenizer};
+use crate::runtime::generation::{Generation, Request};
+use crate::runtime::logits::Logits;
+use crate::runtime::scheduler::Scheduler;
+use crate::runtime::stream::{Stream, TextStream};
+use crate::system::memory;
+use crate::system::task::{Phase, Task};
+use crate::text::chat::{Message, Template};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 /// Options of loading, with the names and defaults of the Python API.
 #[derive(Clone, Debug)]
@@ -330,7 +330,7 @@ fn backend(options: &LoadOptions) -> Result<Backend> {
     };
     let device = found
         .map_err(|error| Error::UnsupportedModel(format!("device '{}' cannot be opened: {error}", options.device)))?;
-    let n_threads = threads::count(options.n_threads)?;
+    let n_threads = pool::count(options.n_threads)?;
     let kernel = choose_kernel(options.kernel.as_deref())?;
     Ok(match device {
         Device::Cpu => Backend::Cpu { kernel, pool: Pool::new(n_threads) },

@@ -37,11 +37,11 @@
 //! # Example
 //!
 //! ```
-//! use candle_phi::chat::Message;
+//! use candle_phi::text::chat::Message;
 //! use candle_phi::engine::{Engine, LoadOptions};
-//! use candle_phi::generate::Request;
-//! use candle_phi::sampling::Sampling;
-//! use candle_phi::task::Task;
+//! use candle_phi::runtime::generation::Request;
+//! use candle_phi::runtime::sampling::Sampling;
+//! use candle_phi::system::task::Task;
 //!
 //! # fn main() -> Result<(), candle_phi::error::Error> {
 //! let path = "python/candle_phi/demo/phi3-demo-q4_k_m.gguf".as_ref();
@@ -71,36 +71,14 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("candle-phi needs a 64-bit system, and for the package a 64-bit Python: models are larger than 2 GB");
 
-pub mod bandwidth;
-pub mod cache;
-pub mod chat;
-pub mod detokenizer;
+pub mod compute;
 pub mod engine;
 pub mod error;
-pub mod generate;
-pub mod gguf;
-pub mod hub;
-#[allow(unsafe_code)] // instructions, and files and buffers viewed as blocks
-pub mod kernels;
-pub mod logits;
-pub mod memory;
+pub mod files;
+pub mod kv;
 pub mod model;
-pub mod ops;
-pub mod outbox;
-pub mod panic;
-pub mod phi3;
 #[cfg(feature = "python")]
 mod python;
-pub mod ready;
-pub mod requirements;
-pub mod rope;
-pub mod sampling;
-pub mod schedule;
-pub mod stock;
-pub mod stop;
-pub mod stream;
-pub mod task;
-#[allow(unsafe_code)] // workers borrow a job from the thread that waits for them
-pub mod threads;
-pub mod tokenizer;
-pub mod work;
+pub mod runtime;
+pub mod system;
+pub mod text;

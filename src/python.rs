@@ -13,18 +13,22 @@ use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
-use crate::chat::Message;
+use crate::compute::{kernels, pool as threads};
 use crate::engine::{Engine, LoadOptions, choose_kernel};
 use crate::error::Error;
-use crate::generate::{Piece, Request, TokenLogprob};
-use crate::gguf::Value;
+use crate::files::gguf::Value;
+use crate::files::hub;
 use crate::model::Want;
-use crate::sampling::Sampling;
-use crate::stream::TextStream;
-use crate::task::{self, BackgroundTask, Progress};
-use crate::tokenizer::Tokenizer;
-use crate::work::FinishReason;
-use crate::{hub, kernels, logits, memory, panic, ready, requirements, stream, threads};
+use crate::model::requirements;
+use crate::runtime::generation::{Piece, Request, TokenLogprob};
+use crate::runtime::sampling::Sampling;
+use crate::runtime::stream::TextStream;
+use crate::runtime::work::FinishReason;
+use crate::runtime::{logits, ready, stream};
+use crate::system::task::{self, BackgroundTask, Progress};
+use crate::system::{memory, panic};
+use crate::text::chat::Message;
+use crate::text::tokenizer::Tokenizer;
 
 mod raised {
     use pyo3::import_exception;
@@ -618,18 +622,18 @@ mod _engine {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         #[cfg(all(target_arch = "aarch64", target_feature = "fp16"))]
-        if !crate::kernels::has_fp16() {
+        if !crate::compute::kernels::has_fp16() {
             return Err(pyo3::exceptions::PyImportError::new_err(
                 "candle_phi was built for CPUs with half-precision arithmetic (ARMv8.2, fp16), and this CPU has none. \
                  The published wheels run here: python -m pip install --force-reinstall --only-binary :all: candle-phi. \
                  A build from source does too with RUSTFLAGS='-C target-feature=+neon'.",
             ));
         }
-        crate::panic::silence();
+        crate::system::panic::silence();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-        let known = crate::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
+        let known = crate::files::hub::choice::KNOWN.iter().map(|known| (known.short, known.repo, known.file));
         module.add("KNOWN_MODELS", known.collect::<Vec<_>>())?;
-        module.add("DEFAULT_REPO", crate::hub::DEFAULT_REPO)?;
-        module.add("DEFAULT_FILE", crate::hub::DEFAULT_FILE)
+        module.add("DEFAULT_REPO", crate::files::hub::DEFAULT_REPO)?;
+        module.add("DEFAULT_FILE", crate::files::hub::DEFAULT_FILE)
     }
 }

@@ -3,10 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_phi::chat::{Message, Rendered, Template};
 use candle_phi::error::{Error, Result};
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::chat::{Message, Rendered, Template};
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 
 mod gguf_writer;
 use gguf_writer::model::Random;

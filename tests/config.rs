@@ -6,9 +6,9 @@ mod gguf_writer;
 use std::path::{Path, PathBuf};
 
 use candle_phi::error::{Error, Result};
-use candle_phi::gguf::Gguf;
-use candle_phi::phi3::Config;
-use candle_phi::requirements::estimate;
+use candle_phi::files::gguf::Gguf;
+use candle_phi::model::phi3::Config;
+use candle_phi::model::requirements::estimate;
 use gguf_writer::{F32, F64, STRING, U32, U64, Writer, string, strings};
 
 /// A small model file whose keys and tensors a test can replace.

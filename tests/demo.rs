@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_phi::chat::Message;
+use candle_phi::compute::kernels;
 use candle_phi::engine::{Engine, LoadOptions};
-use candle_phi::generate::Request;
-use candle_phi::kernels;
-use candle_phi::sampling::Sampling;
-use candle_phi::task::Task;
+use candle_phi::runtime::generation::Request;
+use candle_phi::runtime::sampling::Sampling;
+use candle_phi::system::task::Task;
+use candle_phi::text::chat::Message;
 use tempfile::TempDir;
 
 const HAIKU: &str = "Write a haiku about ice hockey";

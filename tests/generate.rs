@@ -8,17 +8,17 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use candle_phi::compute::pool::Cancel;
 use candle_phi::error::{Error, Result};
-use candle_phi::generate::{Generation, Request};
-use candle_phi::gguf::Gguf;
+use candle_phi::files::gguf::Gguf;
 use candle_phi::model::{Model, Phase, Sequence, Want};
-use candle_phi::sampling::Sampling;
-use candle_phi::schedule::Scheduler;
-use candle_phi::stream::{Stream, TextStream};
-use candle_phi::task::Phase as Reported;
-use candle_phi::threads::Cancel;
-use candle_phi::tokenizer::{Special, Tokenizer};
-use candle_phi::work::{FinishReason, Status, Step, Work};
+use candle_phi::runtime::generation::{Generation, Request};
+use candle_phi::runtime::sampling::Sampling;
+use candle_phi::runtime::scheduler::Scheduler;
+use candle_phi::runtime::stream::{Stream, TextStream};
+use candle_phi::runtime::work::{FinishReason, Status, Step, Work};
+use candle_phi::system::task::Phase as Reported;
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 
 /// Repeats a script of ids and counts its passes.
 struct Scripted {

@@ -10,12 +10,12 @@ use std::task::Poll;
 use std::time::Duration;
 
 use candle_phi::error::{Error, Result};
-use candle_phi::hub::cache::{self, Repository};
-use candle_phi::hub::checksum::Checksum;
-use candle_phi::hub::listing::Listing;
-use candle_phi::hub::lock::{Lock, Mode};
-use candle_phi::hub::{Hub, Token, choice};
-use candle_phi::task;
+use candle_phi::files::hub::cache::{self, Repository};
+use candle_phi::files::hub::checksum::Checksum;
+use candle_phi::files::hub::listing::Listing;
+use candle_phi::files::hub::lock::{Lock, Mode};
+use candle_phi::files::hub::{Hub, Token, choice};
+use candle_phi::system::task;
 use tempfile::TempDir;
 
 /// Counts the bytes that each thread has allocated.

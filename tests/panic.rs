@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 
 use candle_phi::error::{Error, Result};
-use candle_phi::panic::{catch, resume, silence};
+use candle_phi::system::panic::{catch, resume, silence};
 
 #[test]
 fn each_thread_has_its_own_place() {

@@ -7,16 +7,16 @@ mod scratch;
 
 use std::sync::{Arc, LazyLock};
 
-use candle_phi::cache::KvType;
-use candle_phi::chat::{Message, Template};
+use candle_phi::compute::kernels;
+use candle_phi::compute::ops::Backend;
+use candle_phi::compute::pool::{Cancel, Pool};
 use candle_phi::error::Result;
-use candle_phi::gguf::{Gguf, Value};
-use candle_phi::kernels;
+use candle_phi::files::gguf::{Gguf, Value};
+use candle_phi::kv::cache::KvType;
+use candle_phi::model::phi3::Phi3;
 use candle_phi::model::{Model, Phase, Want};
-use candle_phi::ops::Backend;
-use candle_phi::phi3::Phi3;
-use candle_phi::threads::{Cancel, Pool};
-use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::text::chat::{Message, Template};
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
 use scratch::{Scratch, check_message};
 

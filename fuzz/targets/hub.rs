@@ -1,9 +1,9 @@
 //! Texts of a server and of the command line: patterns and names, ranges, and the targets of redirects.
 #![no_main]
 
-use candle_phi::hub::headers::{ContentRange, etag};
-use candle_phi::hub::name::{check_repo, check_revision, is_inside, is_same_model, matches, parts};
-use candle_phi::hub::url::{escape, resolve};
+use candle_phi::files::hub::headers::{ContentRange, etag};
+use candle_phi::files::hub::name::{check_repo, check_revision, is_inside, is_same_model, matches, parts};
+use candle_phi::files::hub::url::{escape, resolve};
 use libfuzzer_sys::fuzz_target;
 
 // The first line and the rest.

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use candle_phi::hub::listing::Listing;
-use candle_phi::hub::{choice, name};
+use candle_phi::files::hub::listing::Listing;
+use candle_phi::files::hub::{choice, name};
 use libfuzzer_sys::fuzz_target;
 
 const WANTED: [Option<&str>; 5] = [None, Some("*"), Some("a.gguf"), Some("*-00001-of-0000[1-3].gguf"), Some("[!a]?*f")];

@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::Tokenizer;
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::tokenizer::Tokenizer;
 
 /// A file that is written again and again. Its directory entry stays until the process ends.
 pub struct Scratch {

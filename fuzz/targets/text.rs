@@ -4,10 +4,10 @@ mod scratch;
 
 use std::sync::{Arc, LazyLock};
 
-use candle_phi::detokenizer::Detokenizer;
-use candle_phi::gguf::Gguf;
-use candle_phi::stop::StopStrings;
-use candle_phi::tokenizer::Tokenizer;
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::detokenizer::Detokenizer;
+use candle_phi::text::stop::StopStrings;
+use candle_phi::text::tokenizer::Tokenizer;
 use libfuzzer_sys::fuzz_target;
 use scratch::sound;
 

@@ -5,8 +5,8 @@ mod scratch;
 use std::sync::{Arc, LazyLock};
 
 use candle_phi::error::Error;
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
 use scratch::{Scratch, check_message, sound};
 

@@ -6,10 +6,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use candle_phi::chat::{Message, Template};
 use candle_phi::error::Error;
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::Tokenizer;
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::chat::{Message, Template};
+use candle_phi::text::tokenizer::Tokenizer;
 
 #[path = "mod.rs"]
 mod attacks;

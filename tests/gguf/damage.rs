@@ -8,10 +8,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_phi::engine::{Engine, LoadOptions};
-use candle_phi::generate::Request;
-use candle_phi::phi3::Config;
-use candle_phi::task::Task;
-use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::model::phi3::Config;
+use candle_phi::runtime::generation::Request;
+use candle_phi::system::task::Task;
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 use gguf_writer::model::{Random, small_model};
 
 use super::*;
@@ -133,7 +133,7 @@ pub fn readable(gguf: &Gguf) {
 fn generate(path: &Path) -> Result<(), Error> {
     let options = LoadOptions { n_threads: Some(1), kernel: Some("portable".into()), ..LoadOptions::default() };
     let engine = Engine::load(path, &options, &Task::default())?;
-    let messages = [candle_phi::chat::Message { role: "user".into(), content: "hello <|end|>".into() }];
+    let messages = [candle_phi::text::chat::Message { role: "user".into(), content: "hello <|end|>".into() }];
     let prompt = engine.tokenize_messages(&messages)?;
     let request =
         Request { prompt, stop: vec!["stop".into()], ignore_eos: true, top_logprobs: Some(2), ..Request::default() };

@@ -2,7 +2,7 @@
 use std::path::Path;
 
 use candle_phi::error::Error;
-use candle_phi::gguf::{GgmlType, Gguf, Value};
+use candle_phi::files::gguf::{GgmlType, Gguf, Value};
 use tempfile::TempDir;
 
 mod damage;

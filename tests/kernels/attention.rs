@@ -1,7 +1,7 @@
 //! Attention, and the pages of the KV cache.
 use std::ops::Range;
 
-use candle_phi::kernels::{Kernel, KvPage, KvSlice, KvSliceMut, PAGE, Query};
+use candle_phi::compute::kernels::{Kernel, KvPage, KvSlice, KvSliceMut, PAGE, Query};
 use half::f16;
 
 use crate::random::Random;

@@ -8,7 +8,7 @@ mod products;
 mod random;
 mod shapes;
 
-use candle_phi::kernels::{self, Format, Kernel, Line, Phase, Weights, view_mut};
+use candle_phi::compute::kernels::{self, Format, Kernel, Line, Phase, Weights, view_mut};
 
 fn all() -> impl Iterator<Item = Box<dyn Kernel>> {
     kernels::available().into_iter().map(|name| kernels::by_name(name).expect(name))

@@ -2,7 +2,7 @@
 //!
 //! The specification is the product, in f64, of the dequantized weights with the activations. A kernel may differ from it
 //! by its rounding of activations (`rounding`, one table for all kernels) and by the rounding of f32 sums.
-use candle_phi::kernels::{Format, Kernel, Phase, Weights, dequantize};
+use candle_phi::compute::kernels::{Format, Kernel, Phase, Weights, dequantize};
 use half::{bf16, f16};
 
 use crate::product::{product, product_of_rows};

@@ -1,7 +1,9 @@
 //! Arguments of unequal lengths: every kernel panics with the numbers, and reads or writes nothing first.
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use candle_phi::kernels::{Format, Kernel, KvPage, KvSlice, KvSliceMut, Line, PAGE, Phase, Query, Weights, dequantize};
+use candle_phi::compute::kernels::{
+    Format, Kernel, KvPage, KvSlice, KvSliceMut, Line, PAGE, Phase, Query, Weights, dequantize,
+};
 use half::f16;
 
 use crate::all;
@@ -136,7 +138,7 @@ fn attention_of_unequal_lengths_is_refused() {
 fn products_of_unequal_lengths_are_refused() {
     for (kernel, phase) in all().flat_map(|kernel| [Phase::Decode, Phase::Prefill].map(|phase| (kernel.name(), phase)))
     {
-        let kernel = candle_phi::kernels::by_name(kernel).expect("it is there");
+        let kernel = candle_phi::compute::kernels::by_name(kernel).expect("it is there");
         for format in Format::ALL {
             let cols = 256;
             let (row, tile) = (format.row_bytes(cols), kernel.tile(format, cols, phase));

@@ -3,8 +3,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::{Family, Special, Tokenizer};
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::tokenizer::{Family, Special, Tokenizer};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tiktoken_rs::CoreBPE;

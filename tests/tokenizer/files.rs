@@ -1,7 +1,7 @@
 //! Wrong files, and what a user reads about them.
 use candle_phi::error::Error;
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

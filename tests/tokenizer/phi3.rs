@@ -3,8 +3,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::{Special, Tokenizer};
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::tokenizer::{Special, Tokenizer};
 use serde_json::Value;
 
 use super::texts::{Random, texts};

@@ -1,7 +1,7 @@
 //! The rules of an SPM tokenizer, on a vocabulary of a few hundred tokens.
 use std::sync::Arc;
 
-use candle_phi::tokenizer::{Family, Special, Tokenizer};
+use candle_phi::text::tokenizer::{Family, Special, Tokenizer};
 use serde_json::json;
 
 use super::texts::{Random, texts};

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_phi::error::Result;
-use candle_phi::gguf::Gguf;
-use candle_phi::tokenizer::Tokenizer;
+use candle_phi::files::gguf::Gguf;
+use candle_phi::text::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -229,6 +229,6 @@ pub fn from_json(json: &Value, gguf: &Vocabulary) -> Result<Tokenizer> {
 
 /// What a stream of these ids shows.
 pub fn stream(tokenizer: &Arc<Tokenizer>, ids: &[u32], strip_leading_space: bool) -> Vec<String> {
-    let mut detokenizer = candle_phi::detokenizer::Detokenizer::new(tokenizer.clone(), strip_leading_space);
+    let mut detokenizer = candle_phi::text::detokenizer::Detokenizer::new(tokenizer.clone(), strip_leading_space);
     ids.iter().filter_map(|&id| detokenizer.push(id)).collect()
 }

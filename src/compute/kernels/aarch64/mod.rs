@@ -1,0 +1,5 @@
+//! The kernels of aarch64.
+
+mod neon;
+
+pub use neon::neon;

@@ -1,0 +1,288 @@
+//! Candle's own `quantized_phi3` behind the same trait: the baseline of tests and benchmarks.
+//!
+//! It refuses models that it would compute wrongly, and sequences longer than a sliding window. It copies the weights,
+//! has one cache, and computes on Candle's global thread pool.
+//!
+//! Decisions: docs/design/engine.md
+
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::sync::atomic::{
+    AtomicBool, AtomicUsize,
+    Ordering::{AcqRel, Relaxed, Release},
+};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{Device, Tensor};
+use candle_transformers::models::quantized_phi3::ModelWeights;
+
+use crate::compute::kernels;
+use crate::compute::pool::{Cancel, ForkGuard, lock};
+use crate::error::{Error, Result};
+use crate::files::gguf::Gguf;
+use crate::kv::cache::KvType;
+use crate::model::phi3::Config;
+use crate::model::{Model, Phase, Sequence, Want};
+use crate::system::memory;
+use crate::system::task::{self, Task};
+
+pub struct Stock {
+    config: Config,
+    file: PathBuf,
+    weights: Mutex<ModelWeights>,
+    /// Positions whose keys and values Candle's cache has memory for.
+    cached: AtomicUsize,
+    taken: AtomicBool,
+}
+
+impl Stock {
+    /// Copies the weights, as Candle does, until `task` is cancelled.
+    pub fn load(gguf: &Gguf, task: &Task) -> Result<Self> {
+        /// Candle creates its thread pool once in a process, and a child has none of its threads.
+        static POOL: OnceLock<ForkGuard> = OnceLock::new();
+        if POOL.get_or_init(ForkGuard::here).is_forked() {
+            let message =
+                "engine 'candle' was used before a fork(), and its thread pool does not survive a fork: use spawn";
+            return Err(Error::Fork(message.into()));
+        }
+        if kernels::features().contains(&("dotprod", false)) {
+            let message =
+                "engine 'candle' uses the dotprod instructions, and this CPU has none; engine 'native' runs here";
+            return Err(Error::Value(message.into()));
+        }
+        let file = gguf.path().display();
+        let config = Config::read(gguf)?;
+        let refusals = [
+            (config.long_rope.is_some(), "the LongRoPE factors".to_owned()),
+            (config.rope_base != 10_000.0, format!("the rope base {}", config.rope_base)),
+            (
+                config.rope_dims != config.head_dim,
+                format!("rotating {} of {} features", config.rope_dims, config.head_dim),
+            ),
+            (config.tied, "an embedding table that is also the head".to_owned()),
+            (gguf.parts().len() > 1, "a split file".to_owned()),
+        ];
+        if let Some((_, what)) = refusals.into_iter().find(|(refused, _)| *refused) {
+            return Err(Error::UnsupportedModel(format!(
+                "{file}: engine 'candle' does not support {what}; engine 'native' does"
+            )));
+        }
+        memory::probe(copied(gguf, &config), format_args!("{file}: the copy of engine 'candle'"))?;
+        let load = || {
+            let bytes = gguf.parts().next().map_or(&[][..], |(_, bytes)| bytes);
+            let content = Content::read(&mut Cursor::new(bytes))?;
+            let mut reader = Watched { bytes: Cursor::new(bytes), task };
+            ModelWeights::from_gguf(false, content, &mut reader, &Device::Cpu)
+        };
+        let weights = load();
+        task.check()?;
+        let weights = weights.map_err(|error: candle_core::Error| {
+            Error::UnsupportedModel(format!("{file}: engine 'candle' cannot load it: {error}; engine 'native' can"))
+        })?;
+        Ok(Stock {
+            config,
+            file: gguf.path().to_owned(),
+            weights: Mutex::new(weights),
+            cached: AtomicUsize::new(0),
+            taken: AtomicBool::new(false),
+        })
+    }
+}
+
+/// Bytes of the weights that Candle copies, with the embedding table as f32 and the rope angles of the whole context.
+fn copied(gguf: &Gguf, config: &Config) -> u64 {
+    let weights: u64 = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
+    let embeddings = 4 * config.n_vocab as u64 * config.hidden as u64;
+    let angles = 4 * config.context_length as u64 * config.rope_dims as u64; // cos and sin: half of the features each
+    weights.saturating_add(embeddings).saturating_add(angles)
+}
+
+impl Stock {
+    /// Candle allocates without asking. An error if what it needs for `tokens` more does not fit the memory.
+    fn check_memory(&self, held: usize, tokens: usize) -> Result<()> {
+        let what = format_args!("engine 'candle' with {tokens} tokens more");
+        // The cache of the sequence before is freed as this one starts.
+        let freed = if held == 0 { self.cached.load(Relaxed) } else { 0 };
+        memory::probe(needed(&self.config, held, tokens, freed), what)?;
+        if held > 0 {
+            return Ok(());
+        }
+        // It allocates keys and values of the whole context for every layer, and writes to them as they are used.
+        let keys = KvType::F32.bytes(self.config.n_head_kv, self.config.head_dim) as u64;
+        let all = keys.saturating_mul(self.config.context_length as u64);
+        memory::probe_pieces(2 * self.config.n_layers, all, "a KV cache buffer of engine 'candle'")
+    }
+}
+
+/// Bytes that Candle writes for `tokens` more after `held`, of which the memory of `freed` positions is there.
+fn needed(config: &Config, held: usize, tokens: usize, freed: usize) -> u64 {
+    /// Tensors of the widest kind that Candle holds at a time.
+    const WIDEST: u64 = 3;
+    let &Config { hidden, feed_forward, n_head, n_head_kv, .. } = config;
+    let (positions, q_dim) = ((held + tokens) as u64, config.q_dim() as u64);
+    let scores = positions.saturating_mul(n_head as u64);
+    let row = scores.max(2 * feed_forward as u64).max(hidden as u64 + q_dim);
+    let activations = row.saturating_mul(4 * WIDEST * tokens as u64);
+    // A layer's keys and values are repeated for each query head of a group.
+    let repeated = if n_head == n_head_kv { 0 } else { positions.saturating_mul(2 * 4 * q_dim) };
+    let cache = (tokens.saturating_sub(freed) as u64).saturating_mul(config.kv_bytes(KvType::F32) as u64);
+    activations.saturating_add(repeated).saturating_add(cache)
+}
+
+/// The file for Candle's reader, which reads it tensor by tensor. A read fails once the task is cancelled.
+struct Watched<'a> {
+    bytes: Cursor<&'a [u8]>,
+    task: &'a Task,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.task.check().map_err(io::Error::other)?;
+        let n = self.bytes.read(buffer)?;
+        self.task.report(task::Phase::Load, self.bytes.position(), Some(self.bytes.get_ref().len() as u64));
+        Ok(n)
+    }
+}
+
+impl Seek for Watched<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.bytes.seek(to)
+    }
+}
+
+impl Model for Stock {
+    fn engine(&self) -> &'static str {
+        "candle"
+    }
+
+    fn name(&self) -> String {
+        self.file.display().to_string()
+    }
+
+    fn kernel(&self) -> &'static str {
+        "candle"
+    }
+
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn n_threads(&self) -> usize {
+        candle_core::utils::get_num_threads()
+    }
+
+    fn n_vocab(&self) -> usize {
+        self.config.n_vocab
+    }
+
+    fn context_length(&self) -> usize {
+        self.config.context_length
+    }
+
+    fn kv_bytes(&self, positions: usize) -> usize {
+        positions * self.config.kv_bytes(KvType::F32)
+    }
+
+    fn check_length(&self, positions: usize) -> Result<()> {
+        match self.config.sliding_window {
+            Some(window) if positions > window => Err(Error::UnsupportedModel(format!(
+                "{positions} positions exceed the sliding window of {window}, and engine 'candle' does not support \
+                 sliding windows; engine 'native' does"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
+        if self.taken.swap(true, AcqRel) {
+            return Err(Error::Busy(
+                "engine 'candle' has 1 slot, and a stream holds it: finish or close that stream first".into(),
+            ));
+        }
+        Ok(Box::new(StockSequence { model: self, len: 0, appended: Vec::new(), logits: Vec::new() }))
+    }
+}
+
+struct StockSequence {
+    model: Arc<Stock>,
+    /// Computed positions.
+    len: usize,
+    /// Ids for the next turn.
+    appended: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+impl Sequence for StockSequence {
+    fn append(&mut self, ids: &[u32], _: Phase, want: Want) -> Result<()> {
+        if want == Want::Every {
+            return Err(Error::UnsupportedModel(
+                "engine 'candle' computes the logits of the last position only".into(),
+            ));
+        }
+        self.model.check_length(self.len + ids.len())?;
+        self.model.check_memory(self.len, ids.len())?;
+        self.appended = ids.to_vec();
+        Ok(())
+    }
+
+    /// One turn for all ids: Candle's loop cannot be interrupted.
+    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
+        if self.appended.is_empty() {
+            return Ok(false);
+        }
+        self.logits = {
+            let input = Tensor::new(&self.appended[..], &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
+            lock(&self.model.weights).forward(&input, self.len)?.flatten_all()?.to_vec1()?
+        };
+        self.len += self.appended.len();
+        self.model.cached.store(self.len, Relaxed);
+        self.appended.clear();
+        if cancel.is_set() { Err(Error::Cancelled) } else { Ok(false) }
+    }
+
+    fn computed(&self) -> usize {
+        if self.appended.is_empty() { self.len } else { 0 }
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    fn take_logits(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.logits)
+    }
+}
+
+impl Drop for StockSequence {
+    fn drop(&mut self) {
+        self.model.taken.store(false, Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phi3_mini() -> Config {
+        Config::phi3_mini(4096)
+    }
+
+    #[test]
+    fn a_token_after_a_long_conversation_needs_little_memory() {
+        let config = phi3_mini();
+        assert!(needed(&config, 4000, 1, 0) < 4 << 20);
+        let groups = Config { n_head_kv: 8, ..config };
+        assert!((98_000_000..102_000_000).contains(&needed(&groups, 4000, 1, 0)), "repeated keys and values");
+    }
+
+    #[test]
+    fn a_prompt_needs_its_scores_and_its_cache_less_what_the_cache_before_frees() {
+        let config = phi3_mini();
+        let (scores, position) = (3 * 4 * 32 * 2000 * 2000, config.kv_bytes(KvType::F32) as u64);
+        assert_eq!(needed(&config, 0, 2000, 0), scores + 2000 * position);
+        assert_eq!(needed(&config, 0, 2000, 1500), scores + 500 * position);
+        assert_eq!(needed(&config, 0, 2000, 3000), scores);
+        assert_eq!(needed(&config, 0, 1 << 40, 0), u64::MAX);
+    }
+}

@@ -1,0 +1,197 @@
+//! The reader's side of a generation: text as it arrives, its end, and a way to cancel it from any thread.
+//!
+//! Decisions: docs/design/runtime.md
+
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use crate::compute::pool::{Cancel, drop_in_background, lock};
+use crate::error::{Error, Result};
+use crate::runtime::generation::Generation;
+use crate::runtime::outbox::{Hook, Outbox, Timings};
+use crate::runtime::scheduler::{Job, Scheduler};
+use crate::runtime::work::{FinishReason, Work};
+use crate::system::task::{Phase, Progress};
+
+/// The longest wait in one piece. A progress callback is promised at most 20 calls a second, with those for new phases.
+const POLL_INTERVAL: Duration = Duration::from_millis(75);
+
+/// The items that a `Work` delivers. Any thread may read or cancel the stream. Dropping it cancels it.
+pub struct Stream<W: Work> {
+    outbox: Arc<Outbox<W::Item>>,
+    scheduler: Scheduler,
+    /// The work until the first read, which submits it.
+    unstarted: Mutex<Option<W>>,
+    /// Phase and time of the last progress report.
+    reported: Mutex<Option<(Phase, Instant)>>,
+}
+
+pub type TextStream = Stream<Generation>;
+
+impl<W: Work> Stream<W> {
+    /// Nothing is computed before the first read. The stream ends at the deadline.
+    pub fn new(work: W, scheduler: Scheduler, deadline: Option<Instant>) -> Self {
+        Stream {
+            outbox: Arc::new(Outbox::new(Cancel::at(deadline))),
+            scheduler,
+            unstarted: Mutex::new(Some(work)),
+            reported: Mutex::default(),
+        }
+    }
+
+    /// The next item, None at the end, or pending. Never waits: `on_change` and `time_left` tell when to poll again.
+    pub fn poll(&self) -> Result<Poll<Option<W::Item>>> {
+        self.scheduler.fork_guard().check()?;
+        self.start()?;
+        let taken = match self.outbox.take(W::ids) {
+            Poll::Pending if self.scheduler.is_closed() => {
+                self.outbox.end(FinishReason::Error, Some(Error::Closed));
+                self.outbox.take(W::ids)
+            }
+            taken => taken,
+        };
+        if taken.is_ready() {
+            self.scheduler.waker().wake(); // the outbox has room again, or the deadline has passed
+        }
+        Ok(match taken {
+            Poll::Ready(item) => Poll::Ready(item?),
+            Poll::Pending => Poll::Pending,
+        })
+    }
+
+    /// Waits until `poll` has something, for at most 75 ms: the reader has signals and callbacks to handle.
+    pub fn wait(&self) -> Result<()> {
+        self.scheduler.fork_guard().check()?;
+        self.outbox.wait(self.time_left().map_or(POLL_INTERVAL, |left| left.min(POLL_INTERVAL)));
+        Ok(())
+    }
+
+    /// Waits for the next item; None at the end.
+    pub fn next(&self) -> Result<Option<W::Item>> {
+        loop {
+            match self.poll()? {
+                Poll::Ready(item) => return Ok(item),
+                Poll::Pending => self.wait()?,
+            }
+        }
+    }
+
+    /// Calls `hook` once when `poll` has something, on any thread, perhaps at once. It must be short and must not use this
+    /// stream.
+    pub fn on_change(&self, hook: Hook) {
+        self.outbox.on_change(hook);
+    }
+
+    /// The time until the deadline.
+    pub fn time_left(&self) -> Option<Duration> {
+        self.outbox.cancel.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// The progress since the last report, as `Outbox::progress` has it. Empty within 75 ms of the last report, unless a phase
+    /// has begun since or `end` is set.
+    pub fn progress(&self, end: bool) -> Result<Vec<Progress>> {
+        self.scheduler.fork_guard().check()?;
+        let mut reported = lock(&self.reported);
+        let progress = self.outbox.progress(reported.map(|(phase, _)| phase));
+        let Some(last) = progress.last() else { return Ok(progress) };
+        if !end && reported.is_some_and(|(phase, at)| phase == last.phase && at.elapsed() < POLL_INTERVAL) {
+            return Ok(Vec::new());
+        }
+        *reported = Some((last.phase, Instant::now()));
+        Ok(progress)
+    }
+
+    fn start(&self) -> Result<()> {
+        // The lock is free again from here on: dropping work may unmap the model.
+        let Some(work) = lock(&self.unstarted).take() else { return Ok(()) };
+        if self.outbox.cancel.is_set() {
+            return Ok(());
+        }
+        let job = StreamJob { work, outbox: self.outbox.clone(), submitted: Instant::now(), began: false };
+        let result = self.scheduler.submit(Box::new(job));
+        if result.is_err() {
+            self.outbox.abandon(FinishReason::Error);
+        }
+        result
+    }
+
+    /// Ends the stream, from any thread. Returns at once. Unread items are dropped. Does nothing after the end was read.
+    pub fn cancel(&self) {
+        drop(self.abandon());
+    }
+
+    /// Cancels the stream. Returns work that was never submitted.
+    fn abandon(&self) -> Option<W> {
+        if self.scheduler.fork_guard().is_forked() || !self.outbox.abandon(FinishReason::Cancelled) {
+            return None;
+        }
+        self.outbox.cancel.set();
+        let unstarted = lock(&self.unstarted).take();
+        self.scheduler.waker().wake();
+        unstarted
+    }
+
+    /// None until the end was read.
+    pub fn finish_reason(&self) -> Result<Option<FinishReason>> {
+        self.scheduler.fork_guard().check()?;
+        Ok(self.outbox.finish_reason())
+    }
+
+    /// The token ids of the items that were read.
+    pub fn ids(&self) -> Result<Vec<u32>> {
+        self.scheduler.fork_guard().check()?;
+        Ok(self.outbox.ids())
+    }
+
+    pub fn timings(&self) -> Result<Timings> {
+        self.scheduler.fork_guard().check()?;
+        Ok(self.outbox.timings())
+    }
+}
+
+impl<W: Work> Drop for Stream<W> {
+    /// Work holds the model, perhaps as the last one, and Python drops its objects with the interpreter's lock held.
+    fn drop(&mut self) {
+        if let Some(unstarted) = self.abandon() {
+            drop_in_background(unstarted);
+        }
+    }
+}
+
+/// A `Work` and its outbox as a job of the scheduler.
+struct StreamJob<W: Work> {
+    work: W,
+    outbox: Arc<Outbox<W::Item>>,
+    /// The first read.
+    submitted: Instant,
+    began: bool,
+}
+
+impl<W: Work> Job for StreamJob<W> {
+    fn ready(&self) -> bool {
+        self.outbox.cancel.is_set() || self.outbox.wants_more()
+    }
+
+    fn step(&mut self) -> bool {
+        let cancel = &self.outbox.cancel;
+        if !self.began && !cancel.is_set() {
+            self.began = true;
+            self.outbox.begin(self.submitted.elapsed(), self.work.status());
+        }
+        let step = if cancel.is_set() { Err(Error::Cancelled) } else { self.work.step(cancel) };
+        self.outbox.deliver(step, self.work.status(), self.submitted.elapsed())
+    }
+
+    fn fail(&mut self, error: Error) {
+        self.outbox.end(FinishReason::Error, Some(error));
+    }
+
+    fn cancel(&self) -> &Cancel {
+        &self.outbox.cancel
+    }
+
+    fn unread_since(&self) -> Option<Instant> {
+        self.outbox.unread_since()
+    }
+}
