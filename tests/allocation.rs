@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex};
 
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::Backend;
-use candle_phi::compute::pool::{Cancel, Pool};
+use candle_phi::compute::pool::Pool;
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::cache::KvType;
 use candle_phi::model::phi3::Phi3;
 use candle_phi::model::{Model, Phase, Want};
+use candle_phi::system::sync::Cancel;
 use gguf_writer::model::{Shape, model_of};
 
 const MIB: usize = 1 << 20;

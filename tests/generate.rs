@@ -8,7 +8,6 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_phi::compute::pool::Cancel;
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
 use candle_phi::model::{Model, Phase, Sequence, Want};
@@ -17,6 +16,7 @@ use candle_phi::runtime::sampling::Sampling;
 use candle_phi::runtime::scheduler::Scheduler;
 use candle_phi::runtime::stream::{Stream, TextStream};
 use candle_phi::runtime::work::{FinishReason, Status, Step, Work};
+use candle_phi::system::sync::Cancel;
 use candle_phi::system::task::Phase as Reported;
 use candle_phi::text::tokenizer::{Special, Tokenizer};
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::Backend;
-use candle_phi::compute::pool::{Cancel, Pool};
+use candle_phi::compute::pool::Pool;
 use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::cache::KvType;
 use candle_phi::model::phi3::Phi3;
 use candle_phi::model::{Model, Phase, Want};
+use candle_phi::system::sync::Cancel;
 use gguf_writer::Writer;
 
 const HIDDEN: u64 = 1024;

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use candle_core::Device;
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::Backend;
-use candle_phi::compute::pool::{Cancel, Pool};
+use candle_phi::compute::pool::Pool;
 use candle_phi::error::Error;
 use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::cache::KvType;
 use candle_phi::model::phi3::Phi3;
 use candle_phi::model::{Model, Phase, Want};
+use candle_phi::system::sync::Cancel;
 use gguf_writer::model::{Shape, model_of};
 
 /// Every kind of model there is a golden file of.

@@ -9,7 +9,8 @@ use std::sync::{Arc, LazyLock};
 
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::Backend;
-use candle_phi::compute::pool::{Cancel, Pool};
+use candle_phi::compute::pool::{Pool};
+use candle_phi::system::sync::{Cancel};
 use candle_phi::error::Result;
 use candle_phi::files::gguf::{Gguf, Value};
 use candle_phi::kv::cache::KvType;

@@ -1,18 +1,20 @@
-//! The number of threads, the pool that a model computes on, and the guard against use after `fork()`.
+//! The number of threads, and the pool that a model computes on.
 //!
 //! Decisions: docs/design/compute.md
 
 use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{
-    AtomicBool, AtomicU64, AtomicUsize,
+    AtomicU64, AtomicUsize,
     Ordering::{Acquire, Relaxed, Release},
 };
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::system::fork::ForkGuard;
 use crate::system::panic;
+use crate::system::sync::lock;
 
 /// No machine has as many cores: a larger number is a typo.
 const MAX_THREADS: usize = 1024;
@@ -35,122 +37,6 @@ pub fn count(n_threads: Option<usize>) -> Result<usize> {
         },
         None => Ok(std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS))),
     }
-}
-
-/// Detects that the process was forked: threads and locks do not survive a fork.
-///
-/// A forked child has each lock in the state of that moment, perhaps held by a thread that the child lacks. So code that
-/// takes a lock asks here first, `drop` included.
-#[derive(Copy, Clone, Debug)]
-pub struct ForkGuard {
-    /// For the message.
-    process: u32,
-    forks: u64,
-}
-
-impl ForkGuard {
-    /// Guards what this process makes now.
-    pub fn here() -> Self {
-        forks::watch();
-        ForkGuard { process: std::process::id(), forks: forks::count() }
-    }
-
-    pub fn check(&self) -> Result<()> {
-        if !self.is_forked() {
-            return Ok(());
-        }
-        Err(Error::Fork(format!(
-            "this model was loaded in process {}, before a fork(): load it in the child, or use spawn or forkserver",
-            self.process
-        )))
-    }
-
-    pub fn is_forked(&self) -> bool {
-        forks::count() != self.forks
-    }
-}
-
-/// Counts the forks that led to this process. A process id does not tell: the first process of every pid namespace has
-/// number 1. Miri has no forks.
-#[cfg(all(unix, not(miri)))]
-mod forks {
-    use std::sync::atomic::{
-        AtomicBool, AtomicU64,
-        Ordering::{Acquire, Relaxed, Release},
-    };
-
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    static WATCHED: AtomicBool = AtomicBool::new(false);
-
-    extern "C" fn count_one() {
-        COUNT.fetch_add(1, Relaxed);
-    }
-
-    /// Counts from now on. Two threads at once may both register: a fork then counts twice, which does no harm, and no
-    /// lock is held that a fork could catch.
-    pub fn watch() {
-        if !WATCHED.load(Acquire) {
-            // SAFETY: the handler adds to an atomic and nothing else, which any child of a fork may do.
-            let error = unsafe { libc::pthread_atfork(None, None, Some(count_one)) };
-            assert_eq!(error, 0, "pthread_atfork: out of memory");
-            WATCHED.store(true, Release);
-        }
-    }
-
-    pub fn count() -> u64 {
-        COUNT.load(Relaxed)
-    }
-}
-
-#[cfg(not(all(unix, not(miri))))]
-mod forks {
-    pub fn watch() {}
-
-    pub fn count() -> u64 {
-        0
-    }
-}
-
-/// A flag that stops work. Any thread may set it, and it counts as set from its deadline on.
-#[derive(Clone, Debug, Default)]
-pub struct Cancel {
-    set: Arc<AtomicBool>,
-    deadline: Option<Instant>,
-}
-
-impl Cancel {
-    pub fn at(deadline: Option<Instant>) -> Self {
-        Cancel { set: Arc::default(), deadline }
-    }
-
-    pub fn set(&self) {
-        self.set.store(true, Relaxed);
-    }
-
-    pub fn is_set(&self) -> bool {
-        self.set.load(Relaxed) || self.is_late()
-    }
-
-    /// Whether the deadline has passed.
-    pub fn is_late(&self) -> bool {
-        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
-    }
-
-    pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
-    }
-}
-
-/// Takes a lock and ignores poisoning: the state that each lock here guards is valid between any two statements.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Drops `value` on a thread of its own, for callers that must not wait: unmapping a model of 2.4 GB takes 100 ms. If no
-/// thread can be started, the value is dropped here.
-pub fn drop_in_background(value: impl Send + 'static) {
-    let thread = std::thread::Builder::new().name("candle-phi-drop".into());
-    let _ = thread.spawn(move || drop(value)); // an error drops the closure, and with it the value
 }
 
 /// Worker threads of one model. The thread that calls `run` is one of them.
@@ -443,19 +329,6 @@ mod tests {
             })
         });
         assert_eq!(runs.into_inner(), 4);
-    }
-
-    #[test]
-    fn a_value_is_dropped_on_another_thread() {
-        struct Note(std::sync::mpsc::Sender<std::thread::ThreadId>);
-        impl Drop for Note {
-            fn drop(&mut self) {
-                self.0.send(std::thread::current().id()).unwrap();
-            }
-        }
-        let (sender, dropped_on) = std::sync::mpsc::channel();
-        drop_in_background(Note(sender));
-        assert_ne!(dropped_on.recv().unwrap(), std::thread::current().id());
     }
 
     #[test]

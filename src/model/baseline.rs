@@ -18,13 +18,14 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_phi3::ModelWeights;
 
 use crate::compute::kernels;
-use crate::compute::pool::{Cancel, ForkGuard, lock};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
 use crate::kv::cache::KvType;
 use crate::model::phi3::Config;
 use crate::model::{Model, Phase, Sequence, Want};
+use crate::system::fork::ForkGuard;
 use crate::system::memory;
+use crate::system::sync::{Cancel, lock};
 use crate::system::task::{self, Task};
 
 pub struct Stock {

@@ -10,8 +10,8 @@ pub mod rope;
 use std::sync::Arc;
 
 pub use crate::compute::kernels::Phase;
-use crate::compute::pool::Cancel;
 use crate::error::Result;
+use crate::system::sync::Cancel;
 
 /// Loaded weights, shared by any number of sequences.
 pub trait Model: Send + Sync {

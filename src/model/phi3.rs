@@ -16,7 +16,6 @@ use candle_core::{Storage, Tensor};
 
 use crate::compute::kernels::{Phase, Weights};
 use crate::compute::ops::{AttentionShape, Backend, Matrix, Norm, Ops};
-use crate::compute::pool::Cancel;
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
 use crate::kv::cache::{KvLayer, KvShape, KvType};
@@ -24,6 +23,7 @@ use crate::model::rope::{Angles, Rope};
 use crate::model::{Model, Sequence, Want};
 use crate::system::memory;
 use crate::system::panic;
+use crate::system::sync::Cancel;
 
 pub use chunks::Chunks;
 pub use config::Config;

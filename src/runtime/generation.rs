@@ -5,11 +5,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::compute::pool::Cancel;
 use crate::error::{Error, Result};
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::runtime::sampling::{Distribution, Sampler, Sampling};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
+use crate::system::sync::Cancel;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::stop::StopStrings;
 use crate::text::tokenizer::Tokenizer;

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::compute::pool::Cancel;
 use crate::error::Result;
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::system::memory;
+use crate::system::sync::Cancel;
 
 /// Delivers one item: (n_vocab), or (ids, n_vocab).
 pub struct Logits {

@@ -7,9 +7,9 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use crate::compute::pool::{Cancel, lock};
 use crate::error::{Error, Result};
 use crate::runtime::work::{FinishReason, Status, Step};
+use crate::system::sync::{Cancel, lock};
 use crate::system::task::{Phase, Progress};
 
 /// The number of items computed ahead of the reader.

@@ -4,7 +4,7 @@
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use crate::compute::pool::lock;
+use crate::system::sync::lock;
 
 /// The tickets of streams that have something to read.
 #[derive(Default)]

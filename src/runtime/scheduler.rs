@@ -13,9 +13,10 @@ mod jobs;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::compute::pool::{Cancel, ForkGuard, lock};
 use crate::error::{Error, Result};
+use crate::system::fork::ForkGuard;
 use crate::system::panic;
+use crate::system::sync::{Cancel, lock};
 
 use jobs::{Active, Jobs};
 

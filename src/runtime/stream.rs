@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use crate::compute::pool::{Cancel, drop_in_background, lock};
 use crate::error::{Error, Result};
 use crate::runtime::generation::Generation;
 use crate::runtime::outbox::{Hook, Outbox, Timings};
 use crate::runtime::scheduler::{Job, Scheduler};
 use crate::runtime::work::{FinishReason, Work};
+use crate::system::sync::{Cancel, drop_in_background, lock};
 use crate::system::task::{Phase, Progress};
 
 /// The longest wait in one piece. A progress callback is promised at most 20 calls a second, with those for new phases.

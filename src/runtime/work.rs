@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use crate::compute::pool::Cancel;
 use crate::error::Result;
+use crate::system::sync::Cancel;
 
 /// Work in steps, as a stream sees it.
 pub trait Work: Send + 'static {

@@ -7,9 +7,10 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use crate::compute::pool::{Cancel, ForkGuard, lock};
 use crate::error::{Error, Result};
+use crate::system::fork::ForkGuard;
 use crate::system::panic;
+use crate::system::sync::{Cancel, lock};
 
 /// The longest wait in one piece. A progress callback is promised at most 20 calls a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(60);

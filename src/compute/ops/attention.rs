@@ -16,9 +16,10 @@ use half::f16;
 use super::AttentionShape;
 use super::cpu::{Disjoint, PARALLEL_FROM, Rows, RowsMut};
 use crate::compute::kernels::{Kernel, KvPage, KvSliceMut, Line, Query, Scratch, view_mut};
-use crate::compute::pool::{Cancel, Pool};
+use crate::compute::pool::Pool;
 use crate::kv::cache::{KvBuffer, KvLayer, PAGE, Page};
 use crate::system::panic;
+use crate::system::sync::Cancel;
 
 /// Pages of a block of the context.
 const PAGES: usize = 8;

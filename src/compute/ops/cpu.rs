@@ -8,8 +8,9 @@ use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result
 use super::AttentionShape;
 use super::matrix::Mapped;
 use crate::compute::kernels::{self, Kernel, Line, Phase, Scratch, Tile, view_mut};
-use crate::compute::pool::{Cancel, Pool};
+use crate::compute::pool::Pool;
 use crate::model::rope::Angles;
+use crate::system::sync::Cancel;
 
 /// Work below this many multiplications runs on the calling thread: waking another thread costs about as much.
 pub const PARALLEL_FROM: usize = 1 << 17;

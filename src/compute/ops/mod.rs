@@ -18,10 +18,11 @@ mod matrix;
 use candle_core::{Device, Tensor};
 
 use crate::compute::kernels::{Kernel, Phase};
-use crate::compute::pool::{Cancel, Pool};
+use crate::compute::pool::Pool;
 use crate::error::{Error, Result};
 use crate::kv::cache::KvLayer;
 use crate::model::rope::Angles;
+use crate::system::sync::Cancel;
 
 pub use attention::{ATTEND_COST, SCRATCH_BYTES as ATTENTION_SCRATCH};
 pub use matrix::{Matrix, format};

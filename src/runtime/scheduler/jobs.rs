@@ -122,7 +122,7 @@ mod tests {
     use super::super::UNREAD_LIMIT;
     use super::super::tests::{Counter, idle, job};
     use super::*;
-    use crate::compute::pool::Cancel;
+    use crate::system::sync::Cancel;
 
     /// Jobs on a clock of their own, without a thread.
     struct Simulation {
