@@ -44,6 +44,8 @@ pub struct LoadOptions {
     pub chat_template: Option<String>,
     /// Streams that may hold a KV cache at once.
     pub max_concurrent: Option<usize>,
+    /// Streams that may share a decode pass.
+    pub max_batch: usize,
 }
 
 impl Default for LoadOptions {
@@ -59,6 +61,7 @@ impl Default for LoadOptions {
             tokenizer: None,
             chat_template: None,
             max_concurrent: None,
+            max_batch: 8,
         }
     }
 }
