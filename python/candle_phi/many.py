@@ -120,6 +120,10 @@ class Batch:
         left = [stream._stream.time_left for stream in list(self.running.values())]
         return min([longest, *(seconds for seconds in left if seconds is not None)])
 
+    def is_ready(self) -> bool:
+        """Whether the next result is there."""
+        return self._yielded in self._done if self._ordered else bool(self._done)
+
     def take(self) -> Result | Exception | None:
         """The next result; None if there is none yet. Raises the exception of its prompt or of the iterator."""
         index = self._yielded if self._ordered else next(iter(self._done), -1)
@@ -159,7 +163,7 @@ class Batch:
 
 
 def _attempt(function: Callable[..., _Value], *args: object) -> _Value | Exception:
-    """Calls a function and returns what it raises. A traceback keeps this frame alive, so it has no `Batch`."""
+    """Calls a function and returns what it raises."""
     try:
         return function(*args)
     except Exception as error:
@@ -196,14 +200,21 @@ class Results(Iterator[_Outcome], Generic[_Outcome]):
         while True:
             while self._batch.has_room():
                 self._draw()
+                self._collect(0)
+                if self._batch.is_ready():  # a slow iterator of prompts delays a result by one prompt, not by all
+                    break
             outcome = self._batch.take()
             if outcome is not None:
                 return cast(_Outcome, outcome)  # the overloads of Phi.map say which type it has
             if self._batch.is_finished():
                 raise StopIteration
-            for index in self._queue.take(self._batch.pause(_SIGNAL_INTERVAL)):
-                self._batch.collect(index)
-            self._batch.collect_late()
+            self._collect(self._batch.pause(_SIGNAL_INTERVAL))
+
+    def _collect(self, seconds: float) -> None:
+        """Waits at most this long for a stream that is at its end, and collects what there is."""
+        for index in self._queue.take(seconds):
+            self._batch.collect(index)
+        self._batch.collect_late()
 
     def _draw(self) -> None:
         """Starts the next prompt, if there is one."""
