@@ -10,6 +10,7 @@ import pytest
 
 import candle_phi
 from candle_phi import Phi
+from candle_phi.options import UNBUILT
 from conftest import ROOT
 
 MODEL = {
@@ -23,6 +24,7 @@ MODEL = {
     "tokenizer": None,
     "chat_template": None,
     "max_concurrent": None,
+    "max_batch": 8,
     "on_progress": None,
 }
 HUB = {
@@ -54,6 +56,7 @@ GENERATION = {
     "parse_special": None,
     "add_bos": False,
 }
+MAP = {"ordered": True, "return_exceptions": False, "max_pending": None}
 ERRORS = {
     "PhiError": (Exception,),
     "ModelNotFoundError": (FileNotFoundError,),
@@ -91,11 +94,20 @@ def test_generation_options(method: str) -> None:
     assert list(inspect.signature(getattr(Phi, method)).parameters)[:2] == ["self", "prompt"]
 
 
+@pytest.mark.parametrize("method", ["map", "amap"])
+def test_options_for_many_prompts(method: str) -> None:
+    generation = {name: default for name, default in GENERATION.items() if name != "on_progress"}
+    assert options(getattr(Phi, method)) == MAP | generation
+    assert list(inspect.signature(getattr(Phi, method)).parameters)[:2] == ["self", "prompts"]
+
+
 def test_other_methods() -> None:
     assert list(inspect.signature(Phi.render).parameters) == ["self", "messages"]
     assert options(Phi.tokenize) == {"parse_special": False, "add_bos": False}
     assert options(Phi.detokenize) == {"skip_special": True}
     assert options(Phi.logits) == {"every_position": False, "on_progress": None}
+    assert options(Phi.score) == {"start": 1, "top_logprobs": 0, "on_progress": None}
+    assert options(Phi.perplexity) == {"stride": None}
     assert list(inspect.signature(Phi.from_pretrained).parameters)[:2] == ["repo_id", "filename"]
     assert options(Phi.from_pretrained) == HUB | MODEL
     assert options(Phi.demo) == MODEL
@@ -129,6 +141,12 @@ def default(text: str) -> object:
     return ast.literal_eval(text.replace("none", "None"))
 
 
+def defaults_of(signature: str) -> dict[str, object]:
+    """The options of a signature, those of later versions left out."""
+    given = re.findall(r"(\w+)=([^,\s]+)", signature)
+    return {name: default(value) for name, value in given if name not in UNBUILT}
+
+
 def test_the_page_agrees() -> None:
     page = ROOT / "docs" / "api.md"
     compare(page)
@@ -149,7 +167,16 @@ def compare(path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     constructor = re.search(r"^Phi\(model_path.*?\*, (.*?)\)$", page, re.DOTALL | re.MULTILINE)
     assert constructor is not None
-    assert {name: default(value) for name, value in re.findall(r"(\w+)=([^,\s]+)", constructor[1])} == MODEL
+    added = re.findall(r"^`Phi\(\.\.\., (.*?)\)`", page, re.MULTILINE)  # by later sections
+    assert defaults_of(", ".join([constructor[1], *added])) == MODEL
+    signatures = {
+        method: re.search(rf"`phi\.{method}\(\w+, \*, (.*?)\)", page) for method in ("map", "score", "perplexity")
+    }
+    assert {method: found and defaults_of(found[1]) for method, found in signatures.items()} == {
+        "map": MAP,
+        "score": options(Phi.score),
+        "perplexity": options(Phi.perplexity),
+    }
 
     table = page.split("| option | default | means |")[1].split("\n\n")[0].splitlines()[2:]
     found = {}

@@ -32,7 +32,11 @@ def test_json_has_every_documented_key(phi: Phi) -> None:
         assert all(map(is_speed, entry["samples"]))
     assert is_speed(found["load_seconds"])
     assert is_speed(found["bandwidth_bytes_per_second"])
-    assert is_speed(found["four_tokens_over_one"])
+    assert [entry["tokens"] for entry in found["pass_costs"]] == list(_bench.PASS_TOKENS)
+    for entry in found["pass_costs"]:
+        assert len(entry["samples"]) == 2
+        assert min(entry["samples"]) <= entry["over_one"] <= max(entry["samples"])
+        assert is_speed(entry["over_one"])
     (left_out,) = found["left_out"]  # the bundled model has 1024 positions
     assert "1500" in left_out
     assert str(phi.n_ctx) in left_out
@@ -76,13 +80,19 @@ def test_the_table() -> None:
     shown = run("bench", "--repeat=1", *DEMO).stdout.decode()
     for words in ("GB/s", "prefill    512 tokens", "decode at    0 tokens", "load", "medians of 1 round", "left out"):
         assert words in shown
+    (tokens,), (costs,) = (
+        [line for line in shown.splitlines() if start in line] for start in ("in a decode", "over that")
+    )
+    assert tokens.split()[-10:] == ["1", *map(str, _bench.PASS_TOKENS)]
+    assert len(costs.split()) == 5 + 10
+    assert [len(tokens), costs.split()[5]] == [len(costs), "1.00"]
 
 
 def test_candles_own_loop_is_measured_too() -> None:
     found = json.loads(run("bench", "--json", "--repeat=1", "--prompts=32,128", "--engine=candle", *DEMO).stdout)
     assert found["engine"] == "candle"
     assert [entry["tokens"] for entry in found["prefill"]] == [32]
-    assert found["four_tokens_over_one"] is None
+    assert found["pass_costs"] == []
     assert any("sliding window" in what for what in found["left_out"])
 
 

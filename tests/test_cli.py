@@ -208,7 +208,7 @@ def test_usage_errors_are_one_line(arguments: list[str], says: str) -> None:
     assert says in failed(run(*arguments, *(DEMO if arguments else [])), 2)
 
 
-@pytest.mark.parametrize("name", ["chat", "serve", "batch", "convert", "perplexity", "Serve"])
+@pytest.mark.parametrize("name", ["chat", "serve", "batch", "convert", "Serve"])
 def test_reserved_commands(name: str) -> None:
     line = failed(run(name), 2)
     assert name.lower() in line
@@ -482,4 +482,4 @@ def test_endless_stdin_takes_bounded_memory(
     monkeypatch.setattr(prompt, "_MOST", 1 << 20)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(Endless()), encoding="utf-8"))
     assert cli.main([*arguments, *DEMO]) == 2
-    assert capsys.readouterr().err == "candle-phi: stdin has more than 1 MiB, and no context holds so much text\n"
+    assert capsys.readouterr().err == "candle-phi: stdin has more than 1 MiB of text, which is the limit\n"

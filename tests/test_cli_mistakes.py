@@ -60,7 +60,10 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("serve --port 8080", 2, "serve (a server) is not in this version..."),
     ("batch in.jsonl", 2, "batch (files of prompts) is not in this version..."),
     ("convert a b.gguf", 2, "convert (conversion of models) is not in this version..."),
-    ("perplexity text", 2, "perplexity (scores of texts) is not in this version..."),
+    ("perplexity none.txt", 2, "'none.txt' cannot be read: No such file or directory"),
+    ("perplexity a.txt b.txt", 2, "unexpected argument 'b.txt': candle-phi perplexity takes one file"),
+    ("perplexity a.txt --stride 0", 2, "--stride must be at least 1, not 0"),
+    ("ppl a.txt", 2, "did you mean candle-phi perplexity?..."),
     ("server", 2, "serve (a server) is not in this version..."),
     # a model where the prompt belongs
     ("phi3", 2, 'phi3 is a model: candle-phi --model phi3 "PROMPT" (as a prompt: candle-phi -- phi3)'),
@@ -273,7 +276,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     (
         "help xyzzy",
         2,
-        "there is no command 'xyzzy'; the commands: run, pull, list, verify, rm, bench, tokenize, doctor",
+        "there is no command 'xyzzy'; the commands: run, pull, list, verify, rm, perplexity, bench, tokenize, doctor",
     ),
     ("help chat", 2, "chat (a conversation) is not in this version..."),
     ("help run pull", 2, "unexpected argument 'pull': candle-phi help COMMAND"),

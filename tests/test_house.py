@@ -99,6 +99,7 @@ def test_python_modules_import_only_downwards() -> None:
         "signatures",
         "options",
         "progress",
+        "keywords",
         "hub",
         "memory",
         "locations",
@@ -106,6 +107,8 @@ def test_python_modules_import_only_downwards() -> None:
         "results",
         "stream",
         "aio",
+        "many",
+        "scores",
         "model",
         "testing",
         "_bench",
@@ -113,7 +116,7 @@ def test_python_modules_import_only_downwards() -> None:
     ]
     # inside the package cli
     commands = ["mistakes", "output", "commands", "names", "parser", "model", "prompt"]
-    commands += ["run", "tokenize", "doctor", "bench", "cache", "help"]
+    commands += ["run", "tokenize", "doctor", "bench", "cache", "perplexity", "help"]
     for path in PYTHON:
         package, *rest = path.relative_to(ROOT / "python" / "candle_phi").parts
         module = package.removesuffix(".py")

@@ -196,6 +196,10 @@ def test_foreign_names_have_answers(phi: Phi, name: str, answer: str) -> None:
         ("chat_template", b"x", TypeError, "bytes"),
         ("max_concurrent", 0, ValueError, "at least 1"),
         ("max_concurrent", 1.0, TypeError, "an int"),
+        ("max_batch", 0, ValueError, "must be from 1 to 16, not 0"),
+        ("max_batch", 17, ValueError, "must be from 1 to 16, not 17"),
+        ("max_batch", None, TypeError, "an int"),
+        ("max_num_seqs", 4, TypeError, "use max_batch$"),
         ("on_progress", 5, TypeError, "a function"),
         ("num_ctx", 4096, TypeError, "use n_ctx"),
         ("n_gpu_layers", -1, TypeError, "use device$"),
@@ -252,6 +256,13 @@ def test_options_of_later_versions_are_named(phi: Phi, name: str) -> None:
         Phi.from_pretrained("x/y", **options)
     with pytest.raises(NotInThisVersionError, match=name):
         phi.logits([1], **options)
+    for model in (phi, FakePhi(["a"])):
+        with pytest.raises(NotInThisVersionError, match=name):
+            model.map([HAIKU], **options)
+        with pytest.raises(NotInThisVersionError, match=name):
+            model.amap([HAIKU], **options)
+        with pytest.raises(NotInThisVersionError, match=name):
+            model.score("ice hockey", **options)
 
 
 def test_answers_name_options_that_exist() -> None:

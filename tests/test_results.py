@@ -130,7 +130,7 @@ def test_a_logprob_is_a_value() -> None:
 
 def test_attributes_of_later_versions_are_named(phi: Phi) -> None:
     result = phi.generate(HAIKU, max_tokens=1, seed=1)
-    for owner, names in ((result.usage, ("draft_tokens", "accepted_tokens")), (result, ("prompt_index", "parsed"))):
+    for owner, names in ((result.usage, ("draft_tokens", "accepted_tokens")), (result, ("reasoning", "parsed"))):
         for name in names:
             with pytest.raises(NotInThisVersionError, match=rf"{type(owner).__name__}\.{name} is not in this version"):
                 getattr(owner, name)

@@ -13,10 +13,10 @@ import candle_phi
 from candle_phi import Phi, hub
 from candle_phi import options as tables
 from candle_phi.cli import main
-from candle_phi.model import ModelOptions
+from candle_phi.keywords import GenerationOptions, ModelOptions
 from candle_phi.testing import FakePhi
 from conftest import run_python
-from test_api_contract import GENERATION, HUB, MODEL
+from test_api_contract import GENERATION, HUB, MAP, MODEL
 
 
 def test_the_tables_have_the_options_of_the_signatures() -> None:
@@ -24,9 +24,22 @@ def test_the_tables_have_the_options_of_the_signatures() -> None:
     assert list(tables.GENERATION) == list(GENERATION)
     assert set(tables.HUB) == {*HUB, "repo_id", "filename", "on_progress"}
     assert set(ModelOptions.__annotations__) == set(MODEL)
-    for table, values in ((tables.MODEL, MODEL), (tables.GENERATION, GENERATION), (tables.HUB, HUB)):
+    assert list(tables.MAP) == list(MAP)
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (tables.MODEL, MODEL),
+        (tables.GENERATION, GENERATION),
+        (tables.HUB, HUB),
+        (tables.MAP, MAP),
+    ]
+    for table, values in kept:
         for name, value in values.items():
             table[name](name, value)  # each default passes its own check
+
+
+def test_type_checkers_see_the_options_of_a_generation() -> None:
+    hints = typing.get_type_hints(Phi.stream)
+    expected = {name: hints[name] for name in GENERATION if name != "on_progress"}
+    assert typing.get_type_hints(GenerationOptions) == expected
 
 
 def documented(docstring: str | None) -> list[str]:
@@ -37,7 +50,11 @@ def documented(docstring: str | None) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "function", [Phi.stream, Phi.generate, Phi.astream, Phi.agenerate, Phi.demo, Phi.from_pretrained, FakePhi.stream]
+    "function",
+    [
+        *(Phi.stream, Phi.generate, Phi.astream, Phi.agenerate, Phi.map, Phi.amap, Phi.demo, Phi.from_pretrained),
+        FakePhi.stream,
+    ],
 )
 def test_docstrings_have_the_options_of_the_signatures(function: Any) -> None:
     names = [name for name in inspect.signature(function).parameters if name != "self"]
@@ -51,7 +68,11 @@ def test_the_class_documents_its_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [hub.download, hub.cached, hub.info, hub.list_cached, hub.verify, hub.remove, Phi.logits, Phi.tokenize]
+    "function",
+    [
+        *(hub.download, hub.cached, hub.info, hub.list_cached, hub.verify, hub.remove),
+        *(Phi.logits, Phi.score, Phi.perplexity, Phi.tokenize),
+    ],
 )
 def test_functions_document_their_options(function: Any) -> None:
     names = [name for name in inspect.signature(function).parameters if name != "self"]
@@ -89,6 +110,35 @@ def test_a_wrong_call_is_explained_by_the_methods_own_name(
     assert says.format(method) in str(raised.value)
 
 
+@pytest.mark.parametrize("opens", [Phi.demo, lambda: FakePhi(["a"])], ids=["demo", "fake"])
+@pytest.mark.parametrize("method", ["map", "amap"])
+@pytest.mark.parametrize(
+    ("args", "options", "says"),
+    [
+        ((), {}, "needs an iterable of prompts"),
+        ((), {"seed": 5}, "needs an iterable of prompts"),
+        ((), {"prompt": "Hi"}, "takes several prompts as its first argument: {}([prompt])"),
+        ((), {"messages": []}, "takes several prompts as its first argument: {}([prompt])"),
+        (("Hi", "there"), {}, "takes all prompts as its first argument and options by name: {}([prompt, prompt])"),
+        ((["Hi"],), {"prompts": ["Hi"]}, "got the prompts twice"),
+        (("Hi",), {}, "takes several prompts, not a str: {}([prompt])"),
+        ((b"Hi",), {}, "takes several prompts, not bytes"),
+        ((5,), {}, "takes an iterable of prompts, not int"),
+        (({"role": "user", "content": "Hi"},), {}, "takes several prompts, not the messages of one: {}([messages])"),
+        (([{"role": "user", "content": "Hi"}],), {}, "takes several prompts, not the messages of one: {}([messages])"),
+        (([5, 6],), {}, "takes several prompts, not the token ids of one: {}([ids])"),
+        ((["Hi"],), {"on_progress": print}, "has no option 'on_progress'"),
+    ],
+)
+def test_a_wrong_call_with_several_prompts_is_explained(
+    opens: Any, method: str, args: Any, options: Any, says: str
+) -> None:
+    with opens() as phi, pytest.raises(TypeError) as raised:
+        getattr(phi, method)(*args, **options)
+    assert str(raised.value).startswith(f"{method}() ")
+    assert says.format(method) in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("args", "options", "says"),
     [
@@ -104,10 +154,7 @@ def test_a_wrong_constructor_call_is_explained(args: Any, options: Any, says: st
         Phi(*args, **options)
 
 
-LATER = [
-    *("chat", "load_chat", "warm", "cache_info", "count_tokens", "map", "amap", "score", "perplexity", "accepts"),
-    "adapters",
-]
+LATER = ["chat", "load_chat", "warm", "cache_info", "count_tokens", "accepts", "adapters"]
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -136,6 +183,8 @@ def test_stream_attributes_of_later_versions(phi: Phi, name: str) -> None:
         ("tokenizer", r"\.tokenize\(text\)"),
         ("embed", "no embeddings"),
         ("eval", r"\.logits\(ids\)"),
+        ("batch", r"\.map\(prompts\)"),
+        ("abatch", r"\.amap\(prompts\)"),
         ("zebra", "'zebra'$"),
     ],
 )

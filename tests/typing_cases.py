@@ -1,11 +1,23 @@
 """What a type checker infers of the public names, and what it must refuse. mypy reads this; nothing runs it."""
 
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, closing
 from typing import Any, assert_type
 
 import numpy as np
 
-from candle_phi import AsyncStream, Chunk, FinishReason, Message, OnProgress, Phi, Progress, Result, Stream
+from candle_phi import (
+    AsyncStream,
+    Chunk,
+    FinishReason,
+    Message,
+    OnProgress,
+    Phi,
+    Progress,
+    Result,
+    Stream,
+    TokenLogprob,
+)
 
 
 def inferred(phi: Phi) -> None:
@@ -20,6 +32,21 @@ def inferred(phi: Phi) -> None:
     assert_type(next(phi.stream("Hi")), Chunk)
     assert_type(phi.stream("Hi").finish_reason, FinishReason | None)
     assert_type(phi.metadata, dict[str, object])
+    assert_type(next(phi.map(["Hi"], temperature=0)), Result)
+    assert_type(next(phi.map(["Hi"], return_exceptions=True)), Result | Exception)
+    assert_type(phi.score("Hi there", top_logprobs=5), list[TokenLogprob])
+    assert_type(phi.perplexity("Hi there"), float)
+
+
+async def inferred_in_a_loop(phi: Phi) -> None:
+    async with aclosing(phi.amap(["Hi"])) as results:
+        assert_type(await anext(results), Result)
+    async for outcome in phi.amap(later(), return_exceptions=True):
+        assert_type(outcome, Result | Exception)
+
+
+async def later() -> AsyncIterator[str]:
+    yield "Hi"
 
 
 def accepted(phi: Phi) -> None:
@@ -38,6 +65,12 @@ def accepted(phi: Phi) -> None:
         raise LookupError(progress.phase)
 
     phi.logits([1], on_progress=enough)
+    prompts: Iterator[str | list[Message]] = iter(["Hi", messages])
+    some: Iterator[Result] = phi.map(prompts, ordered=False, max_pending=3, seed=1)
+    list(some)
+    phi.map([[1, 2], range(3), np.array([1, 2])])
+    with closing(phi.map(str(n) for n in range(3))) as results:
+        list(results)
 
 
 def refused(phi: Phi) -> None:
@@ -50,6 +83,11 @@ def refused(phi: Phi) -> None:
     phi.generate("Hi", 50)  # type: ignore[call-arg]
     phi.generate()  # type: ignore[call-arg]
     Phi("model.gguf", device="mps")  # type: ignore[arg-type]
+    phi.map(5)  # type: ignore[call-overload]
+    phi.map(["Hi"], max_new_tokens=5)  # type: ignore[call-overload]
+    phi.map(["Hi"], max_tokens="5")  # type: ignore[call-overload]
+    phi.map(later())  # type: ignore[call-overload]  # of amap
+    phi.perplexity([1, 2])  # type: ignore[arg-type]
     Phi.demo(n_thread=4)  # type: ignore[call-arg]
     Phi()  # type: ignore[call-arg]
     phi.chat()  # type: ignore[attr-defined]  # of a later version

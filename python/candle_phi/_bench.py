@@ -26,7 +26,8 @@ _DECODED = 16
 """Tokens over which decoding is timed."""
 _TURN = 2 * _AHEAD + _DECODED
 """Positions that a turn of decoding may take, with those computed while the bandwidth is measured."""
-_TOGETHER = 4
+PASS_TOKENS = (2, 3, 4, 5, 6, 7, 8, 12, 16)
+"""Sizes of the decode passes that are compared with a pass over one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,15 @@ class Decode:
     """Bytes that a token reads: the weights, and the keys and values before it."""
     bandwidth_fraction: float
     """Bytes read per second over the bandwidth before and after; above 1 if the processor's cache holds them."""
+    samples: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """The time of a decode pass over several tokens at once, over that of a pass over one."""
+
+    tokens: int
+    over_one: float
     samples: list[float]
 
 
@@ -94,8 +104,8 @@ class Report:
     """Memory of the process that no file backs, before the first pass; None where the system does not report it."""
     private_bytes_decoding: int | None
     """The largest while decoding: with the KV cache."""
-    four_tokens_over_one: float | None
-    """Time of a decode pass over 4 tokens at once, over that of a pass over 1; None for the engine "candle"."""
+    pass_costs: list[PassCost]
+    """What it costs that streams share a pass. Empty for the engine "candle", whose passes are over one token."""
     left_out: list[str]
     """Measurements that do not fit the model's context."""
 
@@ -160,12 +170,11 @@ class Bench:
         """Bytes per second at which the weights are only read."""
         return self.phi._model.bandwidth()
 
-    def four_tokens_over_one(self) -> float | None:
-        """Time of a decode pass over 4 tokens at once, over that of a pass over 1. None for the engine "candle"."""
-        if self.phi.engine != "native":
-            return None
-        passes = [(self.phi._model.decode_pass(_TOGETHER), self.phi._model.decode_pass(1)) for _ in range(2)]
-        return min(four for four, _ in passes) / min(one for _, one in passes)
+    def pass_cost(self, tokens: int) -> float:
+        """Time of a decode pass over `tokens` tokens at once, over the mean of a pass over 1 before and after."""
+        before = self.phi._model.decode_pass(1)
+        several = self.phi._model.decode_pass(tokens)
+        return 2 * several / (before + self.phi._model.decode_pass(1))
 
     def _span(self, context: int) -> tuple[int, int]:
         """Lengths of the prompt and of the completion of a stream for this context."""
@@ -212,14 +221,15 @@ def measure(
         bench = Bench(phi, prompts=prompts, contexts=contexts)
         prefills: dict[int, list[float]] = {n: [] for n in bench.prompts}
         decodes: dict[int, list[Turn]] = {n: [] for n in bench.contexts}
-        fours = []
+        costs: dict[int, list[float]] = {n: [] for n in PASS_TOKENS if phi.engine == "native"}
         for number in range(1, repeat + 1):
             on_round(number)
             for n, speeds in prefills.items():
                 speeds.append(bench.prefill(n))
             for n, turns in decodes.items():
                 turns.append(bench.decode(n))
-            fours.append(bench.four_tokens_over_one())
+            for n, ratios in costs.items():
+                ratios.append(bench.pass_cost(n))
         weights, _ = phi._model.bytes_per_token(1)
         bandwidths = [turn.bandwidth for turns in decodes.values() for turn in turns] or [bench.bandwidth()]
     loads = [load_seconds(open_model) for _ in range(repeat)]
@@ -250,7 +260,7 @@ def measure(
         load_seconds=median(loads),
         private_bytes_loaded=bench.private_loaded,
         private_bytes_decoding=bench.private_decoding,
-        four_tokens_over_one=median(times) if (times := [four for four in fours if four is not None]) else None,
+        pass_costs=[PassCost(n, median(ratios), ratios) for n, ratios in costs.items()],
         left_out=list(bench.left_out.values()),
     )
 
@@ -278,8 +288,11 @@ def table(report: Report) -> str:
         if report.private_bytes_decoding is not None:
             private += f", {_megabytes(report.private_bytes_decoding)} when decoding"
         lines.append(private)
-    if report.four_tokens_over_one is not None:
-        lines.append(f"a decode pass over 4 tokens takes {report.four_tokens_over_one:.2f} times as long as over one")
+    if report.pass_costs:
+        lines += [
+            "tokens in a decode pass    1 " + "".join(f"{cost.tokens:6}" for cost in report.pass_costs),
+            "time over that of one   1.00 " + "".join(f"{cost.over_one:6.2f}" for cost in report.pass_costs),
+        ]
     lines += [f"left out: {what}" for what in report.left_out]
     return "\n".join([*lines, f"medians of {_count(report.repeat, 'round')}"]) + "\n"
 

@@ -11,6 +11,7 @@ __all__ = [
     "Logits",
     "Model",
     "ReadyQueue",
+    "Scores",
     "Stream",
     "Task",
     "__version__",
@@ -69,6 +70,7 @@ class Model:
         tokenizer: str | None,
         chat_template: str | None,
         max_concurrent: int | None,
+        max_batch: int,
     ) -> Task[Model]: ...
     @property
     def path(self) -> str: ...
@@ -114,6 +116,9 @@ class Model:
     def logits(self, ids: list[int], every_position: bool) -> Logits:
         """The logits after the last id or after each. Computed from the first `poll` on."""
 
+    def score(self, ids: list[int], *, start: int, top_logprobs: int) -> Scores:
+        """The log probability of each id from index `start` on. Computed from the first `poll` on."""
+
     def bandwidth(self) -> float:
         """Bytes per second at which `n_threads` threads can read the weights. Takes about a second."""
 
@@ -143,8 +148,12 @@ class Model:
         logprobs: bool,
         top_logprobs: int,
         timeout: float | None,
+        whole: bool,
     ) -> Stream:
-        """A generation that starts at its first `poll`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1."""
+        """A generation that starts at its first `poll`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1.
+
+        `whole`: it is computed without further reads, and `poll` has nothing before the end.
+        """
 
 @final
 class Stream:
@@ -198,13 +207,24 @@ class Logits:
     def cancel(self) -> None: ...
 
 @final
+class Scores:
+    """The log probabilities of given ids: a `Stream` of lists."""
+
+    def poll(self) -> tuple[bool, list[_Logprob] | None]:
+        """`(True, entries of the next positions)`, `(True, None)` at the end, or `(False, None)`. Never waits."""
+
+    def wait(self) -> None: ...
+    def progress(self, end: bool) -> list[_Progress]: ...
+    def cancel(self) -> None: ...
+
+@final
 class ReadyQueue:
     """A queue on which one thread waits for many streams."""
 
     def __new__(cls) -> ReadyQueue: ...
     def put(self, ticket: int) -> None: ...
-    def take(self) -> list[int]:
-        """Waits for tickets without the GIL and takes all of them."""
+    def take(self, seconds: float | None) -> list[int]:
+        """Waits for tickets without the GIL and takes all of them. None after `seconds`; None waits without a limit."""
 
 def doctor() -> dict[str, object]:
     """Facts on this build and machine: version, cpu, kernels, kernel, n_threads, cache_dir."""

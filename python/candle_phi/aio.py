@@ -6,7 +6,8 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -21,12 +22,48 @@ if TYPE_CHECKING:  # at run time where it is used: it takes long to import, and 
 
 _PROGRESS_INTERVAL = 0.075
 """Seconds between two progress reports. The contract: at most 20 a second, and at least one in 200 ms."""
-_POLL_INTERVAL = 0.02
+POLL_INTERVAL = 0.02
 """Seconds between two polls of a stream if no thread can be started."""
-_HOUR = 3600.0
+HOUR = 3600.0
 
 
-class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
+class TaskReader(ABC):
+    """A reader that ends when the task that reads it is cancelled, wherever the task waits.
+
+    The task's frames hold the reader, and a traceback may keep them alive until the next garbage collection.
+    """
+
+    _reader: "weakref.ref[Task[Any]] | None" = None
+    """The task that read last."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Ends the reader."""
+
+    def _follow(self, task: "Task[Any] | None") -> None:
+        """Makes cancelling the task end this reader."""
+        if task is None or (self._reader is not None and self._reader() is task):
+            return
+        self._reader = weakref.ref(task)
+        readers = _read_by.get(task)
+        if readers is None:
+            readers = _read_by[task] = weakref.WeakSet()
+            task.add_done_callback(_end_readers)
+        readers.add(self)
+
+
+_read_by: weakref.WeakKeyDictionary[Any, weakref.WeakSet[TaskReader]] = weakref.WeakKeyDictionary()
+"""The readers of each task. One done callback serves all: a task may read any number of streams."""
+
+
+def _end_readers(task: "Task[Any]") -> None:
+    """Ends the readers that a cancelled task was the last to read."""
+    for reader in list(_read_by.pop(task, ())):
+        if task.cancelled() and reader._reader is not None and reader._reader() is task:
+            reader.cancel()
+
+
+class AsyncStream(StreamBase, TaskReader, AsyncGenerator[Chunk, None]):
     """The text of one generation, read piece by piece in an event loop.
 
     >>> async def answer():
@@ -43,7 +80,6 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
     def __init__(self, stream: Stream) -> None:
         """Takes over a stream that has not been read."""
         super().__init__(stream._model, stream._stream, stream._watch, logprobs=stream._logprobs is not None)
-        self._reader: weakref.ref[Task[Any]] | None = None  # the task that read last
 
     async def __anext__(self) -> Chunk:
         import asyncio
@@ -64,20 +100,6 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
             raise StopAsyncIteration
         return chunk
 
-    def _follow(self, task: "Task[Any] | None") -> None:
-        """Makes cancelling the task end the stream, wherever the task waits.
-
-        The task's frames hold the stream, and a traceback may keep them alive until the next garbage collection.
-        """
-        if task is None or (self._reader is not None and self._reader() is task):
-            return
-        self._reader = weakref.ref(task)
-        streams = _read_by.get(task)
-        if streams is None:
-            streams = _read_by[task] = weakref.WeakSet()
-            task.add_done_callback(_end_streams)
-        streams.add(self)
-
     def _poll(self) -> tuple[bool, Chunk | None]:
         """Whether the next chunk is ready, and the chunk, which is None at the end. Never waits."""
         self._stream.check_process()  # in a forked child, a thread that does not exist there may hold the lock below
@@ -94,13 +116,14 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
 
     async def _wait(self, loop: "AbstractEventLoop", event: "Event") -> Chunk | None:
         """Waits for the next chunk, which is None at the end."""
-        notifier = _notifier()
-        with contextlib.nullcontext() if notifier is None else notifier.calling(loop, event) as call:
+        notifier = running_notifier()
+        ticket: int | None = None
+        try:
             while True:
-                if call is not None:
-                    call(self._stream)
+                if notifier is not None:
+                    ticket = notifier.call(self._stream, loop, event, ticket)
                 # The timer keeps this task alive, and goes when the loop is closed. The notifier keeps nothing alive.
-                timer = loop.call_later(_POLL_INTERVAL if call is None else self._pause(), event.set)
+                timer = loop.call_later(POLL_INTERVAL if notifier is None else self._pause(), event.set)
                 try:
                     await event.wait()
                 finally:
@@ -109,10 +132,13 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
                 ready, chunk = self._poll()
                 if ready:
                     return chunk
+        finally:
+            if notifier is not None:
+                notifier.forget(ticket)
 
     def _pause(self) -> float:
         """Seconds after which to call `_poll` again, also without a call of the notifier."""
-        pauses = [self._stream.time_left, None if self._watch is None else _PROGRESS_INTERVAL, _HOUR]
+        pauses = [self._stream.time_left, None if self._watch is None else _PROGRESS_INTERVAL, HOUR]
         return min(pause for pause in pauses if pause is not None)
 
     async def asend(self, value: None, /) -> Chunk:
@@ -143,17 +169,6 @@ class AsyncStream(StreamBase, AsyncGenerator[Chunk, None]):
         self.cancel()
 
 
-_read_by: weakref.WeakKeyDictionary[Any, weakref.WeakSet[AsyncStream]] = weakref.WeakKeyDictionary()
-"""The streams that each task has read. One done callback serves all: a task may read any number of streams."""
-
-
-def _end_streams(task: "Task[Any]") -> None:
-    """Cancels the streams of which a cancelled task was the last reader."""
-    for stream in list(_read_by.pop(task, ())):
-        if task.cancelled() and stream._reader is not None and stream._reader() is task:
-            stream.cancel()
-
-
 async def agenerate(stream: AsyncStream) -> Result:
     """Reads a stream to its end."""
     async with stream:
@@ -162,7 +177,7 @@ async def agenerate(stream: AsyncStream) -> Result:
         return stream._result()
 
 
-class _Notifier:
+class Notifier:
     """The one thread of this process that waits for the streams of all event loops, and wakes the loops.
 
     It waits inside the engine. The engine's own threads never run Python code. It lives as long as the process: exit
@@ -178,7 +193,7 @@ class _Notifier:
 
     def _run(self) -> None:
         while True:
-            for ticket in self._queue.take():
+            for ticket in self._queue.take(None):
                 self._wake(ticket)
 
     def _wake(self, ticket: int) -> None:
@@ -188,38 +203,36 @@ class _Notifier:
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(event.set)
 
-    @contextlib.contextmanager
-    def calling(self, loop: "AbstractEventLoop", event: "Event") -> Iterator[Callable[[_engine.Stream], None]]:
-        """Yields a function that makes the engine set the event once a stream has something to read."""
-        ticket: int | None = None
+    def call(self, stream: _engine.Stream, loop: "AbstractEventLoop", event: "Event", last: int | None) -> int:
+        """Makes the engine set the event once a stream has something to read.
 
-        def call(stream: _engine.Stream) -> None:
-            nonlocal ticket
-            if ticket in self._waiting:
-                return  # the last call is still pending
-            ticket = next(self._tickets)
-            self._waiting[ticket] = weakref.ref(loop), weakref.ref(event)
-            stream.notify(self._queue, ticket)
+        Does nothing while the stream's last call is pending. Takes that call's ticket and returns the new one.
+        """
+        if last is not None and last in self._waiting:
+            return last
+        ticket = next(self._tickets)
+        self._waiting[ticket] = weakref.ref(loop), weakref.ref(event)
+        stream.notify(self._queue, ticket)
+        return ticket
 
-        try:
-            yield call
-        finally:
-            if ticket is not None:
-                self._waiting.pop(ticket, None)
+    def forget(self, ticket: int | None) -> None:
+        """Ends a call, if it is pending."""
+        if ticket is not None:
+            self._waiting.pop(ticket, None)
 
 
-_current: _Notifier | None = None
+_current: Notifier | None = None
 _starting = threading.Lock()
 
 
-def _notifier() -> _Notifier | None:
+def running_notifier() -> Notifier | None:
     """This process's notifier. The first call starts it. None if no thread can be started: the system has no more, or
     the interpreter exits (Python 3.12)."""
     global _current
     with _starting:
         if _current is None:
             with contextlib.suppress(RuntimeError):
-                _current = _Notifier()
+                _current = Notifier()
         return _current
 
 

@@ -83,7 +83,7 @@ def token_ids(values: object, n_vocab: int) -> list[int]:
 def _turn(index: int, message: object) -> Turn:
     at = f"messages[{index}]"
     if isinstance(message, str):
-        raise TypeError(f"{at} is a str; a list of prompts is a batch, which is not in this version")
+        raise TypeError(f"{at} is a str; a list of prompts is a batch: phi.map(prompts)")
     if not isinstance(message, Mapping):
         hint = " (its .model_dump() returns one)" if hasattr(message, "model_dump") else ""
         raise TypeError(f"{at} is {type(message).__name__}; a message is a dict with role and content{hint}")

@@ -2,34 +2,30 @@
 # Decisions: docs/design/python.md
 
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Never, Self, SupportsIndex, TypedDict, Unpack
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Never, Self, SupportsIndex, Unpack, overload
 
 from . import _engine, aio, hub, memory, options
 from .aio import AsyncStream
 from .errors import ModelNotFoundError, missing_attribute
+from .keywords import GenerationOptions, ModelOptions
 from .locations import check_file, is_repository, tokenizer_path
+from .many import AsyncResults, Batch, Results, several
 from .messages import Message, Prompt, are_ids, items, token_ids, turns
 from .metadata import Metadata
 from .options import Device, Engine, KvCache, OptionValueError
 from .progress import OnProgress, progress_callback, token_callback, wait_for
 from .results import Result
-from .signatures import adds_options, hides_unknown, same_options, takes_path, takes_prompt
+from .scores import Scoring
+from .signatures import adds_options, same_options, takes_path, takes_prompt, takes_prompts
 from .stream import Stream
-
-if TYPE_CHECKING:
-    _Logits = memoryview[float]
-else:
-    _Logits = memoryview  # not generic at run time before Python 3.14
 
 _DEMO = "phi3-demo-q4_k_m.gguf"
 
-_LATER = (
-    *("accepts", "adapters", "amap", "cache_info", "chat", "count_tokens", "load_chat", "map", "perplexity"),
-    *("score", "warm"),
-)
+_LATER = (*("accepts", "adapters", "cache_info", "chat", "count_tokens", "load_chat", "warm"),)
 """Methods and attributes that a later version has."""
 
 _FOREIGN = {
@@ -39,6 +35,8 @@ _FOREIGN = {
     "invoke": "use .generate(prompt)",
     "predict": "use .generate(prompt)",
     "agenerate_stream": "use .astream(prompt)",
+    **dict.fromkeys(("batch", "batch_generate", "generate_batch"), "use .map(prompts)"),
+    **dict.fromkeys(("abatch", "abatch_as_completed"), "use .amap(prompts)"),
     "stream_generate": "use .stream(prompt)",
     "encode": "use .tokenize(text)",
     "decode": "use .detokenize(ids)",
@@ -57,22 +55,6 @@ _logger = logging.getLogger("candle_phi")
 _logger.addHandler(logging.NullHandler())  # if the application has no handler, a warning would go to stderr
 
 
-class ModelOptions(TypedDict, total=False):
-    """The options of `Phi`, which `Phi.demo` and `Phi.from_pretrained` take too."""
-
-    n_ctx: int | None
-    n_threads: int | None
-    device: Device
-    engine: Engine
-    kernel: str | None
-    kv_cache: KvCache
-    mmap: bool
-    tokenizer: str | os.PathLike[str] | None
-    chat_template: str | None
-    max_concurrent: int | None
-    on_progress: OnProgress | None
-
-
 class _Recipe(NamedTuple):
     """How to open a model again."""
 
@@ -81,7 +63,7 @@ class _Recipe(NamedTuple):
     options: dict[str, Any]
 
 
-class Phi:
+class Phi(Scoring):
     """An open Phi-3-family model. Any number of threads and streams may share one.
 
     >>> with Phi.demo() as phi:
@@ -102,7 +84,9 @@ class Phi:
         chat_template: a Jinja source. Default: the file's, else the model family's.
         max_concurrent: at most this many streams hold a KV cache at once. Default: no limit. A stream takes a slot at
             its first read and frees it at its end, or when it is cancelled, closed or dropped. Further streams queue.
-            `logits` takes a slot too.
+            `logits` and `score` take a slot too.
+        max_batch: at most this many streams that decode at the same time share a pass over the weights, from 1 to 16.
+            It changes speeds, not texts.
         on_progress: called with a `Progress` while the model loads. An exception that it raises stops the loading.
 
     Raises:
@@ -129,6 +113,7 @@ class Phi:
         tokenizer: str | os.PathLike[str] | None = None,
         chat_template: str | None = None,
         max_concurrent: int | None = None,
+        max_batch: int = 8,
         on_progress: OnProgress | None = None,
         **unknown: Never,
     ) -> None:
@@ -146,6 +131,7 @@ class Phi:
                 "tokenizer": tokenizer,
                 "chat_template": chat_template,
                 "max_concurrent": max_concurrent,
+                "max_batch": max_batch,
                 "on_progress": on_progress,
                 **unknown,
             },
@@ -158,6 +144,7 @@ class Phi:
         with progress_callback("", False, on_progress) as watch:
             self._model = wait_for(_engine.Model.load(path, **checked), watch)
         self._recipe = _Recipe(type(self), (os.path.abspath(path),), checked)
+        self._max_batch = checked["max_batch"]
 
     @classmethod
     @adds_options(__init__, __doc__)
@@ -233,6 +220,9 @@ class Phi:
             return cls(repo_id if filename is None else os.path.join(repo_id, filename), **model_options)
         path = hub.download(repo_id, filename, revision=revision, **location)
         return cls(path, **model_options)
+
+    _max_batch = 8
+    """Of a model that was not opened from a file."""
 
     @property
     def path(self) -> str:
@@ -378,7 +368,7 @@ class Phi:
             MemoryError: the prompt or its KV cache does not fit the available memory.
             InvalidModelError: the weights are damaged: every logit is NaN or -inf.
         """
-        call = options.generation(
+        call = self._generation(
             {
                 "max_tokens": max_tokens,
                 "temperature": temperature,
@@ -403,13 +393,7 @@ class Phi:
                 **unknown,
             }
         )
-        for token_id in call.sampling["logit_bias"]:
-            if token_id >= self.n_vocab:
-                problem = f"has the token id {token_id}, which is outside the vocabulary of {self.n_vocab}"
-                raise OptionValueError("logit_bias", problem)
-        ids = self._prompt_ids(prompt, **call.prompt)
-        watch = token_callback(call.on_progress)
-        return Stream(self._model, self._model.stream(ids, **call.sampling), watch, logprobs=call.sampling["logprobs"])
+        return self._stream(prompt, call, whole=False)
 
     @same_options(stream)
     def generate(self, prompt: Prompt, **options: Any) -> Result:
@@ -437,6 +421,112 @@ class Phi:
     def agenerate(self, prompt: Prompt, **options: Any) -> Coroutine[Any, Any, Result]:
         """`generate` for event loops: `await phi.agenerate(prompt)`. Errors of the call come before the `await`."""
         return aio.agenerate(self.astream(prompt, **options))
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        ordered: bool = True,
+        return_exceptions: Literal[False] = False,
+        max_pending: int | None = None,
+        **generation: Unpack[GenerationOptions],
+    ) -> Results[Result]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        ordered: bool = True,
+        return_exceptions: bool,
+        max_pending: int | None = None,
+        **generation: Unpack[GenerationOptions],
+    ) -> Results[Result | Exception]: ...
+
+    @takes_prompts
+    @adds_options(stream, stream.__doc__, without="on_progress")
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+        max_pending: int | None = None,
+        **generation: Unpack[GenerationOptions],
+    ) -> Results[Any]:
+        """Generates the texts of many prompts together, with the same options. Yields a `Result` for each.
+
+        >>> for result in phi.map(["What is icing?", "What is a power play?"], temperature=0, max_tokens=4):
+        ...     print(result.prompt_index, result)
+        0 A long shot down
+        1 One team has a
+
+        The prompts may be any iterable, also one without an end: they are drawn as results are read, in the thread that
+        reads. Texts are computed to their end while the caller is busy with a result. Each equals that of
+        `generate(prompt)` with the same options: every prompt gets the same `seed`, and without one every prompt draws
+        its own. Closing the iterator, from any thread, or dropping it cancels what runs.
+
+        Args:
+            prompts: an iterable of prompts, each as `stream` takes one.
+            ordered: yield the results in the order of the prompts. False: in the order in which they are complete.
+            return_exceptions: yield the exception of a prompt in place of its result. False: raise it there, which
+                cancels what runs and ends the iterator. Both have the attribute `prompt_index`. `ClosedError` and
+                `ForkError` are always raised.
+            max_pending: at most this many prompts are started and not yielded. Each may hold a KV cache, unless
+                `max_concurrent` is smaller. Default: twice `max_batch`, so that passes stay full while the caller is
+                busy or the oldest text is the longest.
+
+        Raises:
+            TypeError, ValueError: `prompts` is one prompt, or an option is unknown, of the wrong type or out of range.
+            ClosedError, ForkError: as in `stream`.
+
+        A read raises what `stream` and its reads raise for a prompt, and what the iterator of prompts raises, after the
+        results of the prompts before it.
+        """
+        several(prompts, "map")
+        own = {"ordered": ordered, "return_exceptions": return_exceptions, "max_pending": max_pending}
+        return Results(self._batch("map", **own, **generation), prompts)
+
+    @overload
+    def amap(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        ordered: bool = True,
+        return_exceptions: Literal[False] = False,
+        max_pending: int | None = None,
+        **generation: Unpack[GenerationOptions],
+    ) -> AsyncResults[Result]: ...
+
+    @overload
+    def amap(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        ordered: bool = True,
+        return_exceptions: bool,
+        max_pending: int | None = None,
+        **generation: Unpack[GenerationOptions],
+    ) -> AsyncResults[Result | Exception]: ...
+
+    @takes_prompts
+    @adds_options(map, map.__doc__)
+    def amap(self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], **options: Any) -> AsyncResults[Any]:
+        """`map` for event loops: `async for result in phi.amap(prompts)`.
+
+        A task draws the prompts, so that waiting for the next prompt delays no result. Reading blocks no loop and takes
+        no thread. `aclose()`, the end of an `async with` block, cancelling the task that reads, or dropping the
+        iterator cancels what runs.
+
+        Args:
+            prompts: an iterable or an asynchronous iterable of prompts, each as `stream` takes one.
+
+        Raises:
+            TypeError, ValueError, ClosedError, ForkError: as in `map`, without an `await`. A read raises as in `map`.
+        """
+        several(prompts, "amap")
+        return AsyncResults(self._batch("amap", **options), prompts)
 
     def render(self, messages: str | Iterable[Message]) -> str:
         """Applies the chat template: returns the exact text that messages become. A str is one user turn.
@@ -494,41 +584,6 @@ class Phi:
         options.flag("skip_special", skip_special)
         return self._model.detokenize(token_ids(ids, self.n_vocab), skip_special)
 
-    @hides_unknown
-    def logits(
-        self,
-        ids: Iterable[SupportsIndex],
-        *,
-        every_position: bool = False,
-        on_progress: OnProgress | None = None,
-        **unknown: Never,
-    ) -> _Logits:
-        """The logits after the last id, float32 of shape (n_vocab,).
-
-        `numpy.asarray` takes the buffer without a copy. The call waits for a slot of `max_concurrent`.
-
-        >>> phi.logits([299, 312]).shape
-        (2048,)
-
-        Args:
-            ids: token ids, at least one.
-            every_position: return the logits after each id, of shape (len(ids), n_vocab).
-            on_progress: called with a `Progress` in tokens during the call. An exception that it raises ends the call.
-
-        Raises:
-            ContextLengthError: there are more ids than the context holds.
-            BusyError, ClosedError, ForkError: as in `stream`.
-            TypeError, ValueError: `ids` is empty, or has an id that is not an int or is outside the vocabulary.
-            MemoryError: the logits do not fit the available memory.
-        """
-        options.checked(options.LOGITS, {"every_position": every_position, "on_progress": on_progress, **unknown})
-        checked = token_ids(ids, self.n_vocab)
-        if not checked:
-            raise ValueError("ids is empty; logits() needs at least 1")
-        shape = [len(checked), self.n_vocab] if every_position else [self.n_vocab]
-        logits = wait_for(self._model.logits(checked, every_position), token_callback(on_progress))
-        return memoryview(logits).cast("f", shape)
-
     def close(self) -> None:
         """Ends every stream and closes the file. Readers get `ClosedError`. Safe from any thread, repeatedly."""
         self._model.close()
@@ -557,6 +612,46 @@ class Phi:
         def __call__(self, *args: object, **options: object) -> Never:
             raise TypeError(f"a {type(self).__name__} cannot be called: use .generate(prompt) or .stream(prompt)")
 
+    def _generation(self, given: Mapping[str, object]) -> options.Generation:
+        """The checked options of a call. `given` has a value for each."""
+        call = options.generation(given)
+        for token_id in call.sampling["logit_bias"]:
+            if token_id >= self.n_vocab:
+                problem = f"has the token id {token_id}, which is outside the vocabulary of {self.n_vocab}"
+                raise OptionValueError("logit_bias", problem)
+        return call
+
+    def _stream(self, prompt: object, call: options.Generation, *, whole: bool) -> Stream:
+        """The stream of a prompt. `whole`: it is computed without reads, and readable at its end."""
+        ids = self._prompt_ids(prompt, **call.prompt)
+        stream = self._model.stream(ids, **call.sampling, whole=whole)
+        return Stream(self._model, stream, token_callback(call.on_progress), logprobs=call.sampling["logprobs"])
+
+    def _batch(
+        self,
+        name: str,
+        /,
+        *,
+        ordered: object = True,
+        return_exceptions: object = False,
+        max_pending: object = None,
+        **given: object,
+    ) -> Batch:
+        """The state of a call of `map` or `amap`, after the checks of its options."""
+        if "on_progress" in given:
+            raise TypeError(f"{name}() has no option 'on_progress': its results show the progress, one for each prompt")
+        own = {"ordered": ordered, "return_exceptions": return_exceptions, "max_pending": max_pending}
+        checked = options.checked(options.MAP, own)
+        if checked["max_pending"] is None:
+            checked["max_pending"] = 2 * self._max_batch
+        call = self._generation(_DEFAULTS | given)
+        self._model.tokenize_text("", False, False)  # raises if the model is closed, or of another process
+        return Batch(functools.partial(self._member, call=call, given=given), **checked)
+
+    def _member(self, prompt: object, call: options.Generation, given: Mapping[str, object]) -> Stream:
+        """The stream of a prompt of `map`. `given`: the options as the caller gave them."""
+        return self._stream(prompt, call, whole=True)
+
     def _prompt_ids(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
         """The token ids of a prompt."""
         if raw:
@@ -578,3 +673,11 @@ class Phi:
             if are_ids(prompt):
                 return token_ids(prompt, self.n_vocab)
         return self._model.tokenize_messages(turns(prompt))
+
+
+_DEFAULTS: dict[str, object] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Phi.stream).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+"""The default of each option of a generation."""

@@ -281,6 +281,7 @@ MODEL: dict[str, Check] = {
     "tokenizer": _optional(_file),
     "chat_template": _optional(_template),
     "max_concurrent": _optional(_integer(1)),
+    "max_batch": _integer(1, 16),
     "on_progress": _optional(_function),
 }
 """The options of `Phi`."""
@@ -323,21 +324,36 @@ SAMPLING: dict[str, Check] = {
 GENERATION: dict[str, Check] = {**SAMPLING, "on_progress": _optional(_function), **PROMPT}
 """The options of `Phi.stream`, `generate`, `astream` and `agenerate`."""
 
+MAP: dict[str, Check] = {"ordered": flag, "return_exceptions": flag, "max_pending": _optional(_integer(1))}
+"""The options of `Phi.map` and `amap`, beside those of a generation."""
+
 LOGITS: dict[str, Check] = {"every_position": flag, "on_progress": _optional(_function)}
 """The options of `Phi.logits`."""
+
+SCORE: dict[str, Check] = {
+    "start": _integer(1),
+    "top_logprobs": SAMPLING["top_logprobs"],
+    "on_progress": _optional(_function),
+}
+"""The options of `Phi.score`."""
+
+PERPLEXITY: dict[str, Check] = {"stride": _optional(_integer(1))}
+"""The options of `Phi.perplexity`."""
 
 _OWNERS = (
     (MODEL, "Phi()"),
     (GENERATION, "stream() and generate()"),
     (HUB, "Phi.from_pretrained()"),
+    (MAP, "map()"),
     (LOGITS, "logits()"),
+    (SCORE, "score()"),
+    (PERPLEXITY, "perplexity()"),
 )
 
 UNBUILT: Mapping[str, str] = {
     "prefix_cache": "prefix reuse",
     "prefix_cache_dir": "prefix reuse",
     "cache_scope": "prefix reuse",
-    "max_batch": "batched decoding",
     "speculate": "speculative decoding",
     "prediction": "speculative decoding",
     "draft": "speculative decoding",
@@ -442,7 +458,9 @@ FOREIGN: Mapping[str, str] = {
     **dict.fromkeys(
         ("num_beams", "beam_size", "use_beam_search", "best_of"), "there is no beam search; temperature=0 is greedy"
     ),
-    **dict.fromkeys(("logits_all", "prompt_logprobs"), "use .logits(ids, every_position=True)"),
+    "logits_all": "use .logits(ids, every_position=True)",
+    "prompt_logprobs": "use .score(prompt)",
+    "prompts": "use .map(prompts)",
     **dict.fromkeys(("use_cache", "n_keep", "num_keep"), "leave it out, each call has a KV cache of its own"),
     **dict.fromkeys(("verbosity", "echo"), "leave it out, the result is the answer alone"),
     **dict.fromkeys(("input", "question", "query", "text"), "give the prompt first, by position"),
@@ -465,8 +483,8 @@ def unknown_option(name: str, known: Collection[str]) -> str:
         if right in UNBUILT:
             return f"unknown option {name!r}: the name is {right} here, and this version does not have it"
         return f"unknown option {name!r}: use {right}{'' if right in known else ', an option of ' + _owner(right)}"
-    every = [*known, *(option for options, _ in _OWNERS for option in options)]
-    close = _closest(name, every)
+    elsewhere = any(name in options for options, _ in _OWNERS)
+    close = name if elsewhere else _closest(name, [*known, *MODEL, *GENERATION, *HUB, *LOGITS])
     if close is None:
         return f"unknown option {name!r}"
     if close in known:

@@ -15,7 +15,7 @@ _Result_co = TypeVar("_Result_co", covariant=True)
 
 
 class Work(Protocol[_Result_co]):
-    """Work of the engine that a caller waits for: `_engine.Task`, `_engine.Logits`, `_engine.Stream`."""
+    """Work of the engine that a caller waits for, such as `_engine.Task` and `_engine.Scores`."""
 
     def poll(self) -> tuple[bool, _Result_co | None]: ...
     def wait(self) -> None: ...
@@ -36,6 +36,24 @@ def wait_for(work: Work[_Result], callback: Callback | None) -> _Result:
                 notify(work, callback, end=True)
                 return cast(_Result, result)
             work.wait()
+            notify(work, callback, end=False)
+    except BaseException:
+        work.cancel()
+        raise
+
+
+def each_item(work: Work[_Result], callback: Callback | None) -> Iterator[_Result]:
+    """Yields the items of work that has several, up to its end. Waits as `wait_for` does."""
+    try:
+        while True:
+            ready, item = work.poll()
+            if ready and item is None:
+                notify(work, callback, end=True)
+                return
+            if ready:
+                yield cast(_Result, item)
+            else:
+                work.wait()
             notify(work, callback, end=False)
     except BaseException:
         work.cancel()

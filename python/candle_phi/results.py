@@ -138,11 +138,12 @@ class Result(_Text):
         seed: the seed in use. Passing it back gives the same text.
         system_fingerprint: identifies the file, the version and the kernel. The same seed, options and fingerprint
             give the same text.
+        prompt_index: the number of its prompt among those of `map` or `amap`, from 0; None for other calls.
     """
 
-    __slots__ = ("finish_reason", "seed", "system_fingerprint", "timings", "usage")
+    __slots__ = ("finish_reason", "prompt_index", "seed", "system_fingerprint", "timings", "usage")
 
-    _LATER = ("parsed", "prompt_index", "reasoning", "tool_calls")
+    _LATER = ("parsed", "reasoning", "tool_calls")
     _FOREIGN: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("choices", "content", "message", "outputs", "response", "generated_text"), "a Result is the text itself"
     )
@@ -152,6 +153,7 @@ class Result(_Text):
     timings: Timings
     seed: int
     system_fingerprint: str
+    prompt_index: int | None
 
     def __new__(
         cls,
@@ -163,6 +165,7 @@ class Result(_Text):
         timings: Timings,
         seed: int,
         system_fingerprint: str,
+        prompt_index: int | None = None,
     ) -> "Result":
         self = super().__new__(cls, text)
         self.token_ids = token_ids
@@ -172,6 +175,7 @@ class Result(_Text):
         self.timings = timings
         self.seed = seed
         self.system_fingerprint = system_fingerprint
+        self.prompt_index = prompt_index
         return self
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
@@ -184,6 +188,7 @@ class Result(_Text):
             self.timings,
             self.seed,
             self.system_fingerprint,
+            self.prompt_index,
         )
 
     def _repr_pretty_(self, printer: _PrettyPrinter, cycle: bool) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -15,15 +16,30 @@ _PATH_NAMES = ("model", "path", "model_file", "filename", "gguf")
 
 def takes_prompt(method: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
     """For a method whose only positional argument is `prompt`. Explains a wrong call by the method's own name."""
+    return _takes_one("prompt", _prompt_fault)(method)
 
-    @functools.wraps(method)
-    def call(self: Any, /, *args: Any, **options: Any) -> Any:
-        if len(args) + ("prompt" in options) != 1:
-            raise TypeError(_prompt_fault(method.__name__, args, options))
-        return cast(Any, method)(self, *args, **options)
 
-    _set_signature(call, _without_var_keyword(inspect.signature(method)))
-    return cast(Callable[_Parameters, _Returned], call)
+def takes_prompts(method: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
+    """The same for `prompts`."""
+    return _takes_one("prompts", _prompts_fault)(method)
+
+
+def _takes_one(
+    argument: str, fault: Callable[[str, tuple[object, ...], dict[str, object]], str]
+) -> Callable[[Callable[_Parameters, _Returned]], Callable[_Parameters, _Returned]]:
+    """For a method whose only positional argument is `argument`. `fault` explains a wrong call."""
+
+    def decorate(method: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
+        @functools.wraps(method)
+        def call(self: Any, /, *args: Any, **options: Any) -> Any:
+            if len(args) + (argument in options) != 1:
+                raise TypeError(fault(method.__name__, args, options))
+            return cast(Any, method)(self, *args, **options)
+
+        _set_signature(call, _without_var_keyword(inspect.signature(method)))
+        return cast(Callable[_Parameters, _Returned], call)
+
+    return decorate
 
 
 def _prompt_fault(name: str, args: tuple[object, ...], options: dict[str, object]) -> str:
@@ -37,6 +53,16 @@ def _prompt_fault(name: str, args: tuple[object, ...], options: dict[str, object
     if "messages" in options:
         return f"{name}() takes messages as its first argument: {name}(messages)"
     return f"{name}() needs a prompt: a str, messages or token ids"
+
+
+def _prompts_fault(name: str, args: tuple[object, ...], options: dict[str, object]) -> str:
+    if len(args) > 1:
+        return f"{name}() takes all prompts as its first argument and options by name: {name}([prompt, prompt])"
+    if args:
+        return f"{name}() got the prompts twice, by position and by name"
+    if "prompt" in options or "messages" in options:
+        return f"{name}() takes several prompts as its first argument: {name}([prompt])"
+    return f"{name}() needs an iterable of prompts, each a str, messages or token ids"
 
 
 def same_options(
@@ -83,18 +109,24 @@ def _path_fault(name: str, args: tuple[object, ...], options: dict[str, object])
     return f"{name}() needs the path of a GGUF file; {name}.demo() opens the bundled model"
 
 
-def adds_options(init: Callable[..., None], doc: str | None) -> Callable[[_Function], _Function]:
-    """Replaces a function's `**options` by the keyword arguments of `init`, and adds their lines of `doc`.
+def adds_options(
+    other: Callable[..., object], doc: str | None, *, without: str = ""
+) -> Callable[[_Function], _Function]:
+    """Replaces a function's `**options` by the keyword arguments of `other`, and adds their lines of `doc`.
 
-    Completion and `help()` then show them.
+    Completion and `help()` then show them. `without`: an option to leave out.
     """
 
     def decorate(function: _Function) -> _Function:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        others = [p for p in inspect.signature(other).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = [p for p in others if p.name != without]
         _set_signature(function, inspect.signature(function).replace(parameters=[*own, *options]))
         if function.__doc__ and doc:
-            lines = inspect.cleandoc(doc).partition("\nArgs:\n")[2].partition("\n\n")[0].splitlines()
+            entries = inspect.cleandoc(doc).partition("\nArgs:\n")[2].partition("\n\n")[0]
+            if without:
+                entries = re.sub(rf"^    {without}:.*\n(     .*\n)*", "", entries, flags=re.MULTILINE)
+            lines = entries.splitlines()
             first = next(i for i, line in enumerate(lines) if line.startswith(f"    {options[0].name}:"))
             head, args, rest = inspect.cleandoc(function.__doc__).partition("\n\nRaises:")
             heading = "" if "\nArgs:\n" in head else "\n\nArgs:"

@@ -38,10 +38,17 @@ class StreamBase:
             ready, piece = self._stream.poll()
         return ready, chunk
 
+    def _take_all(self) -> bool:
+        """Records what there is to read. True at the end. Never waits."""
+        while True:
+            ready, chunk = self._take()
+            if not ready or chunk is None:
+                return ready
+
     def _record(self, piece: "_engine._Piece") -> Chunk | None:
         """Records a piece. The last one may have only ids without text: that is not a chunk."""
         text, ids, entries = piece
-        logprobs = None if entries is None else [_logprob(entry) for entry in entries]
+        logprobs = None if entries is None else [token_logprob(entry) for entry in entries]
         if self._logprobs is not None and logprobs:
             self._logprobs += logprobs
         self._pieces.append(text)
@@ -84,7 +91,7 @@ class StreamBase:
         prompt, _ = self._stream.usage
         return Timings(queue, prefill, decode, first, _speed(prompt, prefill), _speed(passes, decode))
 
-    def _result(self) -> Result:
+    def _result(self, prompt_index: int | None = None) -> Result:
         """The whole answer. The stream must be at its end."""
         return Result(
             self.text,
@@ -95,6 +102,7 @@ class StreamBase:
             self.timings,
             self.seed,
             self._model.system_fingerprint,
+            prompt_index,
         )
 
     def __repr__(self) -> str:
@@ -212,6 +220,7 @@ def _speed(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if seconds > 0 else None
 
 
-def _logprob(entry: "_engine._Logprob") -> TokenLogprob:
+def token_logprob(entry: "_engine._Logprob") -> TokenLogprob:
+    """An entry of the engine as users see it."""
     token_id, text, raw, logprob, top = entry
     return TokenLogprob(token_id, text, raw, logprob, tuple(TokenLogprob(*other, ()) for other in top))

@@ -48,9 +48,9 @@ class Call(NamedTuple):
 class FakePhi(Phi):
     """A `Phi` whose replies are given. Only the model is fake: checks, streams, results and cancelling are real.
 
-    A token is a chunk of a reply, or a word of a prompt. `max_tokens`, `stop`, `timeout`, `logprobs` and the context's
-    end count and cut as they do with a model. The options of sampling are checked and have no effect. A reply that is
-    not cut ends with `"stop"`.
+    A token is a chunk of a reply, or a word of a prompt, and certain: its log probability is 0. `max_tokens`,
+    `stop`, `timeout`, `logprobs` and the context's end count and cut as they do with a model. The options of
+    sampling are checked and have no effect. A reply that is not cut ends with `"stop"`.
 
     Args:
         replies: one reply for each call: a str, which is split into words that keep their spaces; a list of chunks; or
@@ -99,12 +99,21 @@ class FakePhi(Phi):
         """Streams the next reply, with the options and errors of `Phi.stream`."""
         prompt = prompt if isinstance(prompt, str) else cast(Prompt, items(prompt))  # once: it may be a generator
         stream = super().stream(prompt, **options)
-        call = Call(copy.deepcopy(prompt), options)
+        self._play(stream, Call(copy.deepcopy(prompt), options))
+        return stream
+
+    def _member(self, prompt: object, call: options.Generation, given: Mapping[str, object]) -> Stream:
+        prompt = prompt if isinstance(prompt, str) else items(prompt)
+        stream = super()._member(prompt, call, given)
+        self._play(stream, Call(copy.deepcopy(prompt), dict(given)))
+        return stream
+
+    def _play(self, stream: Stream, call: Call) -> None:
+        """Makes a stream play the next reply."""
         with self._calling:
             self.calls.append(call)
             number = len(self.calls)
         cast(_Stream, stream._stream).play(*self._reply(number, call))
-        return stream
 
     def _reply(self, number: int, call: Call) -> tuple[list[str], BaseException | None]:
         """The chunks of a reply, and the exception that ends them, if there is one."""
@@ -243,6 +252,14 @@ class _Model:
     def logits(self, ids: list[int], *_: object) -> NoReturn:
         raise UnsupportedModelError(f"a FakePhi has no weights: no logits of {len(ids)} ids")
 
+    def score(self, ids: list[int], *, start: int, top_logprobs: int) -> "_Scores":
+        self.check()
+        if len(ids) > self.n_ctx:
+            message = f"there are {len(ids)} tokens, and the context holds {self.n_ctx}"
+            raise ContextLengthError(message, len(ids), self.n_ctx)
+        words = [self.detokenize([token], False) for token in ids[start:]]
+        return _Scores([_certain(*pair, top_logprobs) for pair in zip(ids[start:], words, strict=True)], len(ids))
+
     def stream(self, prompt: list[int], **sampling: Any) -> "_Stream":
         self.check()
         if len(prompt) >= self.n_ctx:
@@ -297,9 +314,9 @@ class _Stream:
             text += chunk
             token = self._model.token_id(chunk)
             ids.append(token)
-            entries.append(self._entry(token, chunk))
+            entries.append(_certain(token, chunk, self._sampling["top_logprobs"]))
             found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
-            certain = min(found)[1] if found else _certain(text, stops)
+            certain = min(found)[1] if found else _length_before_stop(text, stops)
             ended = bool(found) or number == most
             if not found and (ended or number == len(chunks)):
                 certain = len(text)
@@ -312,11 +329,6 @@ class _Stream:
                 break
         if ids:  # of chunks without text, at the end
             self._pieces.append(("", ids, entries if self._sampling["logprobs"] else None))
-
-    def _entry(self, token: int, text: str) -> "_engine._Logprob":
-        """The chunk is certain: its log probability is 0."""
-        top = (token, text, text.encode(), 0.0)
-        return (*top, [top] if self._sampling["top_logprobs"] else [])
 
     def poll(self) -> "tuple[bool, _engine._Piece | None]":
         with self._model.changed:
@@ -415,7 +427,33 @@ class _Stream:
         return 0.0, prefill, self._last - self._first, prefill, self._n_read - 1
 
 
-def _certain(text: str, stops: list[str]) -> int:
+class _Scores:
+    """The fake of `_engine.Scores`: a list for each token, so that its reader waits for several."""
+
+    def __init__(self, entries: "list[_engine._Logprob]", tokens: int) -> None:
+        self._left = entries
+        self._tokens = tokens
+
+    def poll(self) -> "tuple[bool, list[_engine._Logprob] | None]":
+        return True, [self._left.pop(0)] if self._left else None
+
+    def wait(self) -> None:
+        """Everything is ready."""
+
+    def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
+        return [("prefill", self._tokens - len(self._left), self._tokens)] if end else []
+
+    def cancel(self) -> None:
+        self._left = []
+
+
+def _certain(token: int, text: str, top_logprobs: int) -> "_engine._Logprob":
+    """The entry of a token that is certain: its log probability is 0."""
+    top = (token, text, text.encode(), 0.0)
+    return (*top, [top] if top_logprobs else [])
+
+
+def _length_before_stop(text: str, stops: list[str]) -> int:
     """The length of the part of a text that is not the beginning of a stop string."""
     longest = max(map(len, stops), default=1)
     for start in range(max(len(text) - longest + 1, 0), len(text)):

@@ -23,7 +23,7 @@ pub struct Model(Engine);
 impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template,
-        max_concurrent))]
+        max_concurrent, max_batch))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn load(
         path: PathBuf,
@@ -37,6 +37,7 @@ impl Model {
         tokenizer: Option<PathBuf>,
         chat_template: Option<String>,
         max_concurrent: Option<usize>,
+        max_batch: usize,
     ) -> PyResult<Task> {
         let options = LoadOptions {
             n_ctx,
@@ -49,7 +50,7 @@ impl Model {
             tokenizer,
             chat_template,
             max_concurrent,
-            ..LoadOptions::default()
+            max_batch,
         };
         Task::start(move |task| Engine::load(&path, &options, task).map(Model))
     }
@@ -177,7 +178,8 @@ impl Model {
     }
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
-        presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout))]
+        presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout,
+        whole))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn stream(
         &self,
@@ -199,6 +201,7 @@ impl Model {
         logprobs: bool,
         top_logprobs: usize,
         timeout: Option<f64>,
+        whole: bool,
     ) -> PyResult<Stream> {
         let sampling = Sampling {
             temperature,
@@ -219,6 +222,9 @@ impl Model {
             let seed = seed.map_or_else(random_seed, Ok)?;
             let request = Request { prompt, sampling, seed, stop, ignore_eos, top_logprobs, ..Request::default() };
             let stream = self.0.stream(request, max_tokens, timeout)?;
+            if whole {
+                stream.read_whole();
+            }
             let tokenizer = if logprobs { Some(self.0.parts()?.tokenizer.clone()) } else { None };
             Ok(Stream { stream, tokenizer, seed, prompt_tokens })
         })

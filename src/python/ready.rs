@@ -1,6 +1,7 @@
 //! The queue on which one thread waits for many streams.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 
@@ -21,7 +22,9 @@ impl ReadyQueue {
         self.0.put(ticket);
     }
 
-    fn take(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
-        detached(py, || Ok(self.0.take()))
+    fn take(&self, py: Python<'_>, seconds: Option<f64>) -> PyResult<Vec<u64>> {
+        // a time too long for a Duration limits nothing
+        let limit = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        detached(py, || Ok(self.0.take(limit)))
     }
 }

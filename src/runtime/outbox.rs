@@ -12,7 +12,7 @@ use crate::runtime::work::{FinishReason, Status, Step};
 use crate::system::sync::{Cancel, lock};
 use crate::system::task::{Phase, Progress};
 
-/// The number of items computed ahead of the reader.
+/// The number of items computed ahead of a reader that takes them one by one.
 const AHEAD: usize = 4;
 
 /// Called once, on any thread, when there may be something to read.
@@ -25,6 +25,8 @@ pub struct Outbox<T> {
 }
 
 struct State<T> {
+    /// True if the reader wants all items at once: they are computed without being read, and readable at the end.
+    whole: bool,
     items: VecDeque<T>,
     /// Token ids of the items that were read.
     ids: Vec<u32>,
@@ -68,7 +70,7 @@ impl<T> State<T> {
     }
 
     fn is_readable(&self) -> bool {
-        !self.items.is_empty() || self.finish.is_some()
+        self.finish.is_some() || (!self.whole && !self.items.is_empty())
     }
 
     fn phase(&self) -> Phase {
@@ -93,6 +95,7 @@ impl<T> State<T> {
 impl<T> Outbox<T> {
     pub fn new(cancel: Cancel) -> Self {
         let state = State {
+            whole: false,
             items: VecDeque::new(),
             ids: Vec::new(),
             finish: None,
@@ -124,7 +127,8 @@ impl<T> Outbox<T> {
     // For the compute thread.
 
     pub fn wants_more(&self) -> bool {
-        lock(&self.state).items.len() < AHEAD
+        let state = lock(&self.state);
+        state.whole || state.items.len() < AHEAD
     }
 
     /// Records the start of the first step.
@@ -167,27 +171,32 @@ impl<T> Outbox<T> {
         self.change(|state| state.end(reason, error));
     }
 
-    /// The time of the last read; None while a reader waits.
+    /// The time of the last read; None while a reader waits, and if no read is needed.
     pub fn unread_since(&self) -> Option<Instant> {
         let state = lock(&self.state);
-        Some(state.read_at).filter(|_| state.readers == 0 && state.hooks.is_empty())
+        Some(state.read_at).filter(|_| state.readers == 0 && state.hooks.is_empty() && !state.whole)
     }
 
     // For the reader.
+
+    /// Lets everything be computed without a read. There is nothing to read before the end.
+    pub fn read_whole(&self) {
+        lock(&self.state).whole = true;
+    }
 
     /// The next item, None at the end, or pending. The error comes once, in place of the end.
     pub fn take(&self, ids: impl FnOnce(&T) -> &[u32]) -> Poll<Result<Option<T>>> {
         let mut state = lock(&self.state);
         state.read_at = Instant::now();
+        if !state.is_readable() && self.cancel.is_late() {
+            state.end(FinishReason::Timeout, None);
+        }
+        if !state.is_readable() {
+            return Poll::Pending;
+        }
         if let Some(item) = state.items.pop_front() {
             state.ids.extend(ids(&item));
             return Poll::Ready(Ok(Some(item)));
-        }
-        if state.finish.is_none() && self.cancel.is_late() {
-            state.end(FinishReason::Timeout, None);
-        }
-        if state.finish.is_none() {
-            return Poll::Pending;
         }
         state.end_read = true;
         Poll::Ready(state.error.take().map_or(Ok(None), Err))
@@ -332,6 +341,38 @@ mod tests {
         assert!(!outbox.wants_more());
         assert!(take(&outbox).is_ready());
         assert!(outbox.wants_more());
+    }
+
+    #[test]
+    fn a_whole_text_is_computed_without_a_read_and_comes_at_the_end() {
+        let outbox = outbox();
+        outbox.read_whole();
+        let (sender, called) = channel();
+        outbox.on_change(Box::new(move || sender.send(()).unwrap()));
+        for _ in 0..2 * AHEAD {
+            assert!(outbox.wants_more());
+            deliver(&outbox, more("a"));
+        }
+        assert_eq!((take(&outbox), called.try_iter().count()), (Poll::Pending, 0));
+        deliver(&outbox, Step::End(Some("b"), FinishReason::Stop));
+        assert_eq!(called.try_iter().count(), 1);
+        assert_eq!(outbox.unread_since(), None);
+        for text in [["a"; 2 * AHEAD].as_slice(), &["b"]].concat() {
+            assert_eq!(take(&outbox), Poll::Ready(Ok(Some(text))));
+        }
+        assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
+        assert_eq!(outbox.finish_reason(), Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn the_deadline_of_a_whole_text_keeps_what_was_computed() {
+        let outbox = Texts::new(Cancel::at(Some(Instant::now())));
+        outbox.read_whole();
+        deliver(&outbox, more("a"));
+        assert_eq!(take(&outbox), Poll::Ready(Ok(Some("a"))));
+        assert!(!deliver(&outbox, more("late")));
+        assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
+        assert_eq!(outbox.finish_reason(), Some(FinishReason::Timeout));
     }
 
     #[test]

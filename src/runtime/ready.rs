@@ -1,8 +1,9 @@
-//! A queue on which one thread waits for many streams, such as the thread that wakes event loops.
+//! A queue on which one thread waits for many streams: the thread that wakes event loops, or the caller of `Phi.map`.
 //!
 //! Decisions: docs/design/runtime.md
 
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::system::sync::lock;
 
@@ -19,10 +20,17 @@ impl ReadyQueue {
         self.changed.notify_one();
     }
 
-    /// Waits for tickets and takes all of them.
-    pub fn take(&self) -> Vec<u64> {
-        let waiting = self.changed.wait_while(lock(&self.tickets), |tickets| tickets.is_empty());
-        std::mem::take(&mut waiting.unwrap_or_else(PoisonError::into_inner))
+    /// Waits for tickets and takes all of them. `limit`: returns none after this time; None waits without a limit.
+    pub fn take(&self, limit: Option<Duration>) -> Vec<u64> {
+        let (tickets, is_empty) = (lock(&self.tickets), |tickets: &mut Vec<u64>| tickets.is_empty());
+        let mut tickets = match limit {
+            None => self.changed.wait_while(tickets, is_empty).unwrap_or_else(PoisonError::into_inner),
+            Some(limit) => {
+                let waited = self.changed.wait_timeout_while(tickets, limit, is_empty);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        std::mem::take(&mut tickets)
     }
 }
 
@@ -37,11 +45,19 @@ mod tests {
             scope.spawn(|| (0..1000).for_each(|ticket| queue.put(ticket)));
             let mut taken = Vec::new();
             while taken.len() < 1000 {
-                let tickets = queue.take();
+                let tickets = queue.take(None);
                 assert!(!tickets.is_empty());
                 taken.extend(tickets);
             }
             assert_eq!(taken, Vec::from_iter(0..1000));
         });
+    }
+
+    #[test]
+    fn a_limit_ends_the_wait() {
+        let queue = ReadyQueue::default();
+        assert!(queue.take(Some(Duration::ZERO)).is_empty());
+        queue.put(7);
+        assert_eq!(queue.take(Some(Duration::from_secs(3600))), [7]);
     }
 }

@@ -41,6 +41,11 @@ impl<W: Work> Stream<W> {
         }
     }
 
+    /// Lets everything be computed without a read, before the first one. `poll` then has nothing before the end.
+    pub fn read_whole(&self) {
+        self.outbox.read_whole();
+    }
+
     /// The next item, None at the end, or pending. Never waits: `on_change` and `time_left` tell when to poll again.
     pub fn poll(&self) -> Result<Poll<Option<W::Item>>> {
         self.scheduler.fork_guard().check()?;

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import NotInThisVersionError, PhiError
 from ..options import Option
-from . import bench, cache, commands, doctor, help, output, run, tokenize
+from . import bench, cache, commands, doctor, help, output, perplexity, run, tokenize
 from .mistakes import UsageError, spelled
 
 _COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
@@ -17,6 +17,7 @@ _COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
     "list": cache.list_models,
     "verify": cache.verify,
     "rm": cache.remove,
+    "perplexity": perplexity.run,
     "bench": bench.run,
     "doctor": doctor.run,
     "tokenize": tokenize.run,

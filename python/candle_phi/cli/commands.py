@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, str] = {
     "list": "list the models, their sizes, what is downloaded",
     "verify": "check the files in the cache against their checksums",
     "rm": "remove a model from the cache",
+    "perplexity": "score a text: how well the model predicts its tokens",
     "bench": "measure a model's speed and memory on this machine",
     "tokenize": "print the token ids of a text",
     "doctor": "print what this build finds on this machine",
@@ -25,7 +26,6 @@ UNBUILT: Mapping[str, str] = {
     "serve": "a server",
     "batch": "files of prompts",
     "convert": "conversion of models",
-    "perplexity": "scores of texts",
 }
 """Commands of a later version, each with its subject."""
 
@@ -36,6 +36,7 @@ _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("benchmark", "speed"), "bench"),
     **dict.fromkeys(("check", "diagnose", "status", "env"), "doctor"),
     **dict.fromkeys(("tokens", "encode"), "tokenize"),
+    **dict.fromkeys(("ppl", "score", "eval"), "perplexity"),
     **dict.fromkeys(("generate", "ask", "prompt", "complete", "completion", "exec"), '"PROMPT"'),
     "version": "--version",
     **dict.fromkeys(("usage", "man", "?", "/?", "/help", "/h"), "--help"),

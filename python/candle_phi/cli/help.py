@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from . import bench, cache, commands, doctor, output, tokenize
+from . import bench, cache, commands, doctor, output, perplexity, tokenize
 from . import run as answer
 from .mistakes import UsageError
 from .parser import Parser, format_rows
@@ -14,6 +14,7 @@ _PARSERS: Mapping[str, Callable[[], Parser]] = {
     "list": cache.make_list_parser,
     "verify": cache.make_verify_parser,
     "rm": cache.make_remove_parser,
+    "perplexity": perplexity.make_parser,
     "bench": bench.make_parser,
     "tokenize": tokenize.make_parser,
     "doctor": doctor.make_parser,

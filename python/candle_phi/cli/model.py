@@ -24,6 +24,7 @@ _MODEL: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
     "engine": (str, "NAME", "native, or candle, for comparison (default: native)"),
     "kernel": (str, "NAME", "a kernel that doctor prints (default: the best here)"),
     "kv_cache": (str, "TYPE", "f16, f32 or q8_0 (default: f16)"),
+    "max_batch": (whole_number, "N", "streams that share a decode pass, 1 to 16 (default: 8)"),
     "tokenizer": (str, "FILE", "a tokenizer.json, or a repository with one"),
     "chat_template": (str, "TEXT", "a Jinja template (default: the model's)"),
 }

@@ -17,7 +17,7 @@ _PATIENCE = 3.0
 
 
 _MOST = 64 << 20
-"""The largest stdin, in bytes."""
+"""The largest text that is read, in bytes."""
 
 
 def read_prompt(words: Sequence[str], *, command: str, exact: bool) -> str:
@@ -50,6 +50,21 @@ def read_text(words: Sequence[str], *, command: str) -> str:
     return _read_alone("text", bool(words), command=command, exact=True)
 
 
+def read_file(words: Sequence[str], *, command: str) -> str:
+    """The text of a file, of stdin for "-", or of piped stdin without an argument."""
+    if len(words) > 1:
+        raise UsageError(f"unexpected argument {words[1]!r}: {command} takes one file")
+    if not words or words[0] == "-":
+        return _read_alone("text", bool(words), command=command, exact=True, example="FILE")
+    try:
+        with open(words[0], "rb") as file:
+            data = file.read(_MOST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{words[0]!r} cannot be read: {reason}") from error
+    return _decode(words[0], data)
+
+
 def check_typed(word: str, *, exact: bool, noun: str = "prompt") -> None:
     """Refuses an empty text, and one that is meant as an option."""
     if not (word if exact else word.strip()):
@@ -58,15 +73,15 @@ def check_typed(word: str, *, exact: bool, noun: str = "prompt") -> None:
         raise UsageError(_about_dash(word))
 
 
-def _read_alone(noun: str, dash: bool, *, command: str, exact: bool) -> str:
+def _read_alone(noun: str, dash: bool, *, command: str, exact: bool, example: str = '"Why is the sky blue?"') -> str:
     """A text from stdin: for "-", or without an argument if stdin is not a terminal."""
     if not dash and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError(f'there is no {noun}: {command} "Why is the sky blue?" (see {command} --help)')
+        raise UsageError(f"there is no {noun}: {command} {example} (see {command} --help)")
     text = _read_stdin(beside=False)
     if not exact:
         text = text.rstrip("\r\n")
     if not (text if exact else text.strip()):
-        other = "" if dash else f': {command} "Why is the sky blue?"'
+        other = "" if dash else f": {command} {example}"
         raise UsageError(f"there is no {noun}, stdin is empty{other}")
     return text
 
@@ -112,9 +127,14 @@ def _read_stdin(*, beside: bool) -> str:
         raise UsageError(f"stdin cannot be read: {error.strerror or error}") from error
     finally:
         remark.cancel()
+    return _decode("stdin", data)
+
+
+def _decode(source: str, data: bytes) -> str:
+    """The text of bytes that `source` had, of which `_MOST + 1` were read at most."""
     if len(data) > _MOST:  # without this, the output of `yes` would take all memory
-        raise UsageError(f"stdin has more than {_MOST >> 20} MiB, and no context holds so much text")
+        raise UsageError(f"{source} has more than {_MOST >> 20} MiB of text, which is the limit")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start}") from None
+        raise UsageError(f"{source} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start}") from None
