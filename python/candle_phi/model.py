@@ -459,7 +459,7 @@ class Phi(Scoring):
 
         >>> for result in phi.map(["What is icing?", "What is a power play?"], temperature=0, max_tokens=4):
         ...     print(result.prompt_index, result)
-        0 A long shot down
+        0 A long shot from
         1 One team has a
 
         The prompts may be any iterable, also one without an end: they are drawn as results are read, in the thread that
