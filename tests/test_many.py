@@ -343,7 +343,7 @@ def test_closing_from_another_thread_ends_the_reader(slow: Phi, stopwatch: Stopw
     reader.join(HANG)
     assert not reader.is_alive()
     stopwatch.check(time.monotonic() - begin, 0.5)
-    assert len(found) < 16
+    assert "cancelled" not in [result.finish_reason for result in found]
 
 
 def test_two_readers_are_one_too_many(slow: Phi) -> None:
