@@ -12,16 +12,17 @@ use sha2::{Digest, Sha256};
 use crate::compute::bandwidth;
 use crate::compute::kernels::{self, Kernel};
 use crate::compute::ops::Backend;
+use crate::compute::ops::KvType;
 use crate::compute::pool::{self, Pool};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
-use crate::kv::cache::KvType;
-use crate::model::baseline::Stock;
+use crate::model::baseline::Baseline;
 use crate::model::phi3::Phi3;
 use crate::model::{self, Model, Want};
 use crate::runtime::generation::{Generation, Request};
 use crate::runtime::logits::Logits;
-use crate::runtime::scheduler::Scheduler;
+use crate::runtime::scheduler::{self, Scheduler};
+use crate::runtime::scores::Scores;
 use crate::runtime::stream::{Stream, TextStream};
 use crate::system::memory;
 use crate::system::sync::{Cancel, drop_in_background, lock};
@@ -44,7 +45,7 @@ pub struct LoadOptions {
     pub chat_template: Option<String>,
     /// Streams that may hold a KV cache at once.
     pub max_concurrent: Option<usize>,
-    /// Streams that may share a decode pass.
+    /// Streams that share a decode pass at most.
     pub max_batch: usize,
 }
 
@@ -61,7 +62,7 @@ impl Default for LoadOptions {
             tokenizer: None,
             chat_template: None,
             max_concurrent: None,
-            max_batch: 8,
+            max_batch: scheduler::MAX_BATCH,
         }
     }
 }
@@ -111,15 +112,15 @@ impl Engine {
         task.check()?;
         let tokenizer = Arc::new(tokenizer);
         let template = Template::new(options.chat_template.as_deref(), &gguf, tokenizer.clone())?;
-        if tokenizer.n_vocab() > model.n_vocab() {
+        if tokenizer.n_vocab() > model.info().n_vocab {
             return Err(Error::InvalidModel(format!(
                 "{}: the tokenizer has {} tokens, the model {}",
                 path.display(),
                 tokenizer.n_vocab(),
-                model.n_vocab()
+                model.info().n_vocab
             )));
         }
-        let most = model.context_length();
+        let most = model.info().context_length;
         let n_ctx = options.n_ctx.unwrap_or(most);
         if !(1..=most).contains(&n_ctx) {
             let problem = format!("must be from 1 to {most}, the context length of the file, not {n_ctx}");
@@ -128,14 +129,14 @@ impl Engine {
         let info = Info {
             path: path.to_owned(),
             n_ctx,
-            n_vocab: model.n_vocab(),
+            n_vocab: model.info().n_vocab,
             chat_template: template.source().to_owned(),
             bos_token_id: tokenizer.bos_id(),
             stop_ids: tokenizer.stop_ids().to_vec(),
-            device: model.device(),
-            engine: model.engine(),
-            kernel: model.kernel(),
-            n_threads: model.n_threads(),
+            device: model.info().device,
+            engine: model.info().engine,
+            kernel: model.info().kernel,
+            n_threads: model.info().n_threads,
             system_fingerprint: fingerprint(&gguf, model.as_ref(), &options.kv_cache),
         };
         task.check()?;
@@ -143,7 +144,7 @@ impl Engine {
         task.report(Phase::Load, size, Some(size));
         // Candle has one cache, beside the weights.
         let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
-        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX));
+        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX), options.max_batch);
         let parts = Parts { gguf, tokenizer, template, model };
         Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }
@@ -243,13 +244,34 @@ impl Engine {
         bandwidth::measure(&self.parts()?.gguf, self.info.n_threads)
     }
 
+    /// The log probabilities of the ids from index `start` on, given all before them, with those of the `top` most probable
+    /// ids: a stream of their parts, in order. It takes a slot, since it has a KV cache.
+    pub fn score(&self, ids: Vec<u32>, start: usize, top: usize) -> Result<Stream<Scores>> {
+        let parts = self.parts()?;
+        self.check_ids(&ids)?;
+        if !(1..ids.len()).contains(&start) {
+            let problem = match ids.len() {
+                1 => "the prompt has 1 token; a score takes at least 2".to_owned(),
+                n => format!("must be from 1 to {}, since the prompt has {n} tokens, not {start}", n - 1),
+            };
+            return Err(Error::option("start", problem));
+        }
+        if ids.len() > self.info.n_ctx {
+            return Err(Error::ContextLength { prompt_tokens: ids.len(), n_ctx: self.info.n_ctx });
+        }
+        parts.model.check_length(ids.len())?;
+        parts.gguf.check_length()?;
+        Ok(Stream::new(Scores::new(parts.model.clone(), ids, start, top), self.scheduler.clone(), None))
+    }
+
     /// Seconds of a decode pass over `tokens` tokens, with the logits of each. Runs at once, outside the scheduler.
     pub fn decode_pass(&self, tokens: usize) -> Result<f64> {
-        let mut sequence = self.parts()?.model.clone().sequence()?;
+        let model = self.parts()?.model.clone();
+        let mut batch = model::single(model.as_ref(), &Cancel::default())?;
         let ids = memory::filled(0u32, tokens, format_args!("{tokens} token ids"))?;
         let mut pass = || -> Result<f64> {
             let start = Instant::now();
-            sequence.forward(&ids, model::Phase::Decode, Want::Every, &Cancel::default())?;
+            model::compute(model.as_ref(), &mut batch, &ids, model::Phase::Decode, Want::EVERY)?;
             Ok(start.elapsed().as_secs_f64())
         };
         pass()?; // allocates the activations
@@ -307,7 +329,7 @@ fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn
             if let Some((_, name, reason)) = refused.into_iter().find(|(given, ..)| *given) {
                 return Err(Error::option(name, format!("cannot be used with engine 'candle', {reason}")));
             }
-            Ok(Arc::new(Stock::load(gguf, task)?))
+            Ok(Arc::new(Baseline::load(gguf, task)?))
         }
         other => Err(Error::option("engine", format!("must be 'native' or 'candle', not '{other}'"))),
     }
@@ -372,7 +394,7 @@ fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
         let bytes = tensor.bytes();
         hash.update(&bytes[..bytes.len().min(SAMPLE)]);
     }
-    for text in [env!("CARGO_PKG_VERSION"), model.engine(), model.kernel(), model.device(), kv_cache] {
+    for text in [env!("CARGO_PKG_VERSION"), model.info().engine, model.info().kernel, model.info().device, kv_cache] {
         hash.update(text);
     }
     let digits: String = hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
@@ -382,6 +404,7 @@ fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Batch, Phase, Sequence};
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::thread::{ThreadId, current};
 
@@ -395,32 +418,20 @@ mod tests {
     }
 
     impl Model for Weights {
-        fn engine(&self) -> &'static str {
-            "none"
-        }
-        fn kernel(&self) -> &'static str {
-            "none"
-        }
-        fn device(&self) -> &'static str {
-            "cpu"
-        }
-        fn n_threads(&self) -> usize {
-            1
-        }
-        fn name(&self) -> String {
-            "none".into()
-        }
-        fn n_vocab(&self) -> usize {
-            9
-        }
-        fn context_length(&self) -> usize {
-            9
+        fn info(&self) -> &model::Info {
+            unreachable!("nothing is computed")
         }
         fn kv_bytes(&self, _: usize) -> usize {
             0
         }
-        fn sequence(self: Arc<Self>) -> Result<Box<dyn model::Sequence>> {
+        fn sequence(&self) -> Result<Sequence> {
             Err(Error::Closed)
+        }
+        fn append(&self, _: &mut Sequence, _: &[u32], _: Phase, _: Want) -> Result<()> {
+            Ok(())
+        }
+        fn forward(&self, _: &mut Batch) -> Result<bool> {
+            Ok(false)
         }
     }
 

@@ -1,4 +1,4 @@
-//! The one error type, and how messages show texts and sizes. Every message names the thing and the number; `python.rs`
+//! The one error type, and how messages show texts and sizes. Every message names the thing and the number; `python/errors.rs`
 //! maps each variant to the exception class of the same name.
 //!
 //! Decisions: docs/design/engine.md

@@ -1,38 +1,44 @@
 //! candle-phi: Phi-3-family GGUF models as a stream of text.
 //!
-//! The engine behind the Python package of the same name. Only `python.rs` knows Python. It is compiled only with the
-//! feature `python`. The modules in the order of one call:
+//! The engine behind the Python package of the same name. The listing of `src/` is its map, from the door down. A floor
+//! uses those below it (`tests/test_house.py` holds the order), and its `mod.rs` says what it is for.
 //!
 //! ```text
-//! Engine::load            engine      opens file, tokenizer, template and weights
-//!   Gguf::open            gguf        maps and checks the file; its bytes are the weights
-//! Engine::stream          engine      checks the prompt ids; computes nothing yet
-//!   Template::render      chat        messages -> prompt text, user text marked as text
-//!   Tokenizer::encode     tokenizer   text -> ids
-//! Stream::next            stream      submits the work at the first read, then waits at an outbox
-//!   Scheduler             schedule    chooses the next step among the jobs that have a slot, on the compute thread
-//!   Generation::step      generate    the prompt in turns, then an id at a time (or logits: the prompt alone)
-//!     Sequence::advance   phi3        the model, over ops, rope and cache (or stock: Candle's own)
-//!       Ops::norm_linear  ops         a Candle custom op: tasks for the thread pool (threads)
-//!         Kernel::matmul  kernels     plain slices; portable, avx2, avx512, amx or neon: chosen for this CPU
-//!     Sampler::sample     sampling    logits -> id
-//!     Detokenizer::push   detokenizer ids -> text, once its bytes are whole
-//!     StopStrings::push   stop        holds back text that may become a stop string
-//! Engine::bandwidth       bandwidth   measures how fast the weights can be read: for benchmarks
+//! python     the door: the module for Python, one file a class (feature `python`)
+//! engine     an open model, with all that it takes to talk to it
+//! runtime    who computes when: scheduler, generations, sampling, streams and their outboxes
+//! text       chat templates, tokenizers, the text of ids          model    token ids in, logits out
+//! kv         keys and values by sequence: tables of columns
+//! compute    operations, the thread pool, kernels
+//! files      GGUF files, and the Hub that has them
+//! system     memory that may be refused, panics, cancellation, forks, background tasks
+//! error      the one error type
 //! ```
 //!
-//! Other modules: `hub` finds or downloads the file, `requirements` estimates the memory of a model, `memory` checks
-//! allocations, `ready` is the queue of streams that have something to read, `panic` turns panics into errors.
+//! The way of a call:
+//!
+//! ```text
+//! Engine::stream               engine.rs                   checks the prompt's ids; computes nothing yet
+//! Stream::next                 runtime/stream.rs           submits the work at the first read, then waits at an outbox
+//!   Scheduler                  runtime/scheduler.rs        one compute thread; jobs.rs chooses the next turn
+//!     pass::decode             runtime/scheduler/pass.rs   the ready sequences become the members of a `Batch`
+//!       Model::forward         model/runner.rs             embed, layers, head over the rows of several sequences
+//!         Phi3::layer          model/phi3.rs               a layer, written in operations
+//!           Ops::norm_linear   compute/ops                 tasks for the thread pool; rows are rows
+//!           Ops::attention     compute/ops/attention.rs    each row over the columns of its own sequence
+//!             Kernel::matmul   compute/kernels             plain slices; portable, avx2, avx512, amx or neon
+//!       Generation::accept     runtime/generation.rs       samples, detokenizes, stops: a task of the pool for each stream
+//!   Outbox::take               runtime/outbox.rs           the piece of text, for the reader
+//! ```
 //!
 //! Four words for work:
 //!
-//! - A `Work` (work) is what a stream computes, step by step: a `Generation` or `Logits`. It knows no threads.
-//! - A `Job` (schedule) is what the scheduler runs in turn: a `Work` with the outbox of its reader.
-//! - A task of the pool (threads) is the part of one operation that one thread computes.
-//! - A `BackgroundTask` (task) is a load or a download on a thread of its own, and `Task` is what that work sees of its
-//!   caller: cancellation and progress.
-//!
-//! Imports go down this list, never up.
+//! - A `Work` is what a stream computes: a `Generation`, `Logits` or `Scores`. It is passive: its `Sequence` says what is
+//!   computed next, and it takes the logits.
+//! - A `Job` is what the scheduler runs: a `Work` with the outbox of its reader.
+//! - A task of the pool is the part of one operation that one thread computes.
+//! - A `BackgroundTask` is a load or a download on a thread of its own, and `Task` is what that work sees of its caller:
+//!   cancellation and progress.
 //!
 //! # Example
 //!

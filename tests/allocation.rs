@@ -5,16 +5,15 @@ mod gguf_writer;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
 
 use candle_phi::compute::kernels;
-use candle_phi::compute::ops::Backend;
+use candle_phi::compute::ops::{Backend, KvType};
 use candle_phi::compute::pool::Pool;
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
-use candle_phi::kv::cache::KvType;
 use candle_phi::model::phi3::Phi3;
-use candle_phi::model::{Model, Phase, Want};
+use candle_phi::model::runner::Runner;
+use candle_phi::model::{self, Model, Phase, Want};
 use candle_phi::system::sync::Cancel;
 use gguf_writer::model::{Shape, model_of};
 
@@ -28,8 +27,6 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 /// Large allocations up to the one that is refused; 0: none is.
 static UNTIL_REFUSAL: AtomicUsize = AtomicUsize::new(0);
-/// One test at a time.
-static TURN: Mutex<()> = Mutex::new(());
 
 struct Counted;
 
@@ -66,18 +63,17 @@ fn measured(work: impl FnOnce()) -> (usize, usize) {
     (PEAK.load(SeqCst) - before, LARGEST.load(SeqCst))
 }
 
-fn load(shape: Shape, kernel: &str, n_threads: usize) -> Arc<Phi3> {
+fn load(shape: Shape, kernel: &str, n_threads: usize) -> Runner<Phi3> {
     let folder = tempfile::tempdir().unwrap();
     let path = model_of(shape).save(folder.path(), "model.gguf");
     let backend = Backend::Cpu { kernel: kernels::by_name(kernel).unwrap(), pool: Pool::new(n_threads) };
-    Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F16).unwrap())
+    Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F16).unwrap()
 }
 
-fn run(model: &Arc<Phi3>, tokens: usize, want: Want) -> Result<usize> {
+fn run(model: &Runner<Phi3>, tokens: usize, want: Want) -> Result<usize> {
     let ids: Vec<u32> = (0..tokens as u32).map(|i| i % 64).collect();
-    let mut sequence = model.clone().sequence()?;
-    sequence.forward(&ids, Phase::Prefill, want, &Cancel::default())?;
-    Ok(sequence.take_logits().len())
+    let mut batch = model::single(model, &Cancel::default())?;
+    Ok(model::compute(model, &mut batch, &ids, Phase::Prefill, want)?.len())
 }
 
 /// Its weights are a few features by many: small files with long rows.
@@ -90,9 +86,19 @@ fn two_kernels() -> [&'static str; 2] {
     ["portable", kernels::available().pop().unwrap()]
 }
 
+/// One after the other in one test: the test harness allocates too, as it reports a test.
 #[test]
+fn memory_is_bounded_and_a_refusal_is_an_error() {
+    a_wide_model_takes_a_bounded_part_of_the_memory();
+    the_logits_of_every_position_are_held_once();
+    attention_takes_no_memory_that_grows_with_the_context();
+    if cfg!(target_os = "linux") {
+        a_prompt_that_cannot_fit_is_refused_before_it_is_computed(); // where the available memory is known
+    }
+    a_refused_allocation_is_an_error_and_the_model_goes_on();
+}
+
 fn a_wide_model_takes_a_bounded_part_of_the_memory() {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for kernel in two_kernels() {
         for (feed_forward, most) in [(87_000, 96 * MIB), (1 << 18, 128 * MIB)] {
             let model = load(wide(feed_forward), kernel, 2);
@@ -102,20 +108,16 @@ fn a_wide_model_takes_a_bounded_part_of_the_memory() {
     }
 }
 
-#[test]
 fn the_logits_of_every_position_are_held_once() {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     const N_VOCAB: usize = 1 << 18;
     let shape = Shape { n_vocab: N_VOCAB as u64, ..wide(16) };
     let model = load(shape, kernels::available()[0], 2);
-    let (peak, _) = measured(|| assert_eq!(run(&model, 200, Want::Every), Ok(200 * N_VOCAB)));
+    let (peak, _) = measured(|| assert_eq!(run(&model, 200, Want::EVERY), Ok(200 * N_VOCAB)));
     let logits = 4 * 200 * N_VOCAB;
     assert!(peak < logits + 72 * MIB, "{peak} bytes, {logits} of logits");
 }
 
-#[test]
 fn attention_takes_no_memory_that_grows_with_the_context() {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let shape = Shape { hidden: 512, feed_forward: 1024, n_head: 8, n_head_kv: 8, n_vocab: 64, context: 1 << 14 };
     for n_threads in [2, 100] {
         let model = load(shape, kernels::available().pop().unwrap(), n_threads);
@@ -125,24 +127,20 @@ fn attention_takes_no_memory_that_grows_with_the_context() {
     }
 }
 
-#[cfg(target_os = "linux")] // whose available memory is known
-#[test]
 fn a_prompt_that_cannot_fit_is_refused_before_it_is_computed() {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let model = load(Shape { n_vocab: 1 << 20, ..wide(16) }, "portable", 1);
-    let mut sequence = model.clone().sequence().unwrap();
-    let error = sequence.append(&vec![1; 1 << 22], Phase::Prefill, Want::Every).unwrap_err();
+    let shape = Shape { hidden: 1024, feed_forward: 16, n_head: 1, n_head_kv: 1, n_vocab: 64, context: 1024 };
+    let model = load(shape, "portable", 1);
+    let mut sequence = model.sequence().unwrap();
+    let error = model.append(&mut sequence, &vec![1; 1 << 26], Phase::Prefill, Want::Last).unwrap_err();
     let Error::Memory(message) = &error else { panic!("{error:?}") };
-    assert!(message.contains("(4194304, 1048576)") && message.contains("bytes are available"), "{message}");
-    assert_eq!(run(&model, 3, Want::Last), Ok(1 << 20), "the model is usable");
+    assert!(message.contains("67108864 tokens") && message.contains("bytes are available"), "{message}");
+    assert_eq!(run(&model, 3, Want::Last), Ok(64), "the model is usable");
 }
 
 /// Every large allocation of a prompt is refused once, in the order in which they come.
-#[test]
 fn a_refused_allocation_is_an_error_and_the_model_goes_on() {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for kernel in two_kernels() {
-        for want in [Want::Last, Want::Every] {
+        for want in [Want::Last, Want::EVERY] {
             let model = load(Shape { n_vocab: 4096, ..wide(1 << 14) }, kernel, 2);
             let mut refused = 0;
             loop {

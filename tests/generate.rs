@@ -8,22 +8,25 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use candle_phi::compute::ops::{KvShape, KvType};
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
-use candle_phi::model::{Model, Phase, Sequence, Want};
+use candle_phi::kv::table::Table;
+use candle_phi::model::{Batch, Info, Member, Model, Phase, Sequence, Want};
 use candle_phi::runtime::generation::{Generation, Request};
 use candle_phi::runtime::sampling::Sampling;
 use candle_phi::runtime::scheduler::Scheduler;
 use candle_phi::runtime::stream::{Stream, TextStream};
 use candle_phi::runtime::work::{FinishReason, Status, Step, Work};
-use candle_phi::system::sync::Cancel;
 use candle_phi::system::task::Phase as Reported;
 use candle_phi::text::tokenizer::{Special, Tokenizer};
 
 /// Repeats a script of ids and counts its passes.
 struct Scripted {
     script: Vec<u32>,
-    n_vocab: usize,
+    /// Tokens of the prompt.
+    prompt: usize,
+    info: Info,
     passes: Arc<AtomicUsize>,
     failure: Option<Error>,
     panics: bool,
@@ -41,85 +44,53 @@ impl Scripted {
     }
 }
 
-struct ScriptedSequence {
-    model: Arc<Scripted>,
-    passes: usize,
-    appended: usize,
-    left: usize,
-    logits: Vec<f32>,
-}
-
 impl Model for Scripted {
-    fn engine(&self) -> &'static str {
-        "scripted"
+    fn info(&self) -> &Info {
+        &self.info
     }
-    fn name(&self) -> String {
-        "the script".into()
-    }
-    fn kernel(&self) -> &'static str {
-        "none"
-    }
-    fn device(&self) -> &'static str {
-        "cpu"
-    }
-    fn n_threads(&self) -> usize {
-        1
-    }
-    fn n_vocab(&self) -> usize {
-        self.n_vocab
-    }
-    fn context_length(&self) -> usize {
-        1000
-    }
+
     fn kv_bytes(&self, _: usize) -> usize {
         0
     }
-    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
-        Ok(Box::new(ScriptedSequence { logits: vec![0.0; self.n_vocab], model: self, passes: 0, appended: 0, left: 0 }))
-    }
-}
 
-impl Sequence for ScriptedSequence {
-    fn append(&mut self, ids: &[u32], phase: Phase, _: Want) -> Result<()> {
-        self.left = if phase == Phase::Prefill { ids.len() } else { 1 };
-        self.appended = ids.len();
+    fn sequence(&self) -> Result<Sequence> {
+        let (kv_type, device) = (KvType::F32, None);
+        let shape = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
+        Ok(Sequence::new(Table::new(&shape, None)))
+    }
+
+    fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
+        sequence.append(ids, phase, want);
         Ok(())
     }
 
-    /// A turn for each token.
-    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
-        if self.left > 1 {
-            self.model.wait_at_gate();
-            self.left -= usize::from(!self.model.endless_prompt);
-            return if cancel.is_set() { Err(Error::Cancelled) } else { Ok(true) };
-        }
-        self.left = 0;
-        self.model.passes.fetch_add(1, SeqCst);
-        assert!(!self.model.panics, "the model panics");
-        self.model.wait_at_gate();
+    /// A turn for each token of a prompt. The sequences of a pass are all at their own place of the script.
+    fn forward(&self, batch: &mut Batch) -> Result<bool> {
+        let [Member { sequence, cancel, .. }, ..] = &batch.members[..] else { panic!("an empty batch") };
+        let prefills = sequence.left() > 1 || self.endless_prompt;
+        self.passes.fetch_add(usize::from(!prefills), SeqCst);
+        assert!(prefills || !self.panics, "the model panics");
+        self.wait_at_gate();
         if cancel.is_set() {
             return Err(Error::Cancelled);
         }
-        let script = &self.model.script;
-        if let Some(error) = self.model.failure.clone().filter(|_| self.passes == script.len()) {
-            return Err(error);
+        batch.logits.clear();
+        for Member { sequence, logits, .. } in &mut batch.members {
+            let from = batch.logits.len();
+            if !self.endless_prompt {
+                sequence.kv.commit(1);
+            }
+            if !prefills {
+                let step = sequence.ids.len() - self.prompt;
+                if let Some(error) = self.failure.clone().filter(|_| step == self.script.len()) {
+                    return Err(error);
+                }
+                batch.logits.resize(from + self.info.n_vocab, 0.0);
+                batch.logits[from + self.script[step % self.script.len()] as usize] = 9.0;
+            }
+            *logits = from..batch.logits.len();
         }
-        self.logits.fill(0.0);
-        self.logits[script[self.passes % script.len()] as usize] = 9.0;
-        self.passes += 1;
         Ok(false)
-    }
-
-    fn computed(&self) -> usize {
-        self.appended - self.left
-    }
-
-    fn logits(&self) -> &[f32] {
-        &self.logits
-    }
-
-    fn take_logits(&mut self) -> Vec<f32> {
-        std::mem::take(&mut self.logits)
     }
 }
 
@@ -136,9 +107,20 @@ impl Setup {
     fn ids(script: &[u32]) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain.gguf");
         let tokenizer = Arc::new(Tokenizer::from_gguf(&Gguf::open(&path, true).unwrap()).unwrap());
-        let (n_vocab, passes) = (tokenizer.n_vocab(), Arc::default());
-        let (script, failure) = (script.to_vec(), None);
-        let model = Scripted { script, n_vocab, passes, failure, panics: false, endless_prompt: false, gate: None };
+        let info = Info {
+            engine: "scripted",
+            kernel: "none",
+            device: "cpu",
+            n_threads: 1,
+            file: "the script".into(),
+            n_vocab: tokenizer.n_vocab(),
+            context_length: 1000,
+            width: 8,
+            pass_costs: &[1.0],
+        };
+        let (script, passes, failure) = (script.to_vec(), Arc::default(), None);
+        let model =
+            Scripted { script, prompt: 0, info, passes, failure, panics: false, endless_prompt: false, gate: None };
         Setup { tokenizer, scheduler: Scheduler::default(), model, prompt: None }
     }
 
@@ -180,9 +162,10 @@ impl Setup {
         self.stream_until(None, change)
     }
 
-    fn stream_until(self, deadline: Option<Instant>, change: impl FnOnce(&mut Request)) -> TextStream {
+    fn stream_until(mut self, deadline: Option<Instant>, change: impl FnOnce(&mut Request)) -> TextStream {
         let mut request = self.request();
         change(&mut request);
+        self.model.prompt = request.prompt.len();
         TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler, deadline)
     }
 }
@@ -444,7 +427,15 @@ impl Drop for Heavy {
 impl Work for Heavy {
     type Item = ();
 
-    fn step(&mut self, _: &Cancel) -> Result<Step<()>> {
+    fn model(&self) -> &Arc<dyn Model> {
+        unreachable!("its time is over before the first read")
+    }
+
+    fn begin(&mut self) -> Result<Sequence> {
+        unreachable!("its time is over before the first read")
+    }
+
+    fn accept(&mut self, _: &mut Sequence, _: &[f32]) -> Result<Step<()>> {
         unreachable!("its time is over before the first read")
     }
 
@@ -475,7 +466,7 @@ fn dropping_unstarted_work_keeps_no_other_thread_waiting() {
 
 #[test]
 fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
-    let scheduler = Scheduler::new(1);
+    let scheduler = Scheduler::new(1, 8);
     let first = Setup::sibling(&scheduler, &"word ".repeat(90)).stream_until(in_ms(500), |_| {});
     first.next().unwrap();
     assert_eq!(read(&Setup::sibling(&scheduler, "next").stream(|_| {})).unwrap().0, "next", "no BusyError");
@@ -483,7 +474,7 @@ fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
 
 #[test]
 fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
-    let scheduler = Scheduler::new(1);
+    let scheduler = Scheduler::new(1, 8);
     let setup = |text: &str| Setup::sibling(&scheduler, text);
     let complete = setup("ab").stream(|_| {});
     complete.next().unwrap();
@@ -581,7 +572,7 @@ fn a_wait_returns_though_there_is_nothing_to_read() {
 
 #[test]
 fn closing_reaches_a_stream_that_waits_for_a_slot_and_calls_its_hook() {
-    let scheduler = Scheduler::new(1);
+    let scheduler = Scheduler::new(1, 8);
     let holder = Setup::sibling(&scheduler, "never ends").stream(|request| request.ignore_eos = true);
     holder.next().unwrap();
     let waiting = Setup::sibling(&scheduler, "waiting").stream(|_| {});

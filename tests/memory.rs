@@ -3,15 +3,12 @@
 
 mod gguf_writer;
 
-use std::sync::Arc;
-
 use candle_phi::compute::kernels;
-use candle_phi::compute::ops::Backend;
+use candle_phi::compute::ops::{Backend, KvType};
 use candle_phi::compute::pool::Pool;
 use candle_phi::files::gguf::Gguf;
-use candle_phi::kv::cache::KvType;
 use candle_phi::model::phi3::Phi3;
-use candle_phi::model::{Model, Phase, Want};
+use candle_phi::model::{self, Phase, Want};
 use candle_phi::system::sync::Cancel;
 use gguf_writer::Writer;
 
@@ -53,9 +50,9 @@ fn a_model_costs_no_second_copy_of_its_weights_and_no_cache_before_it_is_used() 
 
     let before = private_dirty();
     let backend = Backend::Cpu { kernel: kernels::by_name("portable").unwrap(), pool: Pool::new(2) };
-    let model = Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F16).unwrap());
-    let mut sequence = model.sequence().unwrap();
-    let logits = sequence.forward(&[1, 2, 3], Phase::Prefill, Want::Last, &Cancel::default()).unwrap();
+    let model = Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F16).unwrap();
+    let mut batch = model::single(&model, &Cancel::default()).unwrap();
+    let logits = model::compute(&model, &mut batch, &[1, 2, 3], Phase::Prefill, Want::Last).unwrap();
     assert!(logits.iter().all(|logit| logit.is_finite()));
     let grown = private_dirty().saturating_sub(before);
     assert!(grown < 20, "{grown} MB more of private memory; the weights are 81 MB");

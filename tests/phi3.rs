@@ -3,55 +3,62 @@
 mod gguf_writer;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use candle_core::Device;
 use candle_phi::compute::kernels;
-use candle_phi::compute::ops::Backend;
+use candle_phi::compute::ops::{Backend, KvType};
 use candle_phi::compute::pool::Pool;
 use candle_phi::error::Error;
 use candle_phi::files::gguf::Gguf;
-use candle_phi::kv::cache::KvType;
-use candle_phi::model::phi3::Phi3;
-use candle_phi::model::{Model, Phase, Want};
+use candle_phi::model::phi3::{Config, Phi3};
+use candle_phi::model::runner::Runner;
+use candle_phi::model::{self, Model, Phase, Want};
 use candle_phi::system::sync::Cancel;
 use gguf_writer::model::{Shape, model_of};
 
 /// Every kind of model there is a golden file of.
 const FILES: [&str; 6] = ["plain", "window", "gqa", "longrope", "partial_tied", "k_official"];
 
-fn load(name: &str, backend: Backend) -> Arc<Phi3> {
+fn load(name: &str, backend: Backend) -> Runner<Phi3> {
     load_with(name, backend, KvType::F16)
 }
 
-fn load_with(name: &str, backend: Backend, kv_type: KvType) -> Arc<Phi3> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.gguf"));
-    Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, kv_type).unwrap())
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.gguf"))
+}
+
+fn load_with(name: &str, backend: Backend, kv_type: KvType) -> Runner<Phi3> {
+    let path = golden(name);
+    Phi3::load(&Gguf::open(&path, true).unwrap(), backend, kv_type).unwrap()
+}
+
+fn config(name: &str) -> Config {
+    Config::read(&Gguf::open(&golden(name), true).unwrap()).unwrap()
 }
 
 fn cpu(kernel: &str, n_threads: usize) -> Backend {
     Backend::Cpu { kernel: kernels::by_name(kernel).unwrap(), pool: Pool::new(n_threads) }
 }
 
-fn prompt(model: &Phi3, n: usize) -> Vec<u32> {
-    let n_vocab = model.n_vocab() as u32;
+fn prompt(model: &Runner<Phi3>, n: usize) -> Vec<u32> {
+    let n_vocab = model.info().n_vocab as u32;
     (0..n as u32).map(|i| (i * 7919 + 13) % n_vocab).collect()
 }
 
 /// The logits of every position when the prompt comes in pieces of these lengths.
-fn logits(model: &Arc<Phi3>, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
+fn logits(model: &Runner<Phi3>, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
     logits_of(model, ids, pieces, Phase::Prefill)
 }
 
-fn logits_of(model: &Arc<Phi3>, ids: &[u32], pieces: &[usize], phase: Phase) -> Vec<f32> {
-    let mut sequence = model.clone().sequence().unwrap();
+fn logits_of(model: &Runner<Phi3>, ids: &[u32], pieces: &[usize], phase: Phase) -> Vec<f32> {
+    let mut batch = model::single(model, &Cancel::default()).unwrap();
     let (mut at, mut out) = (0, Vec::new());
     for &length in pieces.iter().cycle() {
         if at == ids.len() {
             break;
         }
         let end = ids.len().min(at + length);
-        out.extend(sequence.forward(&ids[at..end], phase, Want::Every, &Cancel::default()).unwrap());
+        out.extend(model::compute(model, &mut batch, &ids[at..end], phase, Want::EVERY).unwrap());
         at = end;
     }
     out
@@ -74,7 +81,7 @@ fn the_same_bits_however_the_prompt_is_cut() {
         for file in FILES.iter().filter(|file| **file != "longrope") {
             let model = load(file, cpu(kernel, 2));
             // Longer than two pages of the cache, and than one chunk of the prefill.
-            let ids = prompt(&model, 300.min(model.context_length()));
+            let ids = prompt(&model, 300.min(model.info().context_length));
             let whole = bits(&logits(&model, &ids, &[ids.len()]));
             for pieces in [&[1][..], &[2, 3, 5, 7], &[127, 1, 1, 130], &[256]] {
                 assert!(whole == bits(&logits(&model, &ids, pieces)), "{file} with {kernel}, cut by {pieces:?}");
@@ -107,7 +114,7 @@ fn the_same_bits_whatever_the_number_of_threads() {
         for file in FILES {
             let run = |n_threads| {
                 let model = load(file, cpu(kernel, n_threads));
-                let ids = prompt(&model, 200.min(model.context_length()));
+                let ids = prompt(&model, 200.min(model.info().context_length));
                 bits(&logits(&model, &ids, &[150, 1]))
             };
             let one = run(1);
@@ -123,7 +130,7 @@ fn the_same_bits_of_a_long_context_whatever_the_number_of_threads_and_the_chunks
     let shape = Shape { hidden: 32, feed_forward: 32, n_head: 2, n_head_kv: 1, n_vocab: 64, context: 4096 };
     let folder = tempfile::tempdir().unwrap();
     let path = model_of(shape).save(folder.path(), "model.gguf");
-    let load = |backend| Arc::new(Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F32).unwrap());
+    let load = |backend| Phi3::load(&Gguf::open(&path, true).unwrap(), backend, KvType::F32).unwrap();
     let ids = prompt(&load(cpu("portable", 1)), 2500);
     for kernel in kernels::available() {
         let run = |n_threads, pieces: &[usize]| bits(&logits(&load(cpu(kernel, n_threads)), &ids, pieces));
@@ -142,9 +149,9 @@ fn the_same_bits_of_a_long_context_whatever_the_number_of_threads_and_the_chunks
 #[test]
 fn a_sequence_that_outgrows_the_short_rope_factors_is_computed_anew() {
     let model = load("longrope", cpu("portable", 1));
-    let original = model.config.long_rope.as_ref().unwrap().original_context;
+    let original = config("longrope").long_rope.unwrap().original_context;
     let ids = prompt(&model, original + 5);
-    let n_vocab = model.n_vocab();
+    let n_vocab = model.info().n_vocab;
     let whole = logits(&model, &ids, &[ids.len()]);
     let crossing = logits(&model, &ids, &[original - 2, 2]);
     assert!(bits(&crossing[original * n_vocab..]) == bits(&whole[original * n_vocab..]));
@@ -173,23 +180,15 @@ fn a_cancelled_pass_says_so() {
     let model = load("plain", cpu("portable", 2));
     let cancel = Cancel::default();
     cancel.set();
-    let result = model
-        .clone()
-        .sequence()
-        .unwrap()
-        .forward(&prompt(&model, 20), Phase::Prefill, Want::Last, &cancel)
-        .map(<[f32]>::len);
+    let mut batch = model::single(&model, &cancel).unwrap();
+    let result = model::compute(&model, &mut batch, &prompt(&model, 20), Phase::Prefill, Want::Last);
     assert_eq!(result, Err(Error::Cancelled));
 }
 
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {
     let model = load("plain", cpu("portable", 1));
-    let error = model
-        .clone()
-        .sequence()
-        .unwrap()
-        .forward(&[1, 999_999], Phase::Prefill, Want::Last, &Cancel::default())
-        .unwrap_err();
+    let mut batch = model::single(&model, &Cancel::default()).unwrap();
+    let error = model::compute(&model, &mut batch, &[1, 999_999], Phase::Prefill, Want::Last).unwrap_err();
     assert!(matches!(&error, Error::Value(message) if message.contains("999999")), "{error}");
 }

@@ -33,6 +33,47 @@ def test_only_the_door_knows_python() -> None:
     assert offenders(r"\bpyo3\b", [path for path in RUST if path.parent != ROOT / "src" / "python"]) == []
 
 
+# From the door down. A floor may use those after it; `text` and `model` do not use each other.
+FLOORS = ["python", "engine", "runtime", "text", "model", "kv", "compute", "files", "system", "error"]
+
+
+def floors_used(path: Path) -> set[str]:
+    """The floors that a file of src/ names, without its comments."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("//"))
+    grouped = re.findall(r"\bcrate::\{([^}]*)\}", code)
+    names = [name.strip().split("::")[0] for group in grouped for name in group.split(",")]
+    return {*names, *re.findall(r"\bcrate::(\w+)", code)} & set(FLOORS)
+
+
+def test_each_floor_uses_those_below_it() -> None:
+    seen = set()
+    for path in RUST:
+        floor = path.relative_to(ROOT / "src").parts[0].removesuffix(".rs")
+        if floor == "lib":
+            continue
+        below = set(FLOORS[FLOORS.index(floor) :]) - ({"model"} if floor == "text" else set())
+        used = floors_used(path)
+        assert used <= below, f"{path.relative_to(ROOT)} uses {', '.join(sorted(used - below))}"
+        seen.add(floor)
+    assert seen == set(FLOORS)
+
+
+def test_kernels_know_neither_files_nor_models() -> None:
+    kernels = [path for path in RUST if "kernels" in path.parts]
+    assert [path.name for path in kernels if floors_used(path) - {"compute", "error", "system"}] == []
+    inside = [path for path in kernels if re.search(r"crate::compute::(?!kernels\b)", path.read_text(encoding="utf-8"))]
+    assert inside == []
+
+
+def test_no_file_of_the_engine_is_long() -> None:
+    def length(path: Path) -> int:
+        return len(path.read_text(encoding="utf-8").partition("#[cfg(test)]")[0].splitlines())
+
+    long = {path.name: length(path) for path in RUST if "tests" not in path.name and length(path) > 500}
+    assert long == {}
+
+
 def test_only_kernels_know_the_cpu() -> None:
     outside = [path for path in RUST if "kernels" not in path.parts]
     assert offenders(r"\b(std|core)::arch\b", outside) == []

@@ -8,14 +8,13 @@ mod scratch;
 use std::sync::{Arc, LazyLock};
 
 use candle_phi::compute::kernels;
-use candle_phi::compute::ops::Backend;
+use candle_phi::compute::ops::{Backend, KvType};
 use candle_phi::compute::pool::{Pool};
 use candle_phi::system::sync::{Cancel};
 use candle_phi::error::Result;
 use candle_phi::files::gguf::{Gguf, Value};
-use candle_phi::kv::cache::KvType;
 use candle_phi::model::phi3::Phi3;
-use candle_phi::model::{Model, Phase, Want};
+use candle_phi::model::{self, Model, Phase, Want};
 use candle_phi::text::chat::{Message, Template};
 use candle_phi::text::tokenizer::{Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
@@ -48,14 +47,15 @@ fn run(bytes: &[u8]) -> Result<()> {
     }
 
     let kernel = kernels::by_name("portable").expect("it runs everywhere");
-    let model = Arc::new(Phi3::load(&gguf, Backend::Cpu { kernel, pool: Pool::new(1) }, KvType::F16)?);
+    let model = Phi3::load(&gguf, Backend::Cpu { kernel, pool: Pool::new(1) }, KvType::F16)?;
+    let n_vocab = model.info().n_vocab;
     // Longer than a chunk of a prompt, so that buffers have the size that they grow to.
-    let length = model.context_length().min(PROMPT + 1).saturating_sub(1).max(1);
-    let ids: Vec<u32> = (0..length).rev().map(|i| (i % model.n_vocab()) as u32).collect();
+    let length = model.info().context_length.min(PROMPT + 1).saturating_sub(1).max(1);
+    let ids: Vec<u32> = (0..length).rev().map(|i| (i % n_vocab) as u32).collect();
     model.check_length(length + 1)?;
-    let mut sequence = model.clone().sequence()?;
-    assert_eq!(sequence.forward(&ids, Phase::Prefill, Want::Last, &Cancel::default())?.len(), model.n_vocab());
-    sequence.forward(&ids[..1], Phase::Decode, Want::Last, &Cancel::default())?;
+    let mut batch = model::single(&model, &Cancel::default())?;
+    assert_eq!(model::compute(&model, &mut batch, &ids, Phase::Prefill, Want::Last)?.len(), n_vocab);
+    model::compute(&model, &mut batch, &ids[..1], Phase::Decode, Want::Last)?;
     Ok(())
 }
 

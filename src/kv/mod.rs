@@ -1,3 +1,3 @@
-//! Keys and values of the positions that are computed. It may use `compute`, which stores and reads them.
+//! Keys and values of computed positions, by sequence. It may use `compute`, which stores and reads them.
 
-pub mod cache;
+pub mod table;

@@ -6,7 +6,6 @@
 //! Decisions: docs/design/engine.md
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
-use std::path::PathBuf;
 use std::sync::atomic::{
     AtomicBool, AtomicUsize,
     Ordering::{AcqRel, Relaxed, Release},
@@ -18,26 +17,27 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_phi3::ModelWeights;
 
 use crate::compute::kernels;
+use crate::compute::ops::{KvShape, KvType};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
-use crate::kv::cache::KvType;
+use crate::kv::table::Table;
 use crate::model::phi3::Config;
-use crate::model::{Model, Phase, Sequence, Want};
+use crate::model::{Batch, Info, Member, Model, Phase, Sequence, Want};
 use crate::system::fork::ForkGuard;
-use crate::system::memory;
-use crate::system::sync::{Cancel, lock};
+use crate::system::sync::lock;
 use crate::system::task::{self, Task};
+use crate::system::{memory, panic};
 
-pub struct Stock {
+pub struct Baseline {
     config: Config,
-    file: PathBuf,
+    info: Info,
     weights: Mutex<ModelWeights>,
     /// Positions whose keys and values Candle's cache has memory for.
     cached: AtomicUsize,
-    taken: AtomicBool,
+    taken: Arc<AtomicBool>,
 }
 
-impl Stock {
+impl Baseline {
     /// Copies the weights, as Candle does, until `task` is cancelled.
     pub fn load(gguf: &Gguf, task: &Task) -> Result<Self> {
         /// Candle creates its thread pool once in a process, and a child has none of its threads.
@@ -81,13 +81,18 @@ impl Stock {
         let weights = weights.map_err(|error: candle_core::Error| {
             Error::UnsupportedModel(format!("{file}: engine 'candle' cannot load it: {error}; engine 'native' can"))
         })?;
-        Ok(Stock {
-            config,
-            file: gguf.path().to_owned(),
-            weights: Mutex::new(weights),
-            cached: AtomicUsize::new(0),
-            taken: AtomicBool::new(false),
-        })
+        let info = Info {
+            engine: "candle",
+            kernel: "candle",
+            device: "cpu",
+            n_threads: candle_core::utils::get_num_threads(),
+            file: file.to_string(),
+            n_vocab: config.n_vocab,
+            context_length: config.context_length,
+            width: 1,
+            pass_costs: &[1.0],
+        };
+        Ok(Baseline { config, info, weights: Mutex::new(weights), cached: AtomicUsize::new(0), taken: Arc::default() })
     }
 }
 
@@ -99,7 +104,7 @@ fn copied(gguf: &Gguf, config: &Config) -> u64 {
     weights.saturating_add(embeddings).saturating_add(angles)
 }
 
-impl Stock {
+impl Baseline {
     /// Candle allocates without asking. An error if what it needs for `tokens` more does not fit the memory.
     fn check_memory(&self, held: usize, tokens: usize) -> Result<()> {
         let what = format_args!("engine 'candle' with {tokens} tokens more");
@@ -152,33 +157,9 @@ impl Seek for Watched<'_> {
     }
 }
 
-impl Model for Stock {
-    fn engine(&self) -> &'static str {
-        "candle"
-    }
-
-    fn name(&self) -> String {
-        self.file.display().to_string()
-    }
-
-    fn kernel(&self) -> &'static str {
-        "candle"
-    }
-
-    fn device(&self) -> &'static str {
-        "cpu"
-    }
-
-    fn n_threads(&self) -> usize {
-        candle_core::utils::get_num_threads()
-    }
-
-    fn n_vocab(&self) -> usize {
-        self.config.n_vocab
-    }
-
-    fn context_length(&self) -> usize {
-        self.config.context_length
+impl Model for Baseline {
+    fn info(&self) -> &Info {
+        &self.info
     }
 
     fn kv_bytes(&self, positions: usize) -> usize {
@@ -195,69 +176,57 @@ impl Model for Stock {
         }
     }
 
-    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>> {
+    /// Its keys and values are in Candle's own cache, so its table has no layers.
+    fn sequence(&self) -> Result<Sequence> {
         if self.taken.swap(true, AcqRel) {
             return Err(Error::Busy(
                 "engine 'candle' has 1 slot, and a stream holds it: finish or close that stream first".into(),
             ));
         }
-        Ok(Box::new(StockSequence { model: self, len: 0, appended: Vec::new(), logits: Vec::new() }))
+        let (kv_type, device) = (KvType::F32, None);
+        let none = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
+        let mut sequence = Sequence::new(Table::new(&none, None));
+        sequence.held = Some(Box::new(Slot(self.taken.clone())));
+        Ok(sequence)
     }
-}
 
-struct StockSequence {
-    model: Arc<Stock>,
-    /// Computed positions.
-    len: usize,
-    /// Ids for the next turn.
-    appended: Vec<u32>,
-    logits: Vec<f32>,
-}
-
-impl Sequence for StockSequence {
-    fn append(&mut self, ids: &[u32], _: Phase, want: Want) -> Result<()> {
-        if want == Want::Every {
+    fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
+        if want.first(ids.len()) + 1 < ids.len() {
             return Err(Error::UnsupportedModel(
                 "engine 'candle' computes the logits of the last position only".into(),
             ));
         }
-        self.model.check_length(self.len + ids.len())?;
-        self.model.check_memory(self.len, ids.len())?;
-        self.appended = ids.to_vec();
+        let held = sequence.ids.len();
+        self.check_length(held + ids.len())?;
+        self.check_memory(held, ids.len())?;
+        memory::reserve(&mut sequence.ids, ids.len(), format_args!("{} token ids", ids.len()))?;
+        sequence.append(ids, phase, want);
         Ok(())
     }
 
     /// One turn for all ids: Candle's loop cannot be interrupted.
-    fn advance(&mut self, cancel: &Cancel) -> Result<bool> {
-        if self.appended.is_empty() {
-            return Ok(false);
-        }
-        self.logits = {
-            let input = Tensor::new(&self.appended[..], &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
-            lock(&self.model.weights).forward(&input, self.len)?.flatten_all()?.to_vec1()?
+    fn forward(&self, batch: &mut Batch) -> Result<bool> {
+        let [Member { sequence, cancel, logits }] = &mut batch.members[..] else {
+            return Err(Error::Internal("engine 'candle' computes one sequence at a time".into()));
         };
-        self.len += self.appended.len();
-        self.model.cached.store(self.len, Relaxed);
-        self.appended.clear();
+        let start = sequence.kv.len();
+        batch.logits = panic::catch(|| {
+            let input = Tensor::new(&sequence.ids[start..], &Device::Cpu)?.unsqueeze(0)?; // (1, tokens)
+            Ok(lock(&self.weights).forward(&input, start)?.flatten_all()?.to_vec1()?)
+        })?;
+        *logits = 0..batch.logits.len();
+        sequence.kv.commit(sequence.ids.len() - start);
+        self.cached.store(sequence.kv.len(), Relaxed);
         if cancel.is_set() { Err(Error::Cancelled) } else { Ok(false) }
-    }
-
-    fn computed(&self) -> usize {
-        if self.appended.is_empty() { self.len } else { 0 }
-    }
-
-    fn logits(&self) -> &[f32] {
-        &self.logits
-    }
-
-    fn take_logits(&mut self) -> Vec<f32> {
-        std::mem::take(&mut self.logits)
     }
 }
 
-impl Drop for StockSequence {
+/// The right to use Candle's cache.
+struct Slot(Arc<AtomicBool>);
+
+impl Drop for Slot {
     fn drop(&mut self) {
-        self.model.taken.store(false, Release);
+        self.0.store(false, Release);
     }
 }
 

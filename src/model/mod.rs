@@ -1,39 +1,52 @@
-//! The interface of a model to generation, for every engine.
+//! Models: token ids of several sequences in, logits out. It may use `kv`, `compute` and `files`. `runner` has what every
+//! architecture shares, and a file of an architecture has its layers alone.
 //!
 //! Decisions: docs/design/model.md
 
 pub mod baseline;
+pub mod batch;
+pub mod chunks;
+#[cfg(test)]
+pub mod fake;
 pub mod phi3;
 pub mod requirements;
 pub mod rope;
-
-use std::sync::Arc;
+pub mod runner;
+pub mod sequence;
 
 pub use crate::compute::kernels::Phase;
 use crate::error::Result;
+use crate::system::memory;
 use crate::system::sync::Cancel;
+
+pub use batch::{Batch, Member};
+pub use sequence::{Sequence, Want};
+
+/// Facts about a loaded model.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// "native" or "candle".
+    pub engine: &'static str,
+    /// The kernel's name in the report of `doctor`.
+    pub kernel: &'static str,
+    /// "cpu", "cuda" or "metal".
+    pub device: &'static str,
+    pub n_threads: usize,
+    /// The file, for errors.
+    pub file: String,
+    /// Rows of the head: ids are below this.
+    pub n_vocab: usize,
+    /// The context length of the file.
+    pub context_length: usize,
+    /// Sequences of a decode pass at most.
+    pub width: usize,
+    /// The time of a decode pass over 1, 2, ... rows, in passes over one row.
+    pub pass_costs: &'static [f32],
+}
 
 /// Loaded weights, shared by any number of sequences.
 pub trait Model: Send + Sync {
-    /// "native" or "candle".
-    fn engine(&self) -> &'static str;
-
-    /// The kernel's name in the report of `doctor`.
-    fn kernel(&self) -> &'static str;
-
-    /// "cpu", "cuda" or "metal".
-    fn device(&self) -> &'static str;
-
-    fn n_threads(&self) -> usize;
-
-    /// Its file, for errors.
-    fn name(&self) -> String;
-
-    /// Rows of the head: ids are below this.
-    fn n_vocab(&self) -> usize;
-
-    /// The context length of the file.
-    fn context_length(&self) -> usize;
+    fn info(&self) -> &Info;
 
     /// Bytes of keys and values that a token reads at a context of `positions`.
     fn kv_bytes(&self, positions: usize) -> usize;
@@ -44,38 +57,40 @@ pub trait Model: Send + Sync {
     }
 
     /// An empty sequence.
-    fn sequence(self: Arc<Self>) -> Result<Box<dyn Sequence>>;
-}
+    fn sequence(&self) -> Result<Sequence>;
 
-/// One sequence of tokens and its KV cache. It cannot be used after an error or a cancellation.
-pub trait Sequence: Send {
-    /// Adds ids, and computes nothing yet. Prompts are prefilled, generated ids are decoded: within a phase the logits
-    /// have the same bits however the ids are grouped. `Error::Memory` if the system has too little for them.
-    fn append(&mut self, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
+    /// Adds ids to a sequence, and computes nothing yet. Prompts are prefilled, generated ids are decoded: within a phase
+    /// the logits have the same bits however the ids are grouped, and whatever other sequences are in a pass.
+    /// `Error::Memory` if the system has too little for them.
+    fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
 
-    /// Computes one turn; other sequences may take theirs before the next. True if more turns follow.
-    fn advance(&mut self, cancel: &Cancel) -> Result<bool>;
+    /// Takes a turn with a batch whose members have ids to compute: one layer of a chunk of a prompt, which is alone in
+    /// its batch, or a whole decode pass. True if the pass goes on. At its end the members have the logits that they want
+    /// of the pass. After an error each sequence is as it was before the pass.
+    fn forward(&self, batch: &mut Batch) -> Result<bool>;
 
-    /// Computed ids of the last `append`. Within a pass the computed layers count in proportion.
-    fn computed(&self) -> usize;
-
-    /// After the last turn: the logits of the last appended id, (n_vocab), or of each, (ids, n_vocab).
-    fn logits(&self) -> &[f32];
-
-    /// The same without a copy. `logits` is empty afterwards.
-    fn take_logits(&mut self) -> Vec<f32>;
-
-    /// `append`, and all turns.
-    fn forward(&mut self, ids: &[u32], phase: Phase, want: Want, cancel: &Cancel) -> Result<&[f32]> {
-        self.append(ids, phase, want)?;
-        while self.advance(cancel)? {}
-        Ok(self.logits())
+    /// Calls `task(i)` once for each i in 0..tasks, on all threads of the model. A task must not compute.
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
     }
 }
 
-/// The positions that get logits.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub enum Want {
-    Last,
-    Every,
+/// Adds ids to the only member of a batch and takes all turns. The logits are (wanted ids, n_vocab).
+pub fn compute(model: &dyn Model, batch: &mut Batch, ids: &[u32], phase: Phase, want: Want) -> Result<Vec<f32>> {
+    model.append(&mut batch.members[0].sequence, ids, phase, want)?;
+    let mut logits = Vec::new();
+    let (rows, n_vocab) = (ids.len().saturating_sub(want.first(ids.len())), model.info().n_vocab);
+    memory::reserve(&mut logits, rows.saturating_mul(n_vocab), format_args!("{rows} x {n_vocab} logits"))?;
+    while batch.members[0].sequence.phase().is_some() {
+        while model.forward(batch)? {}
+        logits.extend_from_slice(batch.logits(0));
+    }
+    Ok(logits)
+}
+
+/// A batch of one empty sequence.
+pub fn single(model: &dyn Model, cancel: &Cancel) -> Result<Batch> {
+    let mut batch = Batch::default();
+    batch.members.push(Member::new(model.sequence()?, cancel.clone()));
+    Ok(batch)
 }

@@ -4,10 +4,11 @@
 
 use std::path::Path;
 
+use crate::compute::ops::KvType;
 use crate::error::Result;
 use crate::files::gguf::Gguf;
-use crate::kv::cache::KvType;
-use crate::model::phi3::{Chunks, Config};
+use crate::model::chunks::Chunks;
+use crate::model::phi3::Config;
 
 /// Context that the estimate assumes if the caller gives none: a file may state 131072, and the cache grows with use.
 const USUAL_CONTEXT: usize = 4096;
@@ -28,7 +29,7 @@ pub fn estimate(path: &Path, n_ctx: Option<usize>, kv_cache: &str) -> Result<Req
     let kv_type = KvType::named(kv_cache)?;
     let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
     let tokens = n_ctx.unwrap_or(USUAL_CONTEXT).min(config.context_length);
-    let chunks = Chunks::new(&config, weights);
+    let chunks = Chunks::new(config.sizes(), weights);
     let longest = chunks.length(0, false).min(tokens);
     // A sliding window frees the keys and values behind it, before the next chunk is added.
     let held = config.sliding_window.map_or(tokens, |window| tokens.min(window + longest));

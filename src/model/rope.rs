@@ -6,6 +6,7 @@
 //!
 //! Decisions: docs/design/model.md
 
+use crate::compute::ops::Angles;
 use crate::error::Result;
 use crate::system::memory;
 
@@ -54,15 +55,13 @@ impl Rope {
         self.long.as_ref().is_some_and(|long| positions > long.original_context)
     }
 
-    /// Computes cos and sin for `positions`.
-    pub fn fill(&self, angles: &mut Angles, positions: std::ops::Range<usize>, long: bool) -> Result<()> {
+    /// Adds the angles of `positions`.
+    pub fn extend(&self, angles: &mut Angles, positions: std::ops::Range<usize>, long: bool) -> Result<()> {
         let inv_freq = match &self.long {
             Some(l) if long => &l.inv_freq,
             _ => &self.short,
         };
         angles.half = inv_freq.len();
-        angles.cos.clear();
-        angles.sin.clear();
         let (tokens, half) = (positions.len(), inv_freq.len());
         for table in [&mut angles.cos, &mut angles.sin] {
             memory::reserve(table, tokens * half, format_args!("a rope table of {tokens} tokens and {half} angles"))?;
@@ -76,16 +75,6 @@ impl Rope {
         }
         Ok(())
     }
-}
-
-/// The angles of the positions of one pass.
-#[derive(Default)]
-pub struct Angles {
-    /// Half the rotated features of a head.
-    pub half: usize,
-    /// (positions, half)
-    pub cos: Vec<f32>,
-    pub sin: Vec<f32>,
 }
 
 fn inv_freq(rotated: usize, base: f32, factors: &[f32]) -> Vec<f32> {
@@ -120,7 +109,7 @@ mod tests {
         let rope = Rope::new(4, 10_000.0, Some(&long_rope));
         assert!(!rope.is_long(16) && rope.is_long(17));
         let mut angles = Angles::default();
-        rope.fill(&mut angles, 3..4, true).unwrap();
+        rope.extend(&mut angles, 3..4, true).unwrap();
         let expected = [3.0f32 / 4.0, 3.0 / 800.0];
         for (i, angle) in expected.iter().enumerate() {
             let (cos, sin) = (angles.cos[i], angles.sin[i]);

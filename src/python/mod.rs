@@ -9,6 +9,7 @@ mod logits;
 mod machine;
 mod model;
 mod ready;
+mod scores;
 mod stream;
 mod task;
 
@@ -22,6 +23,7 @@ use hub::Hub;
 use logits::Logits;
 use model::Model;
 use ready::ReadyQueue;
+use scores::Scores;
 use stream::Stream;
 use task::Task;
 

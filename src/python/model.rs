@@ -7,7 +7,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
-use super::{Logits, Stream, Task, detached};
+use super::{Logits, Scores, Stream, Task, detached};
 use crate::engine::{Engine, LoadOptions};
 use crate::error::Error;
 use crate::files::gguf::Value;
@@ -153,8 +153,16 @@ impl Model {
     }
 
     fn logits(&self, py: Python<'_>, ids: Vec<u32>, every_position: bool) -> PyResult<Logits> {
-        let want = if every_position { Want::Every } else { Want::Last };
+        let want = if every_position { Want::EVERY } else { Want::Last };
         detached(py, || self.0.logits(ids, want)).map(Logits)
+    }
+
+    #[pyo3(signature = (ids, *, start, top_logprobs))]
+    fn score(&self, py: Python<'_>, ids: Vec<u32>, start: usize, top_logprobs: usize) -> PyResult<Scores> {
+        detached(py, || {
+            let tokenizer = self.0.parts()?.tokenizer.clone();
+            Ok(Scores { stream: self.0.score(ids, start, top_logprobs)?, tokenizer })
+        })
     }
 
     fn bandwidth(&self, py: Python<'_>) -> PyResult<f64> {

@@ -9,7 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::{ReadyQueue, Report, detached, report};
-use crate::runtime::generation::{Piece, TokenLogprob};
+use crate::runtime::generation::Piece;
+use crate::runtime::sampling::TokenLogprob;
 use crate::runtime::stream::TextStream;
 use crate::runtime::work::FinishReason;
 use crate::text::tokenizer::Tokenizer;
@@ -111,7 +112,7 @@ impl Stream {
     }
 }
 
-fn to_entry<'py>(py: Python<'py>, tokenizer: &Tokenizer, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
+pub fn to_entry<'py>(py: Python<'py>, tokenizer: &Tokenizer, entry: &TokenLogprob) -> PyResult<Bound<'py, PyAny>> {
     let token = |id: u32, logprob: f32| {
         let bytes = tokenizer.bytes(id);
         (id, String::from_utf8_lossy(bytes).into_owned(), PyBytes::new(py, bytes), logprob)

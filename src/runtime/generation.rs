@@ -1,15 +1,13 @@
-//! One generation: prefills its prompt once, then samples ids one at a time and turns them into text.
+//! One generation: takes logits, samples ids one at a time and turns them into text.
 //!
 //! Decisions: docs/design/runtime.md
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::model::{Model, Phase, Sequence, Want};
-use crate::runtime::sampling::{Distribution, Sampler, Sampling};
+use crate::runtime::sampling::{Distribution, Sampler, Sampling, TokenLogprob};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
-use crate::system::sync::Cancel;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::stop::StopStrings;
 use crate::text::tokenizer::Tokenizer;
@@ -41,28 +39,17 @@ pub struct Piece {
     pub logprobs: Vec<TokenLogprob>,
 }
 
-/// The log probability of an id in the model's own distribution.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenLogprob {
-    pub id: u32,
-    pub logprob: f32,
-    pub top: Vec<(u32, f32)>,
-}
-
 /// The state of a generation.
 pub struct Generation {
     request: Request,
     model: Arc<dyn Model>,
     tokenizer: Arc<Tokenizer>,
-    sequence: Option<Box<dyn Sequence>>,
     sampler: Sampler,
     detokenizer: Detokenizer,
     stops: StopStrings,
     /// The ids and text since the last piece.
     pending: Piece,
-    /// The sampled id that is not appended yet.
-    next: Option<u32>,
-    status: Status,
+    generated: usize,
 }
 
 impl Generation {
@@ -74,22 +61,10 @@ impl Generation {
             stops: StopStrings::new(request.stop.clone()),
             model,
             tokenizer,
-            sequence: None,
             pending: Piece::default(),
-            next: None,
-            status: Status {
-                prompt: request.prompt.len(),
-                limit: request.limited.then_some(request.max_tokens),
-                ..Status::default()
-            },
+            generated: 0,
             request,
         }
-    }
-
-    fn prefill(model: &Arc<dyn Model>, prompt: &[u32]) -> Result<Box<dyn Sequence>> {
-        let mut sequence = model.clone().sequence()?;
-        sequence.append(prompt, Phase::Prefill, Want::Last)?;
-        Ok(sequence)
     }
 
     fn end(&mut self, reason: FinishReason) -> Step<Piece> {
@@ -108,43 +83,29 @@ impl Generation {
 impl Work for Generation {
     type Item = Piece;
 
-    /// Computes one turn of the prompt, or samples the next id.
-    fn step(&mut self, cancel: &Cancel) -> Result<Step<Piece>> {
-        let start = Instant::now();
-        let sequence = match &mut self.sequence {
-            Some(sequence) => sequence,
-            none => none.insert(Self::prefill(&self.model, &self.request.prompt)?),
-        };
-        if let Some(id) = self.next.take() {
-            sequence.append(&[id], Phase::Decode, Want::Last)?;
-        }
-        let more = sequence.advance(cancel)?;
-        let decoding = self.status.generated > 0;
-        if decoding {
-            self.status.decode_time += start.elapsed();
-            self.status.decode_passes += usize::from(!more);
-        } else {
-            self.status.prefilled = sequence.computed();
-            self.status.prefill_time += start.elapsed();
-        }
-        if more {
-            return Ok(Step::More(None));
-        }
-        let logits = sequence.logits();
+    fn model(&self) -> &Arc<dyn Model> {
+        &self.model
+    }
+
+    fn begin(&mut self) -> Result<Sequence> {
+        let mut sequence = self.model.sequence()?;
+        self.model.append(&mut sequence, &self.request.prompt, Phase::Prefill, Want::Last)?;
+        Ok(sequence)
+    }
+
+    /// Samples the next id.
+    fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Piece>> {
         let id = self.sampler.sample(logits).ok_or_else(|| {
-            let name = self.model.name();
-            Error::InvalidModel(format!("{name}: every logit is NaN or -inf: the weights are damaged"))
+            let file = &self.model.info().file;
+            Error::InvalidModel(format!("{file}: every logit is NaN or -inf: the weights are damaged"))
         })?;
         if !self.request.ignore_eos && self.tokenizer.stop_ids().contains(&id) {
             return Ok(self.end(FinishReason::Stop));
         }
-        self.next = Some(id);
-        self.status.generated += 1;
+        self.generated += 1;
         self.pending.ids.push(id);
         if let Some(top) = self.request.top_logprobs {
-            let distribution = Distribution::new(logits);
-            let top = distribution.top(top).into_iter().map(|id| (id, distribution.logprob(id))).collect();
-            self.pending.logprobs.push(TokenLogprob { id, logprob: distribution.logprob(id), top });
+            self.pending.logprobs.push(Distribution::new(logits).entry(id, top));
         }
         if let Some(text) = self.detokenizer.push(id) {
             let (text, stopped) = self.stops.push(&text);
@@ -153,15 +114,21 @@ impl Work for Generation {
                 return Ok(Step::End(self.take_pending(), FinishReason::Stop));
             }
         }
-        if self.status.generated == self.request.max_tokens {
+        if self.generated == self.request.max_tokens {
             return Ok(self.end(FinishReason::Length));
         }
+        self.model.append(sequence, &[id], Phase::Decode, Want::Last)?;
         let has_text = !self.pending.text.is_empty();
         Ok(Step::More(if has_text { self.take_pending() } else { None }))
     }
 
     fn status(&self) -> Status {
-        self.status
+        let limit = self.request.limited.then_some(self.request.max_tokens);
+        Status { prompt: self.request.prompt.len(), limit, ..Status::default() }
+    }
+
+    fn generated(&self) -> usize {
+        self.generated
     }
 
     fn ids(piece: &Piece) -> &[u32] {

@@ -7,5 +7,6 @@ pub mod outbox;
 pub mod ready;
 pub mod sampling;
 pub mod scheduler;
+pub mod scores;
 pub mod stream;
 pub mod work;

@@ -136,29 +136,35 @@ impl<T> Outbox<T> {
         self.change(|state| (state.queue, state.status) = (queue, Some(status)));
     }
 
-    /// Records the result of a step; false after the last one. `elapsed`: since the first read.
-    pub fn deliver(&self, step: Result<Step<T>>, status: Status, elapsed: Duration) -> bool {
+    /// Records a step; false after the last one. `elapsed`: since the first read.
+    pub fn deliver(&self, step: Step<T>, status: Status, elapsed: Duration) -> bool {
         self.change(|state| {
             state.status = Some(status);
-            if status.generated > 0 || matches!(step, Ok(Step::End(..))) {
+            if status.generated > 0 || matches!(step, Step::End(..)) {
                 state.first_token.get_or_insert(elapsed);
             }
             let (item, end) = match step {
-                Ok(Step::More(item)) => (item, None),
-                Ok(Step::End(item, reason)) => (item, Some((reason, None))),
-                Err(Error::Cancelled) if self.cancel.is_late() => (None, Some((FinishReason::Timeout, None))),
-                // Either the reader cancelled, and has set the end already, or the model was closed.
-                Err(Error::Cancelled) => (None, Some((FinishReason::Error, Some(Error::Closed)))),
-                Err(error) => (None, Some((FinishReason::Error, Some(error)))),
+                Step::More(item) => (item, None),
+                Step::End(item, reason) => (item, Some(reason)),
             };
             if state.finish.is_none() {
                 state.items.extend(item);
             }
-            if let Some((reason, error)) = end {
-                state.end(reason, error);
+            if let Some(reason) = end {
+                state.end(reason, None);
             }
             state.finish.is_none()
         })
+    }
+
+    /// Ends the stream with an error. A cancelled step is the deadline, or else a closed model: a reader that cancels sets
+    /// the end itself.
+    pub fn fail(&self, error: Error) {
+        match error {
+            Error::Cancelled if self.cancel.is_late() => self.end(FinishReason::Timeout, None),
+            Error::Cancelled => self.end(FinishReason::Error, Some(Error::Closed)),
+            error => self.end(FinishReason::Error, Some(error)),
+        }
     }
 
     pub fn end(&self, reason: FinishReason, error: Option<Error>) {
@@ -282,12 +288,12 @@ mod tests {
         Status { prompt: 3, prefilled, generated, limit: Some(9), ..Status::default() }
     }
 
-    fn deliver(outbox: &Texts, step: Result<Step<&'static str>>) -> bool {
+    fn deliver(outbox: &Texts, step: Step<&'static str>) -> bool {
         outbox.deliver(step, status(3, 1), Duration::from_secs(1))
     }
 
-    fn more(text: &'static str) -> Result<Step<&'static str>> {
-        Ok(Step::More(Some(text)))
+    fn more(text: &'static str) -> Step<&'static str> {
+        Step::More(Some(text))
     }
 
     fn take(outbox: &Texts) -> Poll<Result<Option<&'static str>>> {
@@ -299,8 +305,8 @@ mod tests {
         let outbox = outbox();
         assert_eq!(take(&outbox), Poll::Pending);
         assert!(deliver(&outbox, more("a")));
-        assert!(deliver(&outbox, Ok(Step::More(None))));
-        assert!(!deliver(&outbox, Ok(Step::End(Some("b"), FinishReason::Stop))));
+        assert!(deliver(&outbox, Step::More(None)));
+        assert!(!deliver(&outbox, Step::End(Some("b"), FinishReason::Stop)));
         for text in ["a", "b"] {
             assert_eq!(take(&outbox), Poll::Ready(Ok(Some(text))));
             assert_eq!(outbox.finish_reason(), None);
@@ -316,7 +322,7 @@ mod tests {
     fn the_first_end_counts_and_its_error_comes_once() {
         let outbox = outbox();
         deliver(&outbox, more("a"));
-        assert!(!deliver(&outbox, Err(Error::Value("first".into()))));
+        outbox.fail(Error::Value("first".into()));
         assert!(!deliver(&outbox, more("late")));
         outbox.end(FinishReason::Stop, Some(Error::Value("second".into())));
         assert_eq!(take(&outbox), Poll::Ready(Ok(Some("a"))));
@@ -348,7 +354,7 @@ mod tests {
             deliver(&outbox, more("a"));
         }
         assert_eq!((take(&outbox), called.try_iter().count()), (Poll::Pending, 0));
-        deliver(&outbox, Ok(Step::End(Some("b"), FinishReason::Stop)));
+        deliver(&outbox, Step::End(Some("b"), FinishReason::Stop));
         assert_eq!(called.try_iter().count(), 1);
         assert_eq!(outbox.unread_since(), None);
         for text in [["a"; 2 * AHEAD].as_slice(), &["b"]].concat() {
@@ -373,12 +379,12 @@ mod tests {
     fn abandoning_drops_the_items_and_is_too_late_after_the_end() {
         let abandoned = outbox();
         deliver(&abandoned, more("a"));
-        deliver(&abandoned, Err(Error::Value("unread".into())));
+        abandoned.fail(Error::Value("unread".into()));
         assert!(abandoned.abandon(FinishReason::Cancelled));
         assert_eq!(take(&abandoned), Poll::Ready(Ok(None)));
         assert_eq!(abandoned.finish_reason(), Some(FinishReason::Cancelled));
         let complete = outbox();
-        deliver(&complete, Ok(Step::End(None, FinishReason::Length)));
+        deliver(&complete, Step::End(None, FinishReason::Length));
         assert_eq!(take(&complete), Poll::Ready(Ok(None)));
         assert!(!complete.abandon(FinishReason::Cancelled));
         assert_eq!(complete.finish_reason(), Some(FinishReason::Length));
@@ -392,7 +398,7 @@ mod tests {
         assert_eq!(outbox.finish_reason(), Some(FinishReason::Timeout));
         let outbox = late();
         deliver(&outbox, more("a"));
-        assert!(!deliver(&outbox, Err(Error::Cancelled)));
+        outbox.fail(Error::Cancelled);
         assert_eq!(take(&outbox), Poll::Ready(Ok(Some("a"))));
         assert_eq!(take(&outbox), Poll::Ready(Ok(None)));
         assert_eq!(outbox.finish_reason(), Some(FinishReason::Timeout));
@@ -401,7 +407,7 @@ mod tests {
     #[test]
     fn a_step_that_the_reader_did_not_cancel_means_a_closed_model() {
         let outbox = outbox();
-        deliver(&outbox, Err(Error::Cancelled));
+        outbox.fail(Error::Cancelled);
         assert_eq!(take(&outbox), Poll::Ready(Err(Error::Closed)));
     }
 
@@ -416,7 +422,7 @@ mod tests {
         let read_at = outbox.unread_since().expect("no reader waits");
         outbox.on_change(hook());
         assert_eq!(outbox.unread_since(), None);
-        deliver(&outbox, Ok(Step::More(None)));
+        deliver(&outbox, Step::More(None));
         assert_eq!(called.try_iter().count(), 0, "there is nothing to read");
         deliver(&outbox, more("a"));
         deliver(&outbox, more("b"));
@@ -450,7 +456,7 @@ mod tests {
         assert_eq!(outbox.progress(None), [wait]);
         assert_eq!(outbox.progress(Some(Phase::Wait)), [wait]);
         outbox.begin(Duration::from_secs(2), status(0, 0));
-        outbox.deliver(Ok(Step::More(None)), status(2, 0), Duration::from_secs(3));
+        outbox.deliver(Step::More(None), status(2, 0), Duration::from_secs(3));
         assert_eq!(outbox.progress(None), [wait, of(Phase::Prefill, 2, Some(3))]);
         assert_eq!(outbox.progress(Some(Phase::Wait)), [of(Phase::Prefill, 2, Some(3))]);
         assert_eq!(outbox.timings().first_token, None);

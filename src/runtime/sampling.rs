@@ -195,6 +195,14 @@ fn descending(a: &Candidate, b: &Candidate) -> Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
 }
 
+/// The log probability of an id in the model's own distribution.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    pub id: u32,
+    pub logprob: f32,
+    pub top: Vec<(u32, f32)>,
+}
+
 /// The model's own distribution at one position, before penalties and temperature.
 pub struct Distribution<'a> {
     logits: &'a [f32],
@@ -211,6 +219,12 @@ impl<'a> Distribution<'a> {
 
     pub fn logprob(&self, id: u32) -> f32 {
         (self.logits[id as usize] as f64 - self.log_total) as f32
+    }
+
+    /// The log probability of an id, with those of the `top` most probable ids.
+    pub fn entry(&self, id: u32, top: usize) -> TokenLogprob {
+        let top = self.top(top).into_iter().map(|id| (id, self.logprob(id))).collect();
+        TokenLogprob { id, logprob: self.logprob(id), top }
     }
 
     /// The `n` most probable ids, the most probable first.

@@ -7,10 +7,11 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::model::{Model, Sequence};
 use crate::runtime::generation::Generation;
 use crate::runtime::outbox::{Hook, Outbox, Timings};
 use crate::runtime::scheduler::{Job, Scheduler};
-use crate::runtime::work::{FinishReason, Work};
+use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::system::sync::{Cancel, drop_in_background, lock};
 use crate::system::task::{Phase, Progress};
 
@@ -113,7 +114,8 @@ impl<W: Work> Stream<W> {
         if self.outbox.cancel.is_set() {
             return Ok(());
         }
-        let job = StreamJob { work, outbox: self.outbox.clone(), submitted: Instant::now(), began: false };
+        let (status, outbox) = (work.status(), self.outbox.clone());
+        let job = StreamJob { work, outbox, submitted: Instant::now(), status };
         let result = self.scheduler.submit(Box::new(job));
         if result.is_err() {
             self.outbox.abandon(FinishReason::Error);
@@ -170,7 +172,19 @@ struct StreamJob<W: Work> {
     outbox: Arc<Outbox<W::Item>>,
     /// The first read.
     submitted: Instant,
-    began: bool,
+    status: Status,
+}
+
+impl<W: Work> StreamJob<W> {
+    /// The prompt takes the time up to the first id.
+    fn record(&mut self, computed: usize, time: Duration) {
+        if self.status.generated == 0 {
+            self.status.prefilled = computed.min(self.status.prompt);
+            self.status.prefill_time += time;
+        } else {
+            self.status.decode_time += time;
+        }
+    }
 }
 
 impl<W: Work> Job for StreamJob<W> {
@@ -178,18 +192,36 @@ impl<W: Work> Job for StreamJob<W> {
         self.outbox.cancel.is_set() || self.outbox.wants_more()
     }
 
-    fn step(&mut self) -> bool {
-        let cancel = &self.outbox.cancel;
-        if !self.began && !cancel.is_set() {
-            self.began = true;
-            self.outbox.begin(self.submitted.elapsed(), self.work.status());
-        }
-        let step = if cancel.is_set() { Err(Error::Cancelled) } else { self.work.step(cancel) };
-        self.outbox.deliver(step, self.work.status(), self.submitted.elapsed())
+    fn model(&self) -> &Arc<dyn Model> {
+        self.work.model()
+    }
+
+    fn prompt(&self) -> usize {
+        self.status.prompt
+    }
+
+    fn begin(&mut self) -> Result<Sequence> {
+        self.outbox.begin(self.submitted.elapsed(), self.status);
+        self.work.begin()
+    }
+
+    fn turn(&mut self, computed: usize, time: Duration) {
+        self.record(computed, time);
+        self.outbox.deliver(Step::More(None), self.status, self.submitted.elapsed());
+    }
+
+    fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool> {
+        let start = Instant::now();
+        let computed = sequence.kv.len();
+        let step = self.work.accept(sequence, logits)?;
+        self.record(computed, time + start.elapsed());
+        self.status.decode_passes += usize::from(self.status.generated > 0);
+        self.status.generated = self.work.generated();
+        Ok(self.outbox.deliver(step, self.status, self.submitted.elapsed()))
     }
 
     fn fail(&mut self, error: Error) {
-        self.outbox.end(FinishReason::Error, Some(error));
+        self.outbox.fail(error);
     }
 
     fn cancel(&self) -> &Cancel {

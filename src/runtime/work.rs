@@ -1,22 +1,35 @@
-//! The work of a stream: steps that deliver items, up to an end.
+//! The work of a stream. It is passive: its sequence says what is computed next, and it takes the logits.
 //!
 //! Decisions: docs/design/runtime.md
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Result;
-use crate::system::sync::Cancel;
+use crate::model::{Model, Sequence};
 
-/// Work in steps, as a stream sees it.
+/// Work as a stream sees it.
 pub trait Work: Send + 'static {
-    /// What a step may deliver.
+    /// What the work may deliver.
     type Item: Send;
 
-    /// Takes a step. `cancel` ends it early with `Error::Cancelled`. It is not called again after `End` or an error.
-    fn step(&mut self, cancel: &Cancel) -> Result<Step<Self::Item>>;
+    /// The model that computes its logits.
+    fn model(&self) -> &Arc<dyn Model>;
 
-    /// Progress so far.
+    /// The sequence, with the prompt appended. Called once, before the others.
+    fn begin(&mut self) -> Result<Sequence>;
+
+    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), and appends what is wanted next, unless it ends.
+    /// It is not called again after `End` or an error.
+    fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Self::Item>>;
+
+    /// The progress before the first step.
     fn status(&self) -> Status;
+
+    /// Generated ids.
+    fn generated(&self) -> usize {
+        0
+    }
 
     /// The token ids of an item.
     fn ids(_item: &Self::Item) -> &[u32] {
@@ -57,7 +70,7 @@ impl FinishReason {
     }
 }
 
-/// Progress in tokens, and the time that it took.
+/// Progress in tokens, and the time that it took. A pass counts whole for each of its streams.
 #[derive(Copy, Clone, Debug, Default, PartialEq)]
 pub struct Status {
     /// Tokens of the prompt.

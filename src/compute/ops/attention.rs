@@ -1,6 +1,6 @@
-//! Attention on the CPU, and the writes to the pages of a layer's cache.
+//! Attention on the CPU, and the writes to the columns of a layer.
 //!
-//! The context is divided into blocks of 1024 positions that start at multiples of it. Each block gives a partial
+//! Each row of a pass attends to the columns of its own sequence. The context is divided into blocks of 1024 positions that start at multiples of it. Each block gives a partial
 //! softmax for each query, and the partials are merged in the order of the blocks. If there are tasks enough for all
 //! threads, a thread walks through the blocks with some of the tasks of a KV head, which share each block while it is in
 //! the cache. Else blocks are computed side by side. Both give the same bits, and the partials that are held at a time do
@@ -13,13 +13,11 @@ use std::ops::Range;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 use half::f16;
 
-use super::AttentionShape;
 use super::cpu::{Disjoint, PARALLEL_FROM, Rows, RowsMut};
-use crate::compute::kernels::{Kernel, KvPage, KvSliceMut, Line, Query, Scratch, view_mut};
+use super::{AttentionShape, Cancels, KvBuffer, Piece, Segment};
+use crate::compute::kernels::{Kernel, KvPage, KvSliceMut, Line, PAGE, Query, Scratch, view_mut};
 use crate::compute::pool::Pool;
-use crate::kv::cache::{KvBuffer, KvLayer, PAGE, Page};
 use crate::system::panic;
-use crate::system::sync::Cancel;
 
 /// Pages of a block of the context.
 const PAGES: usize = 8;
@@ -36,23 +34,21 @@ const KEY_STORE_COST: usize = 64;
 /// Cost of one feature of a key and of a value for one query, in the same unit.
 pub const ATTEND_COST: usize = 4;
 
-/// Writes the keys and values of some rows of qkv to a page, from position `at` of the page on.
-pub fn append(
-    pool: &Pool,
-    qkv: &Tensor,
-    rows: Range<usize>,
-    shape: AttentionShape,
-    page: &mut Page,
-    at: usize,
-) -> Result<()> {
+/// Writes the keys and values of the rows to the blocks of a layer.
+pub fn append(pool: &Pool, qkv: &Tensor, shape: AttentionShape, pieces: Vec<Piece<'_>>) -> Result<()> {
     let (storage, layout) = qkv.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { bail!("activations are not on the CPU") };
     let qkv = Rows::of(storage, layout)?;
     let AttentionShape { n_head_kv, head_dim, .. } = shape;
-    let (k, v) = (Heads::new(&mut page.k, n_head_kv)?, Heads::new(&mut page.v, n_head_kv)?);
-    let work = KEY_STORE_COST * rows.len() * shape.kv_dim();
-    let head = |head: usize| {
-        // SAFETY: each task has one head.
+    let work = KEY_STORE_COST * qkv.rows * shape.kv_dim();
+    let target = |piece| {
+        let Piece { rows, at, block } = piece;
+        Ok((rows, at, Heads::new(&mut block.k, n_head_kv)?, Heads::new(&mut block.v, n_head_kv)?))
+    };
+    let targets = pieces.into_iter().map(target).collect::<Result<Vec<_>>>()?;
+    let task = |task: usize| {
+        let ((rows, at, k, v), head) = (&targets[task / n_head_kv], task % n_head_kv);
+        // SAFETY: each task has one head of one block, and no block is written twice.
         let (mut k, mut v) = unsafe { (k.head(head), v.head(head)) };
         for (i, row) in rows.clone().enumerate() {
             let (_, kv) = qkv.row(row).split_at(shape.q_dim());
@@ -60,15 +56,16 @@ pub fn append(
             v.store_value(at + i, &kv[shape.kv_dim() + head * head_dim..][..head_dim]);
         }
     };
+    let tasks = targets.len() * n_head_kv;
     if work < PARALLEL_FROM {
-        (0..n_head_kv).for_each(head)
+        (0..tasks).for_each(task)
     } else {
-        pool.run(n_head_kv, head)
+        pool.run(tasks, task)
     }
     Ok(())
 }
 
-/// The heads of a page's buffer, for tasks that write them side by side.
+/// The heads of a buffer, for tasks that write them side by side.
 enum Heads<'a> {
     F16(Disjoint<'a, f16>, usize),
     F32(Disjoint<'a, f32>, usize),
@@ -81,7 +78,7 @@ impl<'a> Heads<'a> {
             KvBuffer::F16(x) => Heads::F16(Disjoint::new(x), heads),
             KvBuffer::F32(x) => Heads::F32(Disjoint::new(x), heads),
             KvBuffer::Q8 { q, scales } => Heads::Q8 { q: Disjoint::new(q), scales: Disjoint::new(scales), heads },
-            KvBuffer::Candle(_) => bail!("a KV page of Candle passed to a kernel"),
+            KvBuffer::Candle(_) => bail!("a KV block of Candle passed to a kernel"),
         })
     }
 
@@ -108,9 +105,10 @@ impl<'a> Heads<'a> {
 pub struct Attention<'a> {
     pub kernel: &'a dyn Kernel,
     pub pool: &'a Pool,
-    pub cancel: &'a Cancel,
-    pub layer: &'a KvLayer,
+    pub(super) cancels: Cancels<'a>,
     pub shape: AttentionShape,
+    pub layer: usize,
+    pub segments: &'a [Segment<'a>],
 }
 
 /// The softmax of a query over some keys: the largest score, and the sum of `exp(score - max)`.
@@ -125,7 +123,7 @@ impl SoftmaxPartial {
     const EMPTY: Self = SoftmaxPartial { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// The division of the queries into tasks: a few query heads of one KV head at a few tokens. Tasks of the same heads are
+/// The division of the queries of a segment into tasks: a few query heads of one KV head at a few tokens. Tasks of the same heads are
 /// neighbours.
 #[derive(Copy, Clone)]
 struct Tasks {
@@ -205,67 +203,112 @@ impl InplaceOp2 for Attention<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, qkv: &CpuStorage, qkv_l: &Layout) -> Result<()> {
         let (qkv, out) = (Rows::of(qkv, qkv_l)?, RowsMut::of(out, out_l)?);
-        let tasks = Tasks::new(self.shape, qkv.rows);
-        let seen = self.sees(qkv.rows, 0).start..self.layer.len();
-        let blocks = seen.start / BLOCK..seen.end.div_ceil(BLOCK);
-        let (width, n_head) = (self.shape.q_dim(), self.shape.n_head);
-        let parallel = ATTEND_COST * qkv.rows * seen.len() * width >= PARALLEL_FROM;
-        let many = tasks.count() >= TASKS_PER_THREAD * self.pool.n_threads();
-        let side_by_side = SCRATCH_BYTES / (4 * qkv.rows * (width + 2 * n_head) + 1);
-        if blocks.len() == 1 || many || !parallel || side_by_side <= 1 {
-            self.walk(qkv, out, tasks, blocks, parallel);
-        } else {
-            self.spread(qkv, out, tasks, blocks, side_by_side);
-        }
+        let target = Disjoint::new(out.data);
+        let parts: Vec<Part<'_>> = self.segments.iter().map(|segment| Part::new(self, segment, qkv)).collect();
+        let work: usize = parts.iter().map(Part::work).sum();
+        let tasks: usize = parts.iter().map(|part| part.tasks.count()).sum();
+        let few = work >= PARALLEL_FROM && tasks < TASKS_PER_THREAD * self.pool.n_threads();
+        let (spread, walked): (Vec<_>, Vec<_>) =
+            parts.iter().partition(|part| few && part.blocks.len() > 1 && part.side_by_side() > 1);
+        self.walk(&walked, &target, work);
+        spread.into_iter().for_each(|part| part.spread(&target));
         Ok(())
     }
 }
 
 impl Attention<'_> {
-    /// The positions that the query of a token sees, of `tokens` newest.
-    fn sees(&self, tokens: usize, token: usize) -> Range<usize> {
-        let position = self.layer.len() - tokens + token;
-        self.shape.window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
+    /// Ranges of tasks of all these parts walk through their blocks.
+    fn walk(&self, parts: &[&Part<'_>], target: &Disjoint<'_>, work: usize) {
+        let least = TASKS_PER_THREAD * self.pool.n_threads();
+        let of_part = |part| Part::ranges(part, least).into_iter().map(move |range| (part, range));
+        let ranges: Vec<_> = parts.iter().copied().flat_map(of_part).collect();
+        let run = |i: usize| {
+            let (part, range) = &ranges[i];
+            part.walk(range.clone(), target);
+        };
+        if work < PARALLEL_FROM { (0..ranges.len()).for_each(run) } else { self.pool.run(ranges.len(), run) }
+    }
+}
+
+/// The attention of one segment.
+struct Part<'a> {
+    op: &'a Attention<'a>,
+    segment: &'a Segment<'a>,
+    /// All rows of the pass.
+    qkv: Rows<'a>,
+    tasks: Tasks,
+    /// The blocks that its rows see.
+    blocks: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    fn new(op: &'a Attention<'a>, segment: &'a Segment<'a>, qkv: Rows<'a>) -> Self {
+        let tasks = Tasks::new(op.shape, segment.rows.len());
+        let mut part = Part { op, segment, qkv, tasks, blocks: 0..0 };
+        part.blocks = part.sees(0).start / BLOCK..segment.len().div_ceil(BLOCK);
+        part
     }
 
-    /// Ranges of tasks walk through the blocks.
-    fn walk(&self, qkv: Rows<'_>, out: RowsMut<'_>, tasks: Tasks, blocks: Range<usize>, parallel: bool) {
-        let (n_head, head_dim) = (self.shape.n_head, self.shape.head_dim);
-        let ranges = tasks.ranges(TASKS_PER_THREAD * self.pool.n_threads());
-        let target = Disjoint::new(out.data);
-        let run = |range: usize| {
-            let range = ranges[range].clone();
-            let mut scratch = Scratch::take(Line::count(4 * QUERIES * (head_dim + 2 * range.len())));
-            let (means, merged) = view_mut::<f32>(&mut scratch).split_at_mut(QUERIES * head_dim);
-            let merged = merged.as_chunks_mut().0;
-            merged.fill([SoftmaxPartial::EMPTY.max, SoftmaxPartial::EMPTY.sum]);
-            for block in blocks.clone() {
-                for (task, merged) in range.clone().zip(merged.chunks_exact_mut(QUERIES)) {
-                    if self.cancel.is_set() {
-                        return;
-                    }
-                    let task = tasks.get(task);
-                    let partials = self.attend(qkv, &task, block, means.chunks_exact_mut(head_dim));
-                    let results = means.chunks_exact(head_dim).zip(partials);
-                    for (((token, head), (mean, partial)), merged) in task.queries().zip(results).zip(merged) {
-                        let place = token * n_head + head;
-                        // SAFETY: each token and head belong to one task.
-                        let out = unsafe { target.range(place * head_dim..(place + 1) * head_dim) };
-                        let so_far = SoftmaxPartial { max: merged[0], sum: merged[1] };
-                        let so_far = merge(so_far, out, partial, mean);
-                        *merged = [so_far.max, so_far.sum];
-                    }
+    /// In multiplications of a matrix product.
+    fn work(&self) -> usize {
+        let seen = self.segment.len() - self.sees(0).start;
+        ATTEND_COST * self.segment.rows.len() * seen * self.op.shape.q_dim()
+    }
+
+    /// Blocks whose partial results are held at a time.
+    fn side_by_side(&self) -> usize {
+        let AttentionShape { n_head, .. } = self.op.shape;
+        SCRATCH_BYTES / (4 * self.segment.rows.len() * (self.op.shape.q_dim() + 2 * n_head) + 1)
+    }
+
+    fn ranges(&self, least: usize) -> Vec<Range<usize>> {
+        self.tasks.ranges(least)
+    }
+
+    /// The positions that the query of a token of the segment sees.
+    fn sees(&self, token: usize) -> Range<usize> {
+        let position = self.segment.position(self.segment.rows.start + token);
+        self.op.shape.window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
+    }
+
+    /// The place of a query among those of the pass.
+    fn place(&self, token: usize, head: usize) -> usize {
+        (self.segment.rows.start + token) * self.op.shape.n_head + head
+    }
+
+    /// A range of tasks walks through the blocks.
+    fn walk(&self, range: Range<usize>, target: &Disjoint<'_>) {
+        let head_dim = self.op.shape.head_dim;
+        let mut scratch = Scratch::take(Line::count(4 * QUERIES * (head_dim + 2 * range.len())));
+        let (means, merged) = view_mut::<f32>(&mut scratch).split_at_mut(QUERIES * head_dim);
+        let merged = merged.as_chunks_mut().0;
+        merged.fill([SoftmaxPartial::EMPTY.max, SoftmaxPartial::EMPTY.sum]);
+        for block in self.blocks.clone() {
+            for (task, merged) in range.clone().zip(merged.chunks_exact_mut(QUERIES)) {
+                if self.op.cancels.all_set() {
+                    return;
+                }
+                let task = self.tasks.get(task);
+                let partials = self.attend(&task, block, means.chunks_exact_mut(head_dim));
+                let results = means.chunks_exact(head_dim).zip(partials);
+                for (((token, head), (mean, partial)), merged) in task.queries().zip(results).zip(merged) {
+                    let place = self.place(token, head);
+                    // SAFETY: each token and head of a segment belong to one task.
+                    let out = unsafe { target.range(place * head_dim..(place + 1) * head_dim) };
+                    let so_far = SoftmaxPartial { max: merged[0], sum: merged[1] };
+                    let so_far = merge(so_far, out, partial, mean);
+                    *merged = [so_far.max, so_far.sum];
                 }
             }
-        };
-        if parallel { self.pool.run(ranges.len(), run) } else { (0..ranges.len()).for_each(run) }
+        }
     }
 
     /// Some blocks are computed side by side, then merged, then the next ones.
-    fn spread(&self, qkv: Rows<'_>, out: RowsMut<'_>, tasks: Tasks, blocks: Range<usize>, side_by_side: usize) {
-        let AttentionShape { n_head, head_dim, .. } = self.shape;
-        let (queries, count) = (qkv.rows * n_head, tasks.count());
-        let held = side_by_side.min(blocks.len());
+    fn spread(&self, target: &Disjoint<'_>) {
+        let AttentionShape { n_head, head_dim, .. } = self.op.shape;
+        let (pool, rows, blocks) = (self.op.pool, self.segment.rows.len(), self.blocks.clone());
+        let (queries, count) = (rows * n_head, self.tasks.count());
+        let held = self.side_by_side().min(blocks.len());
         // (blocks, tokens, heads, head_dim); (blocks, tokens, heads, 2); (tokens, heads, 2)
         let mut scratch = Scratch::take(Line::count(4 * queries * (held * (head_dim + 2) + 2)));
         let (means, sums) = view_mut::<f32>(&mut scratch).split_at_mut(held * queries * head_dim);
@@ -274,30 +317,30 @@ impl Attention<'_> {
             *merged = [SoftmaxPartial::EMPTY.max, SoftmaxPartial::EMPTY.sum];
         }
         let (means, sums, merged) = (Disjoint::new(means), Disjoint::new(sums), Disjoint::new(merged));
-        let target = Disjoint::new(out.data);
         for first in blocks.clone().step_by(held) {
             let now = first..blocks.end.min(first + held);
-            self.pool.run(now.len() * count, |i| {
-                if self.cancel.is_set() {
+            pool.run(now.len() * count, |i| {
+                if self.op.cancels.all_set() {
                     return;
                 }
-                let (block, task) = (i / count, tasks.get(i % count));
-                let place = |(token, head)| (block * qkv.rows + token) * n_head + head;
+                let (block, task) = (i / count, self.tasks.get(i % count));
+                let place = |(token, head)| (block * rows + token) * n_head + head;
                 // SAFETY: each block, token and head belong to one task.
                 let means = task
                     .queries()
                     .map(|query| unsafe { means.range(place(query) * head_dim..(place(query) + 1) * head_dim) });
-                let partials = self.attend(qkv, &task, now.start + block, means);
+                let partials = self.attend(&task, now.start + block, means);
                 for (query, partial) in task.queries().zip(partials) {
                     // SAFETY: as above.
                     let sums = unsafe { sums.range(2 * place(query)..2 * place(query) + 2) };
                     sums.copy_from_slice(&[partial.max, partial.sum]);
                 }
             });
-            self.pool.run(queries, |query| {
+            pool.run(queries, |query| {
+                let place = self.place(query / n_head, query % n_head);
                 // SAFETY: each query belongs to one task, and the tasks that wrote the partials have ended.
                 let (out, merged) = unsafe {
-                    (target.range(query * head_dim..(query + 1) * head_dim), merged.range(2 * query..2 * query + 2))
+                    (target.range(place * head_dim..(place + 1) * head_dim), merged.range(2 * query..2 * query + 2))
                 };
                 let mut so_far = SoftmaxPartial { max: merged[0], sum: merged[1] };
                 for block in 0..now.len() {
@@ -315,21 +358,21 @@ impl Attention<'_> {
 
     /// The softmax of the queries of a task over one block. Their weighted means of the values go to `outs`; a query
     /// that sees no key of the block leaves its own as it is.
-    fn attend<'a>(
-        &'a self,
-        qkv: Rows<'a>,
+    fn attend<'s>(
+        &'s self,
         task: &Task,
         block: usize,
-        outs: impl Iterator<Item = &'a mut [f32]>,
+        outs: impl Iterator<Item = &'s mut [f32]>,
     ) -> [SoftmaxPartial; QUERIES] {
-        let AttentionShape { n_head_kv, head_dim, .. } = self.shape;
+        let AttentionShape { n_head_kv, head_dim, .. } = self.op.shape;
         let block = block * BLOCK..(block + 1) * BLOCK;
         let mut queries: [Query; QUERIES] =
             std::array::from_fn(|_| Query { q: &[], keys: 0..0, out: &mut [], max: 0.0, sum: 0.0 });
         for ((query, (token, head)), out) in queries.iter_mut().zip(task.queries()).zip(outs) {
-            let seen = self.sees(qkv.rows, token);
+            let seen = self.sees(token);
             let keys = seen.start.max(block.start)..seen.end.min(block.end).max(block.start);
-            *query = Query { q: &qkv.row(token)[head * head_dim..][..head_dim], keys, out, max: 0.0, sum: 0.0 };
+            let q = &self.qkv.row(self.segment.rows.start + token)[head * head_dim..][..head_dim];
+            *query = Query { q, keys, out, max: 0.0, sum: 0.0 };
         }
         let queries = &mut queries[..task.len()];
         let first = queries.iter().filter(|query| !query.keys.is_empty()).map(|query| query.keys.start).min();
@@ -339,15 +382,16 @@ impl Attention<'_> {
         let first = first / PAGE * PAGE;
         let mut pages = [const { None }; PAGES];
         for (start, page) in (first..end).step_by(PAGE).zip(&mut pages) {
-            let Page { start, k, v } = self.layer.page_of(start);
-            let head = |buffer: &'a KvBuffer| {
+            let column = self.segment.column(start);
+            let block = column.layer(self.op.layer);
+            let head = |buffer: &'s KvBuffer| {
                 buffer.head(task.kv_head, n_head_kv).unwrap_or_else(|error| panic::resume(error))
             };
-            *page = Some(KvPage { start: *start, k: head(k), v: head(v) });
+            *page = Some(KvPage { start: column.start(), k: head(&block.k), v: head(&block.v) });
         }
         let Some(any) = pages[0] else { return partials };
         let pages = pages.map(|page| page.unwrap_or(any));
-        self.kernel.attention(queries, &pages[..(end - first).div_ceil(PAGE)], head_dim);
+        self.op.kernel.attention(queries, &pages[..(end - first).div_ceil(PAGE)], head_dim);
         for (partial, query) in partials.iter_mut().zip(queries.iter()) {
             if !query.keys.is_empty() {
                 *partial = SoftmaxPartial { max: query.max, sum: query.sum };

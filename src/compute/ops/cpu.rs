@@ -5,12 +5,10 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, bail};
 
-use super::AttentionShape;
 use super::matrix::Mapped;
+use super::{Angles, AttentionShape, Cancels};
 use crate::compute::kernels::{self, Kernel, Line, Phase, Scratch, Tile, view_mut};
 use crate::compute::pool::Pool;
-use crate::model::rope::Angles;
-use crate::system::sync::Cancel;
 
 /// Work below this many multiplications runs on the calling thread: waking another thread costs about as much.
 pub const PARALLEL_FROM: usize = 1 << 17;
@@ -111,7 +109,7 @@ pub struct Linear<'a> {
     pub kernel: &'a dyn Kernel,
     pub pool: &'a Pool,
     pub phase: Phase,
-    pub cancel: &'a Cancel,
+    pub(super) cancels: Cancels<'a>,
     pub weights: &'a Mapped,
 }
 
@@ -127,7 +125,7 @@ impl Linear<'_> {
         let target = Disjoint::new(out.data);
         let tasks = features.div_ceil(rows_per_task);
         self.spread(tokens * features * weights.cols, tasks, |task| {
-            if self.cancel.is_set() {
+            if self.cancels.all_set() {
                 return;
             }
             let rows = task * rows_per_task..features.min((task + 1) * rows_per_task);

@@ -1,6 +1,6 @@
-//! The operations of `phi3.rs`, over Candle tensors.
+//! The operations that models are written in, over Candle tensors.
 //!
-//! Activations are (tokens, features) f32 tensors. Results overwrite a tensor of the right shape, so that a decoded token
+//! Activations are (rows, features) f32 tensors. A row is a token of one of the sequences of a pass. Results overwrite a tensor of the right shape, so that a decoded token
 //! allocates nothing. On the CPU each operation is a Candle custom op that divides its work into tasks for our own thread
 //! pool and calls a kernel for each. Candle's own operations do not run there: they use a global pool that ignores
 //! `n_threads` and does not survive a fork. On other devices, and on the CPU in tests, each operation is composed of
@@ -11,6 +11,7 @@
 #[allow(unsafe_code)] // tasks write disjoint ranges of one buffer
 mod attention;
 mod candle;
+mod column;
 #[allow(unsafe_code)] // as above
 mod cpu;
 mod matrix;
@@ -20,11 +21,10 @@ use candle_core::{Device, Tensor};
 use crate::compute::kernels::{Kernel, Phase};
 use crate::compute::pool::Pool;
 use crate::error::{Error, Result};
-use crate::kv::cache::KvLayer;
-use crate::model::rope::Angles;
 use crate::system::sync::Cancel;
 
 pub use attention::{ATTEND_COST, SCRATCH_BYTES as ATTENTION_SCRATCH};
+pub use column::{Column, KvBlock, KvBuffer, KvShape, KvType, Piece, Segment};
 pub use matrix::{Matrix, format};
 
 /// The device of a model, and its means of computing.
@@ -57,10 +57,15 @@ impl Backend {
         }
     }
 
-    /// The operations of one pass. Once `cancel` is set they stop early, and their results are invalid: the pass calls
-    /// `check` before it uses them.
-    pub fn ops<'a>(&'a self, phase: Phase, cancel: &'a Cancel) -> Ops<'a> {
-        Ops { backend: self, phase, cancel }
+    /// The time of a decode pass over 1, 2, ... rows, in passes over one row.
+    pub fn decode_costs(&self) -> &'static [f32] {
+        &[1.0]
+    }
+
+    /// The operations of one pass. Once every one of `cancels` is set they stop early, and their results are invalid: the
+    /// pass calls `check` before it uses them.
+    pub fn ops<'a>(&'a self, phase: Phase, cancels: &'a [Cancel]) -> Ops<'a> {
+        Ops { backend: self, phase, cancels: Cancels(cancels) }
     }
 }
 
@@ -69,7 +74,28 @@ impl Backend {
 pub struct Ops<'a> {
     backend: &'a Backend,
     phase: Phase,
-    cancel: &'a Cancel,
+    cancels: Cancels<'a>,
+}
+
+/// The cancellations of the sequences of a pass.
+#[derive(Copy, Clone)]
+struct Cancels<'a>(&'a [Cancel]);
+
+impl Cancels<'_> {
+    /// Whether nobody wants the results any more.
+    fn all_set(self) -> bool {
+        self.0.iter().all(Cancel::is_set)
+    }
+}
+
+/// The angles of the rows of a pass, for rotary embedding.
+#[derive(Default)]
+pub struct Angles {
+    /// Half the rotated features of a head.
+    pub half: usize,
+    /// (rows, half)
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
 }
 
 /// Query heads and KV heads. A row of q, k and v has `n_head` heads of q, then `n_head_kv` of k, then `n_head_kv` of v.
@@ -153,42 +179,51 @@ impl Ops<'_> {
         Ok(())
     }
 
-    /// Appends the keys and values of the next positions to a layer's cache.
-    pub fn append(&self, qkv: &Tensor, shape: AttentionShape, layer: &mut KvLayer) -> Result<()> {
-        let tokens = qkv.dim(0)?;
-        layer.forget_behind_window();
-        let mut done = 0;
-        while done < tokens {
-            let (page, at, room) = layer.next_page()?;
-            let rows = done..tokens.min(done + room);
-            match self.backend {
-                Backend::Cpu { pool, .. } => attention::append(pool, qkv, rows.clone(), shape, page, at)?,
-                Backend::Candle(_) => candle::append(qkv, rows.clone(), shape, page, at)?,
+    /// Writes the keys and values of the rows to a layer of their sequences' columns.
+    pub fn append(
+        &self,
+        qkv: &Tensor,
+        shape: AttentionShape,
+        layer: usize,
+        segments: &mut [Segment<'_>],
+    ) -> Result<()> {
+        let pieces = segments.iter_mut().flat_map(|segment| segment.pieces(layer));
+        match self.backend {
+            Backend::Cpu { pool, .. } => attention::append(pool, qkv, shape, pieces.collect::<Result<_>>()?)?,
+            Backend::Candle(_) => {
+                for piece in pieces {
+                    candle::append(qkv, shape, piece?)?;
+                }
             }
-            layer.advance(rows.len());
-            done = rows.end;
         }
         Ok(())
     }
 
-    /// Causal attention of the newest positions over the cache: (tokens, n_head * head_dim).
-    pub fn attention(&self, qkv: &Tensor, layer: &KvLayer, shape: AttentionShape, out: &mut Tensor) -> Result<()> {
+    /// Causal attention of the rows, each over the columns of its own sequence: (rows, n_head * head_dim).
+    pub fn attention(
+        &self,
+        qkv: &Tensor,
+        shape: AttentionShape,
+        layer: usize,
+        segments: &[Segment<'_>],
+        out: &mut Tensor,
+    ) -> Result<()> {
         match self.backend {
             Backend::Cpu { kernel, pool } => {
-                let (kernel, cancel) = (kernel.as_ref(), self.cancel);
-                out.inplace_op2(qkv, &attention::Attention { kernel, pool, cancel, layer, shape })?
+                let (kernel, cancels) = (kernel.as_ref(), self.cancels);
+                out.inplace_op2(qkv, &attention::Attention { kernel, pool, cancels, shape, layer, segments })?
             }
-            Backend::Candle(_) => *out = candle::attention(qkv, layer, shape)?,
+            Backend::Candle(_) => *out = candle::attention(qkv, shape, layer, segments)?,
         }
         Ok(())
     }
 
     fn linear<'a>(&'a self, kernel: &'a dyn Kernel, pool: &'a Pool, weights: &'a Matrix) -> Result<cpu::Linear<'a>> {
-        Ok(cpu::Linear { kernel, pool, phase: self.phase, cancel: self.cancel, weights: weights.mapped()? })
+        Ok(cpu::Linear { kernel, pool, phase: self.phase, cancels: self.cancels, weights: weights.mapped()? })
     }
 
-    /// `Error::Cancelled` once the pass is cancelled.
+    /// `Error::Cancelled` once nobody wants the results of the pass.
     pub fn check(&self) -> Result<()> {
-        if self.cancel.is_set() { Err(Error::Cancelled) } else { Ok(()) }
+        if self.cancels.all_set() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }

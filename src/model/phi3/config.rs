@@ -4,9 +4,10 @@
 use std::ops::RangeInclusive;
 
 use crate::compute::kernels::Weights;
+use crate::compute::ops::KvType;
 use crate::error::{Error, Result, excerpt};
 use crate::files::gguf::{Gguf, Tensor};
-use crate::kv::cache::KvType;
+use crate::model::chunks::Sizes;
 use crate::model::rope::{LongRope, default_attn_factor};
 use crate::system::memory;
 
@@ -80,6 +81,21 @@ impl Config {
     /// Bytes of the keys and values of one position, in all layers.
     pub fn kv_bytes(&self, kv_type: KvType) -> usize {
         2 * self.n_layers * kv_type.bytes(self.n_head_kv, self.head_dim)
+    }
+
+    /// What decides the lengths of chunks.
+    pub fn sizes(&self) -> Sizes {
+        let &Config { hidden, feed_forward, n_vocab, rope_dims, .. } = self;
+        let (q, kv) = (self.q_dim(), self.kv_dim());
+        Sizes {
+            activations: hidden + (q + 2 * kv) + q + 2 * feed_forward + rope_dims,
+            widest: hidden.max(feed_forward).max(q),
+            n_vocab,
+            layer_cost: (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * feed_forward) as u64,
+            q_dim: q,
+            head_cost: (hidden * n_vocab) as u64,
+            window: self.sliding_window,
+        }
     }
 
     /// Reads and checks.

@@ -1,76 +1,189 @@
-//! The jobs of the compute thread, and the choice of the one that runs next.
+//! The jobs of the compute thread, and the choice of the next turn.
+//!
+//! Decoding jobs share passes. While there are prompts too, time is shared one to one between the passes and the turns of
+//! prompts, and a decoding job waits for one turn of a prompt at a time, or for as many as take no longer than a pass.
+//! Among prompts, the one with the fewest tokens left comes first, and every eighth turn goes to the oldest one.
 //!
 //! Decisions: docs/design/runtime.md
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Job;
+use super::active::Active;
 use crate::error::Error;
 use crate::system::panic;
+
+/// Turns of prompts of which the oldest prompt gets one, however many short ones arrive.
+const OLDEST_GETS_ONE_OF: usize = 8;
 
 /// The jobs that the thread has taken from the queue.
 #[derive(Default)]
 pub(super) struct Jobs {
-    /// The job of the current step.
-    pub(super) current: Option<Active>,
-    /// The other jobs with a slot.
-    active: Vec<Active>,
+    /// The jobs of the current turn.
+    pub(super) current: Vec<Active>,
+    /// The other jobs with a slot, oldest first.
+    pub(super) active: VecDeque<Active>,
+    /// Jobs that got a slot so far.
+    admitted: u64,
     /// Jobs without a slot.
     pub(super) waiting: VecDeque<Box<dyn Job>>,
-    /// The virtual runtime of the job that was chosen last.
+    /// The virtual runtime of the decoding job that was chosen last.
     clock: Duration,
+    shares: Shares,
+    /// Turns of prompts so far.
+    prompt_turns: usize,
 }
 
-/// A job with a slot.
-pub(super) struct Active {
-    pub(super) job: Box<dyn Job>,
-    /// Virtual runtime, as in Linux's fair scheduler: the time of its steps, raised to `Jobs::clock` when it becomes
-    /// ready, so that idle time earns no credit.
-    runtime: Duration,
+/// What the current jobs do in the next turn.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// The job is cancelled. It ends.
+    End,
+    /// A layer of a prompt.
+    Prompt,
+    /// A decode pass.
+    Decode,
+}
+
+/// The shares of prompts and decode passes, while both have jobs that are ready.
+#[derive(Default)]
+struct Shares {
+    /// The time that prompts have had more than passes, and passes more than prompts: one of them is zero.
+    prompts_ahead: Duration,
+    passes_ahead: Duration,
+    /// The time of prompts since the last pass, and of the last of their turns.
+    since_pass: Duration,
+    last_turn: Duration,
+    last_pass: Duration,
+}
+
+impl Shares {
+    /// Whether a prompt comes next.
+    fn prompt_is_next(&self) -> bool {
+        let fits = self.since_pass.is_zero() || self.since_pass + self.last_turn <= self.last_pass;
+        self.prompts_ahead.is_zero() && fits
+    }
+
+    fn add_prompt(&mut self, turn: Duration) {
+        self.since_pass += turn;
+        self.last_turn = turn;
+        self.prompts_ahead += turn.saturating_sub(self.passes_ahead);
+        self.passes_ahead = self.passes_ahead.saturating_sub(turn);
+    }
+
+    fn add_pass(&mut self, pass: Duration) {
+        self.since_pass = Duration::ZERO;
+        self.last_pass = pass;
+        self.passes_ahead += pass.saturating_sub(self.prompts_ahead);
+        self.prompts_ahead = self.prompts_ahead.saturating_sub(pass);
+    }
+
+    /// Time without a competitor earns no credit.
+    fn forget(&mut self) {
+        *self = Shares { last_pass: self.last_pass, last_turn: self.last_turn, ..Shares::default() };
+    }
 }
 
 impl Jobs {
-    /// Makes the job that runs next the current one; false if none is ready. A cancelled job comes first, and needs no
+    /// Makes the jobs of the next turn the current ones; None if none is ready. A cancelled job comes first, and needs no
     /// slot to end.
-    pub(super) fn choose(&mut self, slots: usize) -> bool {
-        self.current = self.take_cancelled().or_else(|| self.take_ready(slots));
-        self.current.is_some()
+    pub(super) fn choose(&mut self, slots: usize, max_batch: usize) -> Option<Turn> {
+        if let Some(cancelled) = self.take_cancelled() {
+            self.current.push(cancelled);
+            return Some(Turn::End);
+        }
+        while self.active.len() < slots
+            && let Some(job) = self.waiting.pop_front()
+        {
+            self.active.push_back(Active::new(job, self.admitted));
+            self.admitted += 1;
+        }
+        let is_ready = |decodes: bool| {
+            let ready = self.active.iter().enumerate().filter(move |(_, active)| active.decodes() == decodes);
+            ready.filter(|(_, active)| active.job.ready()).map(|(i, _)| i).collect::<Vec<_>>()
+        };
+        let (prompts, decoders) = (is_ready(false), is_ready(true));
+        if prompts.is_empty() || decoders.is_empty() {
+            self.shares.forget();
+        }
+        if !prompts.is_empty() && (decoders.is_empty() || self.shares.prompt_is_next()) {
+            self.take_prompt(&prompts);
+            Some(Turn::Prompt)
+        } else if !decoders.is_empty() {
+            self.take_decoders(decoders, max_batch);
+            Some(Turn::Decode)
+        } else {
+            None
+        }
     }
 
     fn take_cancelled(&mut self) -> Option<Active> {
         if let Some(i) = self.waiting.iter().position(|job| job.cancel().is_set()) {
-            return self.waiting.remove(i).map(|job| Active { job, runtime: self.clock });
+            return self.waiting.remove(i).map(|job| Active::new(job, self.admitted));
         }
         let i = self.active.iter().position(|active| active.job.cancel().is_set())?;
-        Some(self.active.remove(i))
+        self.active.remove(i)
     }
 
-    fn take_ready(&mut self, slots: usize) -> Option<Active> {
-        while self.active.len() < slots
-            && let Some(job) = self.waiting.pop_front()
-        {
-            self.active.push(Active { job, runtime: self.clock });
-        }
-        let ready = self.active.iter().enumerate().filter(|(_, active)| active.job.ready());
-        let (i, _) = ready.min_by_key(|(_, active)| active.runtime)?;
-        let mut active = self.active.remove(i);
-        active.runtime = active.runtime.max(self.clock);
-        self.clock = active.runtime;
-        Some(active)
+    fn take_prompt(&mut self, ready: &[usize]) {
+        let shortest =
+            ready.iter().copied().min_by_key(|&i| (self.active[i].prompt_left(), self.active[i].prompt_time));
+        let oldest = self.prompt_turns % OLDEST_GETS_ONE_OF == OLDEST_GETS_ONE_OF - 1;
+        let chosen = if oldest { ready.first().copied() } else { shortest };
+        self.current.extend(chosen.and_then(|i| self.active.remove(i)));
+        self.prompt_turns += 1;
     }
 
-    /// The current job has taken a step of this length and goes on.
-    pub(super) fn put_back(&mut self, step: Duration) {
-        if let Some(mut active) = self.current.take() {
-            active.runtime += step;
-            self.active.push(active);
+    /// The ready job with the least runtime, and those of the same model with the least after it.
+    fn take_decoders(&mut self, mut ready: Vec<usize>, max_batch: usize) {
+        ready.sort_by_key(|&i| self.active[i].runtime);
+        let model = self.active[ready[0]].job.model().clone();
+        ready.retain(|&i| Arc::ptr_eq(self.active[i].job.model(), &model));
+        let info = model.info();
+        ready.truncate(width(ready.len().min(max_batch).min(info.width), info.pass_costs));
+        self.clock = self.clock.max(self.active[ready[0]].runtime);
+        ready.sort_unstable(); // a pass has its rows in the order of arrival
+        for i in ready.into_iter().rev() {
+            self.current.extend(self.active.remove(i));
         }
+        self.current.reverse();
+        self.current.iter_mut().for_each(|active| active.runtime = active.runtime.max(self.clock));
+    }
+
+    /// The current prompt has taken a turn of this length.
+    pub(super) fn put_back_prompt(&mut self, goes_on: bool, turn: Duration) {
+        self.shares.add_prompt(turn);
+        if goes_on && let Some(mut active) = self.current.pop() {
+            active.prompt_time += turn;
+            self.put_back(active);
+        }
+    }
+
+    /// The current jobs have taken a pass of this length, which is charged to them in equal parts.
+    pub(super) fn put_back_decoders(&mut self, go_on: &[bool], pass: Duration) {
+        self.shares.add_pass(pass);
+        let part = pass / go_on.len().max(1) as u32;
+        for (mut active, &goes_on) in std::mem::take(&mut self.current).into_iter().zip(go_on) {
+            active.runtime += part;
+            if goes_on {
+                self.put_back(active);
+            }
+        }
+    }
+}
+
+impl Jobs {
+    /// Among the jobs with a slot, in the order of their arrival.
+    fn put_back(&mut self, active: Active) {
+        let place = self.active.partition_point(|other| other.number < active.number);
+        self.active.insert(place, active);
     }
 
     /// Fails and drops every job. A panic of one does not reach the others.
-    pub(super) fn fail(mut self, error: &Error) {
-        let active = self.current.take().into_iter().chain(self.active).map(|active| active.job);
+    pub(super) fn fail(self, error: &Error) {
+        let active = self.current.into_iter().chain(self.active).map(|active| active.job);
         for mut job in active.chain(self.waiting) {
             let _ = panic::catch(|| {
                 job.fail(error.clone());
@@ -114,139 +227,13 @@ impl Jobs {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::Ordering::SeqCst;
-    use std::sync::mpsc::{Receiver, Sender, channel};
-
-    use super::super::UNREAD_LIMIT;
-    use super::super::tests::{Counter, idle, job};
-    use super::*;
-    use crate::system::sync::Cancel;
-
-    /// Jobs on a clock of their own, without a thread.
-    struct Simulation {
-        jobs: Jobs,
-        slots: usize,
-        results: Receiver<String>,
-        out: Sender<String>,
-    }
-
-    impl Simulation {
-        fn new(slots: usize) -> Self {
-            let (out, results) = channel();
-            Simulation { jobs: Jobs::default(), slots, results, out }
-        }
-
-        fn submit(&mut self, job: Box<Counter>) {
-            self.jobs.waiting.push_back(job);
-        }
-
-        /// The names of the jobs that take the next steps, each of which takes `length` ms.
-        fn run(&mut self, steps: usize, length: impl Fn(char) -> u64) -> String {
-            let mut turns = String::new();
-            while turns.len() < steps && self.jobs.choose(self.slots) {
-                let goes_on = self.jobs.current.as_mut().unwrap().job.step();
-                turns.extend(self.results.try_recv());
-                match goes_on {
-                    true => self.jobs.put_back(Duration::from_millis(length(turns.chars().next_back().unwrap()))),
-                    false => self.jobs.current = None,
-                }
-            }
-            turns
-        }
-    }
-
-    #[test]
-    fn jobs_take_turns_and_a_short_one_overtakes_a_long_one() {
-        let mut simulation = Simulation::new(usize::MAX);
-        for (name, left) in [('a', 10), ('b', 4)] {
-            simulation.submit(job(name, left, &simulation.out));
-        }
-        assert_eq!(simulation.run(99, |_| 20), "ababababaaaaaa");
-    }
-
-    #[test]
-    fn a_job_of_short_steps_gets_more_of_them() {
-        let mut simulation = Simulation::new(usize::MAX);
-        for name in ['l', 's'] {
-            simulation.submit(job(name, 300, &simulation.out));
-        }
-        let turns = simulation.run(202, |name| if name == 'l' { 200 } else { 2 });
-        assert_eq!(turns, format!("l{}l{}", "s".repeat(100), "s".repeat(100)));
-    }
-
-    #[test]
-    fn idle_time_earns_no_credit() {
-        let mut simulation = Simulation::new(usize::MAX);
-        let mut late = idle('i', &simulation.out);
-        late.left = 100;
-        let ready = late.ready.clone();
-        simulation.submit(job('b', 100, &simulation.out));
-        simulation.submit(late);
-        assert_eq!(simulation.run(50, |_| 10), "b".repeat(50));
-        ready.store(true, SeqCst);
-        let turns = simulation.run(20, |_| 10);
-        assert_eq!((turns.matches('i').count(), turns.contains("iii")), (10, false), "{turns}");
-    }
-
-    #[test]
-    fn jobs_without_a_slot_wait_for_one_in_the_order_of_arrival() {
-        let mut simulation = Simulation::new(2);
-        let (held, late) = (idle('h', &simulation.out), idle('l', &simulation.out));
-        let (cancel, ready) = (held.cancel.clone(), late.ready.clone());
-        simulation.submit(held);
-        for (name, left) in [('a', 3), ('b', 2), ('c', 1)] {
-            simulation.submit(job(name, left, &simulation.out));
-        }
-        assert_eq!(simulation.run(99, |_| 1), "aaabbc");
-        simulation.submit(late);
-        simulation.submit(job('d', 1, &simulation.out));
-        assert_eq!(simulation.run(99, |_| 1), "", "both slots are held");
-        cancel.set();
-        assert_eq!(simulation.run(99, |_| 1), "d");
-        ready.store(true, SeqCst);
-        assert_eq!(simulation.run(99, |_| 1), "l");
-    }
-
-    #[test]
-    fn the_busy_error_names_the_slots_and_their_ages() {
-        let start = Instant::now();
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let mut simulation = Simulation::new(2);
-        for read_at in [0, 6] {
-            let mut unread = idle('u', &simulation.out);
-            unread.unread_since = Some(at(read_at));
-            simulation.submit(unread);
-        }
-        let busy = |simulation: &Simulation, seconds| simulation.jobs.busy(UNREAD_LIMIT, at(seconds));
-        assert_eq!(simulation.run(99, |_| 1), "");
-        assert_eq!(busy(&simulation, 99), None, "no job waits");
-        assert_eq!(simulation.jobs.timeout(UNREAD_LIMIT, at(99)), None);
-        simulation.submit(job('w', 1, &simulation.out));
-        assert_eq!(busy(&simulation, 15), None, "the second was read 9 s ago");
-        assert!(simulation.jobs.timeout(UNREAD_LIMIT, at(15)) <= Some(Duration::from_secs(1)));
-        let text = "2 slots are held by streams unread for 11 s and 17 s; read or close them";
-        assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
-        simulation.jobs.active.pop();
-        let text = "1 slot is held by a stream unread for 17 s; read it or close it";
-        assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
-        let mut read = idle('r', &simulation.out);
-        read.unread_since = None;
-        simulation.jobs.active.push(Active { job: read, runtime: Duration::ZERO });
-        assert_eq!(busy(&simulation, 99), None, "a reader waits for the second");
-    }
-
-    #[test]
-    fn the_thread_wakes_at_the_first_deadline() {
-        let start = Instant::now();
-        let mut simulation = Simulation::new(1);
-        for seconds in [70, 7] {
-            let mut late = idle('d', &simulation.out);
-            late.cancel = Cancel::at(Some(start + Duration::from_secs(seconds)));
-            simulation.submit(late);
-        }
-        assert_eq!(simulation.jobs.timeout(Duration::from_secs(600), start), Some(Duration::from_secs(7)));
-        assert_eq!(simulation.jobs.timeout(Duration::from_secs(20), start), Some(Duration::from_secs(2)));
-    }
+/// The number of rows, of `most`, with the most rows in the time of a pass. `costs`: of passes over 1, 2, ... rows; wider
+/// ones cost in proportion to the last. Among equals the widest.
+pub(super) fn width(most: usize, costs: &[f32]) -> usize {
+    let cost = |rows: usize| match costs.get(rows - 1) {
+        Some(cost) => *cost,
+        None => costs.last().map_or(1.0, |last| last / costs.len() as f32) * rows as f32,
+    };
+    let speed = |rows: usize| rows as f32 / cost(rows);
+    (1..=most).max_by(|&a, &b| speed(a).total_cmp(&speed(b))).unwrap_or(1)
 }

@@ -6,7 +6,6 @@
 //! Decisions: docs/design/model.md
 //! Decisions: docs/design/runtime.md
 
-use super::Config;
 use crate::compute::ops::{ATTEND_COST, ATTENTION_SCRATCH};
 
 /// The longest chunk. Its tokens share one unpacking of the weights: 2% of the work at 512 tokens, 4% at 256.
@@ -23,42 +22,35 @@ const MOST_BUDGET: u64 = 256 << 20;
 /// models have short turns, and gain nothing from chunks so short that each of them reads the KV cache for a few tokens.
 const LEAST_TURN: u64 = 1 << 34;
 
-/// The sizes and costs that decide the lengths.
+/// The sizes of a model that decide the lengths.
+#[derive(Copy, Clone, Debug)]
+pub struct Sizes {
+    /// Numbers that the activations of a token have in all buffers of a pass.
+    pub activations: usize,
+    /// Features of the widest input of a product.
+    pub widest: usize,
+    pub n_vocab: usize,
+    /// Multiplications of a layer for a token, without attention.
+    pub layer_cost: u64,
+    /// Features of the query heads together.
+    pub q_dim: usize,
+    /// Multiplications of the head for a token.
+    pub head_cost: u64,
+    /// Keys that a token sees at most; None: all before it.
+    pub window: Option<usize>,
+}
+
+/// The lengths of the chunks of a model.
 #[derive(Clone, Debug)]
 pub struct Chunks {
     budget: u64,
-    /// Bytes of the activations of a token.
-    token_bytes: u64,
-    /// Bytes of a token in the widest packed activations, which are whole tiles.
-    packed_bytes: u64,
-    /// Bytes of the logits of a token.
-    logits_bytes: u64,
-    /// Multiplications of a layer for a token, without attention.
-    layer_cost: u64,
-    /// The same for each key that the token sees.
-    key_cost: u64,
-    /// Multiplications of the head for a token.
-    head_cost: u64,
-    /// Keys that a token sees at most.
-    window: u64,
+    sizes: Sizes,
 }
 
 impl Chunks {
     /// For a model whose weights have `weights` bytes.
-    pub fn new(config: &Config, weights: u64) -> Self {
-        let [hidden, feed_forward, q, kv, vocabulary] =
-            [config.hidden, config.feed_forward, config.q_dim(), config.kv_dim(), config.n_vocab].map(|n| n as u64);
-        let widest = hidden.max(feed_forward).max(q);
-        Chunks {
-            budget: (weights / PART_OF_WEIGHTS).clamp(LEAST_BUDGET, MOST_BUDGET),
-            token_bytes: 4 * (hidden + (q + 2 * kv) + q + 2 * feed_forward + config.rope_dims as u64),
-            packed_bytes: 4 * widest,
-            logits_bytes: 4 * vocabulary,
-            layer_cost: hidden * (q + 2 * kv) + q * hidden + 3 * hidden * feed_forward,
-            key_cost: ATTEND_COST as u64 * q,
-            head_cost: hidden * vocabulary,
-            window: config.sliding_window.map_or(u64::MAX, |window| window as u64),
-        }
+    pub fn new(sizes: Sizes, weights: u64) -> Self {
+        Chunks { budget: (weights / PART_OF_WEIGHTS).clamp(LEAST_BUDGET, MOST_BUDGET), sizes }
     }
 
     /// Tokens of the chunk that starts at `position`; `every`: with the logits of each of them.
@@ -80,20 +72,25 @@ impl Chunks {
     pub fn bytes(&self, tokens: usize, every: bool) -> u64 {
         let (tokens, tiles) = (tokens as u64, tokens.next_multiple_of(TILE) as u64);
         let logits = if every { tokens } else { 1 };
-        tokens * self.token_bytes + tiles * self.packed_bytes + logits * self.logits_bytes + ATTENTION_SCRATCH as u64
+        let Sizes { activations, widest, n_vocab, .. } = self.sizes;
+        let [activations, widest, n_vocab] = [activations, widest, n_vocab].map(|n| n as u64);
+        // Logits are in the result of the head, and in the batch.
+        4 * (tokens * activations + tiles * widest + 2 * logits * n_vocab) + ATTENTION_SCRATCH as u64
     }
 
     /// Multiplications of the longest turn of a chunk: a layer, with the head if every token has logits.
     fn cost(&self, tokens: usize, position: usize, every: bool) -> u64 {
-        let keys = (position as u64 + tokens as u64 / 2).min(self.window);
-        let head = if every { self.head_cost } else { 0 };
-        tokens as u64 * (self.layer_cost + self.key_cost * keys + head)
+        let Sizes { layer_cost, q_dim, head_cost, window, .. } = self.sizes;
+        let keys = (position as u64 + tokens as u64 / 2).min(window.map_or(u64::MAX, |window| window as u64));
+        let head = if every { head_cost } else { 0 };
+        tokens as u64 * (layer_cost + (ATTEND_COST * q_dim) as u64 * keys + head)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::phi3::Config;
 
     fn phi3_mini() -> Config {
         Config::phi3_mini(131_072)
@@ -108,17 +105,17 @@ mod tests {
     #[test]
     fn a_chunk_of_the_known_models_is_longest_at_short_contexts() {
         for (config, weights) in [(phi3_mini(), 2_400_000_000), (phi4(), 8_900_000_000)] {
-            let chunks = Chunks::new(&config, weights);
+            let chunks = Chunks::new(config.sizes(), weights);
             assert_eq!(chunks.length(0, false), 512);
             assert!(chunks.bytes(512, false) < 256 << 20);
         }
-        let mini = Chunks::new(&phi3_mini(), 2_400_000_000);
+        let mini = Chunks::new(phi3_mini().sizes(), 2_400_000_000);
         assert_eq!([512, 2048, 4000].map(|position| mini.length(position, false)), [512; 3]);
     }
 
     #[test]
     fn a_turn_costs_half_as_much_again_at_most() {
-        let chunks = Chunks::new(&phi3_mini(), 2_400_000_000);
+        let chunks = Chunks::new(phi3_mini().sizes(), 2_400_000_000);
         let empty = chunks.cost(512, 0, false);
         let lengths = [4096, 32_768, 65_536, 131_000].map(|position| (position, chunks.length(position, false)));
         assert_eq!(lengths, [(4096, 512), (32_768, 144), (65_536, 96), (131_000, 48)]);
@@ -139,7 +136,7 @@ mod tests {
             n_vocab: 512,
             ..phi3_mini()
         };
-        let chunks = Chunks::new(&narrow, 5 << 20);
+        let chunks = Chunks::new(narrow.sizes(), 5 << 20);
         let lengths = [0, 8192, 16_384, 32_768, 65_536].map(|position| chunks.length(position, false));
         assert_eq!(lengths, [512, 512, 432, 240, 96]);
         assert!(chunks.cost(96, 65_536, false) <= LEAST_TURN);
@@ -147,7 +144,8 @@ mod tests {
 
     #[test]
     fn a_window_bounds_the_cost_of_a_position() {
-        let windowed = |window| Chunks::new(&Config { sliding_window: Some(window), ..phi3_mini() }, 2_400_000_000);
+        let windowed =
+            |window| Chunks::new(Config { sliding_window: Some(window), ..phi3_mini() }.sizes(), 2_400_000_000);
         assert_eq!(windowed(2047).length(131_000, false), 512);
         assert_eq!(windowed(16_383).length(16_384, false), 240);
         assert_eq!(windowed(16_383).length(131_000, false), 240);
@@ -158,7 +156,7 @@ mod tests {
         let wide =
             |feed_forward| Config { hidden: 2, feed_forward, n_head: 1, n_head_kv: 1, head_dim: 2, ..phi3_mini() };
         for (feed_forward, expected) in [(1 << 15, 144), (1 << 18, 16), (1 << 19, 4), (1 << 24, 1)] {
-            let chunks = Chunks::new(&wide(feed_forward), 1 << 20);
+            let chunks = Chunks::new(wide(feed_forward).sizes(), 1 << 20);
             let tokens = chunks.length(0, false);
             assert_eq!(tokens, expected, "{feed_forward}");
             assert!(tokens == 1 || chunks.bytes(tokens, false) <= 64 << 20, "{feed_forward}");
@@ -168,7 +166,7 @@ mod tests {
     #[test]
     fn the_logits_of_every_token_count() {
         let large = Config { n_vocab: 200_064, ..phi3_mini() };
-        let chunks = Chunks::new(&large, 2_400_000_000);
+        let chunks = Chunks::new(large.sizes(), 2_400_000_000);
         let tokens = chunks.length(0, true);
         assert!((16..512).contains(&tokens) && chunks.bytes(tokens, true) <= 256 << 20, "{tokens}");
         assert!(chunks.cost(tokens, 0, true) <= chunks.longest_turn());

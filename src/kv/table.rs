@@ -1,0 +1,240 @@
+//! The keys and values of one sequence: a table of columns, which grows with the sequence. The full context is never
+//! allocated. Sequences share columns. A shared column is copied before one of them writes to it.
+//!
+//! Decisions: docs/design/kv.md
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::compute::kernels::PAGE;
+use crate::compute::ops::{Column, KvShape, Segment};
+use crate::error::Result;
+
+/// Columns of consecutive positions. Positions below `len` are computed and do not change.
+pub struct Table {
+    shape: KvShape,
+    /// Attention reads this number of the newest positions; None: all of them.
+    window: Option<usize>,
+    columns: VecDeque<Arc<Column>>,
+    /// Columns for reuse.
+    spare: Vec<Column>,
+    len: usize,
+}
+
+impl Table {
+    pub fn new(shape: &KvShape, window: Option<usize>) -> Self {
+        Table { shape: shape.clone(), window, columns: VecDeque::new(), spare: Vec::new(), len: 0 }
+    }
+
+    /// Computed positions, those behind the window included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first held position.
+    fn start(&self) -> usize {
+        self.columns.front().map_or(self.len, |column| column.start())
+    }
+
+    /// The first position that a query at position `len` sees.
+    fn first_seen(&self, len: usize) -> usize {
+        self.window.map_or(0, |window| (len + 1).saturating_sub(window))
+    }
+
+    /// Bytes of the columns that `positions` more would add.
+    pub fn growth(&self, positions: usize) -> u64 {
+        let first_seen = self.first_seen(self.len).max(self.start());
+        let needed = (self.len + positions).div_ceil(PAGE) - first_seen / PAGE;
+        let copied = usize::from(positions > 0 && self.shared_tail().is_some());
+        let more = (needed + copied).saturating_sub(self.columns.len() + self.spare.len()) as u64;
+        more.saturating_mul((PAGE * self.shape.position_bytes()) as u64)
+    }
+
+    /// Prepares the columns of `positions` more: drops those behind the window, and copies the last one if another
+    /// sequence shares it.
+    pub fn reserve(&mut self, positions: usize) -> Result<()> {
+        let first_seen = self.first_seen(self.len);
+        while self.columns.front().is_some_and(|column| column.start() + PAGE <= first_seen) {
+            let column = self.columns.pop_front().and_then(Arc::into_inner);
+            self.spare.extend(column);
+        }
+        if positions > 0
+            && let Some(tail) = self.shared_tail()
+        {
+            self.columns[tail] = Arc::new(self.columns[tail].copy()?);
+        }
+        let mut next = self.columns.back().map_or(self.len / PAGE * PAGE, |column| column.start() + PAGE);
+        while next < self.len + positions {
+            let column = match self.spare.pop() {
+                Some(column) => column.reuse(next),
+                None => Column::new(next, &self.shape),
+            };
+            self.columns.push_back(Arc::new(column));
+            next += PAGE;
+        }
+        Ok(())
+    }
+
+    /// The index of the column that the next position goes to, if it has computed positions and another sequence holds it.
+    fn shared_tail(&self) -> Option<usize> {
+        let tail = (self.len - self.start()) / PAGE;
+        let shared = self.columns.get(tail).is_some_and(|column| Arc::strong_count(column) > 1);
+        (self.len % PAGE > 0 && shared).then_some(tail)
+    }
+
+    /// The reserved positions as rows of a pass.
+    pub fn segment(&mut self, rows: Range<usize>) -> Segment<'_> {
+        Segment::new(rows, self.len, &mut self.columns)
+    }
+
+    /// The next `positions` are computed, in every layer.
+    pub fn commit(&mut self, positions: usize) {
+        self.len += positions;
+    }
+
+    /// Forgets the positions from `len` on. If the window has moved past what position `len` sees, it forgets all of them.
+    pub fn truncate(&mut self, len: usize) {
+        if len >= self.len {
+            return;
+        }
+        if self.start() > self.first_seen(len) {
+            return self.clear();
+        }
+        while self.columns.back().is_some_and(|column| column.start() >= len) {
+            let column = self.columns.pop_back().and_then(Arc::into_inner);
+            self.spare.extend(column);
+        }
+        self.len = len;
+    }
+
+    /// The same positions for another sequence, without a copy.
+    pub fn fork(&self) -> Self {
+        let computed = self.columns.iter().take_while(|column| column.start() < self.len);
+        Table { columns: computed.cloned().collect(), spare: Vec::new(), shape: self.shape.clone(), ..*self }
+    }
+
+    /// Forgets every position and keeps the memory.
+    pub fn clear(&mut self) {
+        self.spare.extend(self.columns.drain(..).filter_map(Arc::into_inner));
+        self.len = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::ops::KvType;
+
+    const COLUMN_BYTES: u64 = 2 * 2 * 2 * PAGE as u64;
+
+    fn table(window: Option<usize>) -> Table {
+        let shape = KvShape { n_layers: 1, n_head_kv: 1, head_dim: 2, kv_type: KvType::F16, device: None };
+        Table::new(&shape, window)
+    }
+
+    fn fill(table: &mut Table, positions: usize) {
+        table.reserve(positions).unwrap();
+        table.commit(positions);
+    }
+
+    fn starts(table: &Table) -> Vec<usize> {
+        table.columns.iter().map(|column| column.start()).collect()
+    }
+
+    #[test]
+    fn columns_are_added_as_the_sequence_grows() {
+        let mut table = table(None);
+        fill(&mut table, 1);
+        assert_eq!(starts(&table), [0]);
+        fill(&mut table, 2 * PAGE);
+        assert_eq!(starts(&table), [0, PAGE, 2 * PAGE]);
+        table.clear();
+        assert!(table.is_empty() && starts(&table).is_empty());
+    }
+
+    #[test]
+    fn a_window_keeps_what_the_next_query_sees_and_no_more() {
+        let mut table = table(Some(9));
+        for len in 1..5 * PAGE {
+            fill(&mut table, 1);
+            table.reserve(0).unwrap();
+            let first_seen = (len + 1).saturating_sub(9);
+            assert!(table.start() <= first_seen && first_seen - table.start() < PAGE, "{len}: {}", table.start());
+            assert!(table.columns.len() + table.spare.len() <= 2, "{len}");
+        }
+    }
+
+    #[test]
+    fn the_growth_is_that_of_the_columns_which_are_added() {
+        for window in [None, Some(9), Some(3 * PAGE)] {
+            let mut table = table(window);
+            for positions in [1, PAGE - 1, 1, 2 * PAGE, 5, 300] {
+                let columns = |table: &Table| (table.columns.len() + table.spare.len()) as u64;
+                let (before, growth) = (columns(&table), table.growth(positions));
+                fill(&mut table, positions);
+                assert_eq!(growth, (columns(&table) - before) * COLUMN_BYTES, "{window:?}, {positions} more");
+            }
+            table.clear();
+            assert_eq!(table.growth(1), 0, "columns are reused");
+        }
+        assert_eq!(table(None).growth(1 << 28), (1 << 28) * 8);
+    }
+
+    #[test]
+    fn a_fork_shares_columns_and_a_write_copies_the_last_one() {
+        let mut first = table(None);
+        fill(&mut first, PAGE + 5);
+        let mut second = first.fork();
+        let shared = |a: &Table, b: &Table, i: usize| Arc::ptr_eq(&a.columns[i], &b.columns[i]);
+        assert!(second.len() == PAGE + 5 && shared(&first, &second, 0) && shared(&first, &second, 1));
+        assert_eq!(second.growth(1), COLUMN_BYTES, "a copy of the last one");
+        fill(&mut second, 1);
+        assert!(shared(&first, &second, 0) && !shared(&first, &second, 1));
+        assert_eq!(first.growth(1), 0, "its last column is its own again");
+        let mut full = table(None);
+        fill(&mut full, PAGE);
+        let mut other = full.fork();
+        fill(&mut other, 1);
+        assert!(shared(&full, &other, 0), "a full column is never written, so it is never copied");
+    }
+
+    #[test]
+    fn a_shared_column_is_not_written() {
+        let mut first = table(None);
+        fill(&mut first, 5);
+        let mut fork = first.fork();
+        assert!(first.segment(0..1).pieces(0).any(|piece| piece.is_err()));
+        fork.reserve(1).unwrap();
+        assert!(fork.segment(0..1).pieces(0).all(|piece| piece.is_ok()));
+    }
+
+    #[test]
+    fn truncation_forgets_the_newest_positions() {
+        let mut table = table(None);
+        fill(&mut table, 3 * PAGE);
+        table.truncate(4 * PAGE);
+        assert_eq!(table.len(), 3 * PAGE);
+        table.truncate(PAGE + 1);
+        assert_eq!((table.len(), starts(&table)), (PAGE + 1, vec![0, PAGE]));
+        table.truncate(PAGE);
+        assert_eq!((table.len(), starts(&table)), (PAGE, vec![0]));
+        fill(&mut table, 1);
+        assert_eq!(starts(&table), [0, PAGE]);
+    }
+
+    #[test]
+    fn truncation_past_the_window_forgets_all() {
+        let mut table = table(Some(9));
+        fill(&mut table, 3 * PAGE);
+        fill(&mut table, 1); // columns behind the window are dropped
+        table.truncate(3 * PAGE - 2);
+        assert_eq!(table.len(), 3 * PAGE - 2, "the column before is still held");
+        table.truncate(PAGE);
+        assert_eq!((table.len(), starts(&table)), (0, vec![]));
+    }
+}

@@ -1,0 +1,85 @@
+//! A model for tests of the code above it.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use super::{Batch, Info, Model, Phase, Sequence, Want};
+use crate::compute::ops::{KvShape, KvType};
+use crate::error::{Error, Result};
+use crate::kv::table::Table;
+use crate::system::sync::lock;
+
+/// A turn computes one token of a prompt, or one of each sequence. Its logits are one number, that of the id.
+pub struct Fake {
+    info: Info,
+    /// Ids of the passes so far, those of one pass in one list.
+    pub passes: Mutex<Vec<Vec<u32>>>,
+    /// A pass with this id panics.
+    pub panics_at: AtomicUsize,
+}
+
+impl Default for Fake {
+    fn default() -> Self {
+        let info = Info {
+            engine: "fake",
+            kernel: "none",
+            device: "cpu",
+            n_threads: 1,
+            file: "fake".into(),
+            n_vocab: 1,
+            context_length: 1000,
+            width: usize::MAX,
+            pass_costs: &[1.0],
+        };
+        Fake { info, passes: Mutex::default(), panics_at: AtomicUsize::new(usize::MAX) }
+    }
+}
+
+impl Fake {
+    pub fn with_vocabulary(n_vocab: usize) -> Self {
+        let mut fake = Fake::default();
+        fake.info.n_vocab = n_vocab;
+        fake
+    }
+}
+
+impl Model for Fake {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn kv_bytes(&self, _: usize) -> usize {
+        0
+    }
+
+    fn sequence(&self) -> Result<Sequence> {
+        let (kv_type, device) = (KvType::F32, None);
+        let shape = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
+        Ok(Sequence::new(Table::new(&shape, None)))
+    }
+
+    fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
+        sequence.append(ids, phase, want);
+        Ok(())
+    }
+
+    fn forward(&self, batch: &mut Batch) -> Result<bool> {
+        let next = |sequence: &Sequence| sequence.ids[sequence.kv.len()];
+        let ids: Vec<u32> = batch.members.iter().map(|member| next(&member.sequence)).collect();
+        lock(&self.passes).push(ids.clone());
+        assert!(!ids.contains(&(self.panics_at.load(SeqCst) as u32)), "the pass over {ids:?} panics");
+        if batch.members.iter().all(|member| member.cancel.is_set()) {
+            return Err(Error::Cancelled);
+        }
+        batch.logits.clear();
+        for (member, id) in batch.members.iter_mut().zip(ids) {
+            let sequence = &mut member.sequence;
+            let wanted = sequence.kv.len() >= sequence.logits_from && !member.cancel.is_set();
+            sequence.kv.commit(1);
+            let from = batch.logits.len();
+            batch.logits.extend(wanted.then_some(id as f32));
+            member.logits = from..batch.logits.len();
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,484 @@
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::*;
+use crate::model::fake::Fake;
+use crate::model::{Phase, Want};
+
+/// Sends its name at each turn. Its ids are the letters of the name.
+struct Counter {
+    name: char,
+    model: Arc<dyn Model>,
+    prompt: usize,
+    /// Ids that it takes after the prompt.
+    left: usize,
+    out: Sender<String>,
+    /// The methods that panic.
+    panics: &'static [&'static str],
+    ready: Arc<AtomicBool>,
+    /// A turn waits for this at its end.
+    gate: Option<Receiver<()>>,
+    cancel: Cancel,
+    unread_since: Option<Instant>,
+}
+
+impl Counter {
+    fn panic_in(&self, method: &str) {
+        assert!(!self.panics.contains(&method), "{method} of {} panics", self.name);
+    }
+
+    fn tell(&self) {
+        self.out.send(self.name.to_string()).unwrap();
+        self.gate.iter().for_each(|gate| gate.recv().unwrap());
+    }
+}
+
+impl Job for Counter {
+    fn ready(&self) -> bool {
+        self.panic_in("ready");
+        self.ready.load(SeqCst) || self.cancel.is_set()
+    }
+
+    fn model(&self) -> &Arc<dyn Model> {
+        &self.model
+    }
+
+    fn prompt(&self) -> usize {
+        self.prompt
+    }
+
+    fn begin(&mut self) -> Result<Sequence> {
+        self.panic_in("begin");
+        let mut sequence = self.model.sequence()?;
+        self.model.append(&mut sequence, &vec![self.name as u32; self.prompt], Phase::Prefill, Want::Last)?;
+        Ok(sequence)
+    }
+
+    fn turn(&mut self, _: usize, _: Duration) {
+        self.panic_in("turn");
+        self.tell();
+    }
+
+    fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], _: Duration) -> Result<bool> {
+        assert_eq!(logits, [self.name as u32 as f32]);
+        self.panic_in("accept");
+        self.tell();
+        self.left -= 1;
+        self.model.append(sequence, &[self.name as u32], Phase::Decode, Want::Last)?;
+        Ok(self.left > 0)
+    }
+
+    fn fail(&mut self, error: Error) {
+        self.out.send(error.to_string()).unwrap();
+        self.panic_in("fail");
+    }
+
+    fn cancel(&self) -> &Cancel {
+        &self.cancel
+    }
+
+    fn unread_since(&self) -> Option<Instant> {
+        self.unread_since
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        self.panic_in("drop");
+    }
+}
+
+/// A job with a prompt of one token.
+fn job(name: char, left: usize, out: &Sender<String>) -> Box<Counter> {
+    let (model, cancel, out, ready) =
+        (Arc::new(Fake::default()), Cancel::default(), out.clone(), Arc::new(true.into()));
+    Box::new(Counter { name, model, prompt: 1, left, out, panics: &[], ready, gate: None, cancel, unread_since: None })
+}
+
+/// A job that is not ready.
+fn idle(name: char, out: &Sender<String>) -> Box<Counter> {
+    let job = job(name, 1, out);
+    job.ready.store(false, SeqCst);
+    job
+}
+
+/// A job without end, and one that is not ready.
+fn two(out: &Sender<String>) -> [Box<Counter>; 2] {
+    [job('x', usize::MAX, out), idle('w', out)]
+}
+
+/// Asserts that both have ended: the first perhaps cancelled within a turn, the other failed.
+fn assert_closed(results: &Receiver<String>) {
+    assert!(results.iter().filter(|text| text == "the model is closed").count() > 0);
+}
+
+fn take(from: &Receiver<String>, n: usize) -> Vec<String> {
+    (0..n).map(|_| from.recv_timeout(Duration::from_secs(60)).expect("the thread goes on")).collect()
+}
+
+#[test]
+fn waiting_jobs_fail_when_all_slots_are_unread() {
+    let (out, results) = channel();
+    let scheduler = Scheduler::with(1, 8, Duration::ZERO);
+    let mut unread = idle('u', &out);
+    unread.unread_since = Some(Instant::now() + Duration::from_secs(3600)); // it counts as 0 s
+    scheduler.submit(unread).unwrap();
+    for name in ['v', 'w'] {
+        scheduler.submit(job(name, 1, &out)).unwrap();
+        assert_eq!(take(&results, 1), ["1 slot is held by a stream unread for 0 s; read it or close it"]);
+    }
+}
+
+#[test]
+fn a_deadline_ends_an_unread_job() {
+    let (out, results) = channel();
+    let scheduler = Scheduler::new(1, 8);
+    let mut unread = idle('u', &out);
+    unread.cancel = Cancel::at(Some(Instant::now() + Duration::from_millis(100)));
+    unread.unread_since = Some(Instant::now());
+    scheduler.submit(unread).unwrap();
+    scheduler.submit(job('w', 1, &out)).unwrap();
+    assert_eq!(take(&results, 2)[1], "w");
+}
+
+#[test]
+fn a_panic_in_a_turn_ends_its_job_alone() {
+    for method in ["begin", "turn", "accept"] {
+        let (out, results) = channel();
+        let scheduler = Scheduler::default();
+        let mut culprit = job('p', 1, &out);
+        culprit.panics = match method {
+            "begin" => &["begin"],
+            "turn" => &["turn"],
+            _ => &["accept"],
+        };
+        culprit.prompt = 2;
+        scheduler.submit(culprit).unwrap();
+        let told = take(&results, if method == "accept" { 2 } else { 1 });
+        assert_eq!(told.last().unwrap(), &format!("internal error: {method} of p panics"));
+        scheduler.submit(job('q', 2, &out)).unwrap();
+        assert_eq!(take(&results, 2), ["q", "q"]);
+    }
+}
+
+#[test]
+fn a_panic_outside_of_a_turn_fails_the_jobs_at_hand_and_the_thread_goes_on() {
+    let cases: [(&[&str], &[&str]); 3] = [
+        (&["ready"], &["internal error: ready of p panics"; 2]),
+        (&["accept", "fail"], &["internal error: accept of p panics", "internal error: fail of p panics"]),
+        (&["drop"], &["p"]),
+    ];
+    for (panics, told) in cases {
+        let (out, results) = channel();
+        let (open, gate) = channel();
+        let scheduler = Scheduler::default();
+        let mut first = job('g', 1, &out);
+        first.gate = Some(gate);
+        let mut culprit = job('p', 1, &out);
+        culprit.panics = panics;
+        scheduler.submit(first).unwrap();
+        assert_eq!(take(&results, 1), ["g"]);
+        for job in [culprit, idle('w', &out)] {
+            scheduler.submit(job).unwrap();
+        }
+        open.send(()).unwrap();
+        assert_eq!(take(&results, told.len()), told);
+        if panics != ["ready"] {
+            let last = panics[panics.len() - 1];
+            assert_eq!(take(&results, 1), [format!("internal error: {last} of p panics")], "the other job");
+        }
+        scheduler.submit(job('q', 1, &out)).unwrap();
+        assert_eq!(take(&results, 1), ["q"]);
+    }
+}
+
+#[test]
+fn closing_fails_the_jobs_at_hand_and_refuses_new_ones() {
+    let (out, results) = channel();
+    let scheduler = Scheduler::default();
+    two(&out).into_iter().for_each(|job| scheduler.submit(job).unwrap());
+    assert_eq!(take(&results, 1), ["x"]);
+    scheduler.close();
+    assert_eq!(scheduler.submit(job('y', 1, &out)), Err(Error::Closed));
+    drop(out);
+    assert_closed(&results);
+}
+
+#[test]
+fn the_thread_ends_with_the_last_scheduler() {
+    let (out, results) = channel();
+    let scheduler = Scheduler::default();
+    two(&out).into_iter().for_each(|job| scheduler.submit(job).unwrap());
+    drop((scheduler, out));
+    assert_closed(&results);
+}
+
+/// Jobs on a clock of their own, without a thread.
+struct Simulation {
+    jobs: Jobs,
+    slots: usize,
+    max_batch: usize,
+    model: Arc<Fake>,
+    batch: Batch,
+    results: Receiver<String>,
+    out: Sender<String>,
+}
+
+impl Simulation {
+    fn new(slots: usize, max_batch: usize) -> Self {
+        let (out, results) = channel();
+        let (jobs, batch, model) = (Jobs::default(), Batch::default(), Arc::default());
+        Simulation { jobs, slots, max_batch, model, batch, results, out }
+    }
+
+    /// A job of this model.
+    fn job(&self, name: char, prompt: usize, left: usize) -> Box<Counter> {
+        let mut job = job(name, left, &self.out);
+        job.model = self.model.clone();
+        job.prompt = prompt;
+        job
+    }
+
+    fn submit(&mut self, job: Box<Counter>) {
+        self.jobs.waiting.push_back(job);
+    }
+
+    /// The turns that follow: the names of the jobs of a decode pass in parentheses, a prompt's alone.
+    fn run(&mut self, turns: usize, length: impl Fn(&str) -> u64) -> Vec<String> {
+        let mut taken = Vec::new();
+        while taken.len() < turns
+            && let Some(turn) = self.jobs.choose(self.slots, self.max_batch)
+        {
+            let start = Instant::now();
+            match turn {
+                Turn::End => self.jobs.current[0].job.fail(Error::Cancelled),
+                Turn::Prompt => {
+                    let goes_on = pass::prompt(&mut self.jobs.current[0], start);
+                    let names: String = self.results.try_iter().collect();
+                    self.jobs.put_back_prompt(goes_on, Duration::from_millis(length(&names)));
+                    taken.push(names);
+                }
+                Turn::Decode => {
+                    let go_on = pass::decode(&mut self.jobs.current, &mut self.batch, start);
+                    let names = format!("({})", self.results.try_iter().collect::<String>());
+                    self.jobs.put_back_decoders(&go_on, Duration::from_millis(length(&names)));
+                    taken.push(names);
+                }
+            }
+            self.jobs.current.clear();
+        }
+        taken
+    }
+}
+
+fn counts(turns: &[String]) -> HashMap<&str, usize> {
+    let mut counts = HashMap::new();
+    turns.iter().for_each(|turn| *counts.entry(turn.as_str()).or_default() += 1);
+    counts
+}
+
+#[test]
+fn decoding_jobs_share_passes_and_leave_them_at_their_end() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    for (name, left) in [('a', 4), ('b', 2), ('c', 3)] {
+        simulation.submit(simulation.job(name, 1, left));
+    }
+    // No pass is taken before the prompts have had as much time.
+    let turns = simulation.run(99, |turn| if turn.len() == 1 { 1 } else { 10 });
+    assert_eq!(turns, ["a", "(a)", "b", "c", "(abc)", "(ac)"]);
+}
+
+#[test]
+fn a_pass_has_max_batch_rows_and_each_job_gets_as_many() {
+    let mut simulation = Simulation::new(usize::MAX, 2);
+    for name in ['a', 'b', 'c'] {
+        simulation.submit(simulation.job(name, 1, 100));
+    }
+    let turns = simulation.run(63, |turn| if turn.len() == 1 { 0 } else { 10 });
+    let rows = |name| turns[3..].iter().filter(|turn| turn.contains(name)).count();
+    assert_eq!([rows('a'), rows('b'), rows('c')], [40; 3], "{turns:?}");
+}
+
+#[test]
+fn jobs_of_different_models_share_no_pass() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    simulation.submit(simulation.job('a', 1, 10));
+    simulation.submit(job('x', 10, &simulation.out));
+    let turns = simulation.run(20, |turn| if turn.len() == 1 { 0 } else { 10 });
+    assert!(turns.iter().all(|turn| turn.len() == 1 || ["(a)", "(x)"].contains(&turn.as_str())), "{turns:?}");
+}
+
+#[test]
+fn prompts_and_passes_share_the_time_and_no_job_waits_for_two_long_turns() {
+    for (layer, pass) in [(200, 170), (100, 170), (60, 170), (10, 170), (300, 100)] {
+        let mut simulation = Simulation::new(usize::MAX, 8);
+        for name in ['a', 'b'] {
+            simulation.submit(simulation.job(name, 1, usize::MAX));
+        }
+        simulation.run(2, |_| 0);
+        simulation.submit(simulation.job('P', usize::MAX >> 40, 1));
+        let turns = simulation.run(400, |turn| if turn == "P" { layer } else { pass });
+        let count = counts(&turns);
+        let (prompts, passes) = (count["P"] as u64 * layer, count["(ab)"] as u64 * pass);
+        let share = prompts as f64 / (prompts + passes) as f64;
+        assert!((0.33..0.52).contains(&share), "layers of {layer}, passes of {pass}: {share}");
+        let mut waits = turns.split(|turn| turn == "(ab)").map(|prompts| prompts.len() as u64 * layer);
+        assert!(waits.all(|wait| wait <= layer.max(pass)), "layers of {layer}, passes of {pass}: {turns:?}");
+    }
+}
+
+#[test]
+fn a_short_prompt_overtakes_a_long_one_and_the_oldest_goes_on() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    simulation.submit(simulation.job('l', 3000, 1));
+    assert_eq!(simulation.run(3, |_| 10), ["l"; 3]);
+    simulation.submit(simulation.job('s', 20, 1));
+    let turns = simulation.run(23, |_| 10);
+    let count = counts(&turns);
+    assert_eq!((count["s"], count["l"]), (20, 3), "{turns:?}");
+    // short ones arrive without end
+    for _ in 0..100 {
+        simulation.submit(simulation.job('s', 20, 1));
+    }
+    let turns = simulation.run(800, |_| 10);
+    assert_eq!(counts(&turns)["l"], 100, "every eighth turn");
+}
+
+#[test]
+fn idle_time_earns_no_credit() {
+    let mut simulation = Simulation::new(usize::MAX, 1);
+    let late = simulation.job('i', 1, 100);
+    let ready = late.ready.clone();
+    simulation.submit(simulation.job('b', 1, 100));
+    simulation.submit(late);
+    let turns = simulation.run(2, |turn| if turn.len() == 1 { 0 } else { 10 });
+    assert_eq!(turns, ["b", "i"]);
+    ready.store(false, SeqCst);
+    assert_eq!(simulation.run(50, |_| 10), vec!["(b)"; 50]);
+    ready.store(true, SeqCst);
+    let turns = simulation.run(20, |_| 10).concat();
+    assert_eq!((turns.matches('i').count(), turns.contains("(i)(i)(i)")), (10, false), "{turns}");
+}
+
+#[test]
+fn jobs_without_a_slot_wait_for_one_in_the_order_of_arrival() {
+    let mut simulation = Simulation::new(2, 8);
+    let (held, late) = (idle('h', &simulation.out), idle('l', &simulation.out));
+    let (cancel, ready) = (held.cancel.clone(), late.ready.clone());
+    simulation.submit(held);
+    for (name, left) in [('a', 3), ('b', 2), ('c', 1)] {
+        simulation.submit(simulation.job(name, 1, left));
+    }
+    assert_eq!(simulation.run(99, |_| 1), ["a", "(a)", "(a)", "b", "(b)", "c"]);
+    simulation.submit(late);
+    simulation.submit(simulation.job('d', 1, 1));
+    assert_eq!(simulation.run(99, |_| 1), [""; 0], "both slots are held");
+    cancel.set();
+    assert_eq!(simulation.run(99, |_| 1), ["cancelledd"]);
+    ready.store(true, SeqCst);
+    assert_eq!(simulation.run(99, |_| 1), ["l"]);
+}
+
+#[test]
+fn a_panic_in_a_shared_pass_ends_the_job_that_it_comes_from_alone() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    for name in ['a', 'p', 'c'] {
+        simulation.submit(simulation.job(name, 1, 3));
+    }
+    simulation.run(3, |_| 0);
+    simulation.model.panics_at.store('p' as usize, SeqCst);
+    let turns = simulation.run(2, |_| 10);
+    assert_eq!(turns[1], "(ac)");
+    let error = "internal error: the pass over [112] panics";
+    assert!(["a", error, "c"].iter().all(|part| turns[0].contains(part)), "{turns:?}");
+    let passes = lock(&simulation.model.passes);
+    let [all, a, p, c, rest] = &passes[3..] else { panic!("{passes:?}") };
+    assert_eq!((all.len(), a.len(), p.len(), c.len(), rest.len()), (3, 1, 1, 1, 2));
+}
+
+#[test]
+fn a_panic_of_one_job_with_its_logits_leaves_the_others() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    for name in ['a', 'p', 'c'] {
+        let mut job = simulation.job(name, 1, 3);
+        if name == 'p' {
+            job.panics = &["accept"];
+            job.prompt = 1;
+        }
+        simulation.submit(job);
+    }
+    let turns = simulation.run(99, |_| 0);
+    assert!(turns.concat().contains("internal error: accept of p panics"), "{turns:?}");
+    let ids = |name| turns.concat().matches(name).count();
+    assert!(ids('a') >= 3 && ids('c') >= 3, "{turns:?}");
+    assert_eq!(turns.last().unwrap(), "(ac)");
+}
+
+#[test]
+fn a_member_that_is_cancelled_within_a_pass_leaves_it_and_the_others_go_on() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    let cancelled = simulation.job('x', 1, 3);
+    let cancel = cancelled.cancel.clone();
+    simulation.submit(cancelled);
+    simulation.submit(simulation.job('b', 1, 3));
+    simulation.run(2, |_| 0);
+    assert_eq!(simulation.jobs.choose(8, 8), Some(Turn::Decode));
+    cancel.set();
+    let go_on = pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
+    assert_eq!(go_on, [false, true]);
+    let told: Vec<String> = simulation.results.try_iter().collect();
+    assert!(told.contains(&"b".to_owned()) && told.contains(&Error::Cancelled.to_string()), "{told:?}");
+}
+
+#[test]
+fn the_busy_error_names_the_slots_and_their_ages() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let mut simulation = Simulation::new(2, 8);
+    for read_at in [0, 6] {
+        let mut unread = idle('u', &simulation.out);
+        unread.unread_since = Some(at(read_at));
+        simulation.submit(unread);
+    }
+    let busy = |simulation: &Simulation, seconds| simulation.jobs.busy(UNREAD_LIMIT, at(seconds));
+    assert_eq!(simulation.run(99, |_| 1), [""; 0]);
+    assert_eq!(busy(&simulation, 99), None, "no job waits");
+    assert_eq!(simulation.jobs.timeout(UNREAD_LIMIT, at(99)), None);
+    simulation.submit(simulation.job('w', 1, 1));
+    assert_eq!(busy(&simulation, 15), None, "the second was read 9 s ago");
+    assert!(simulation.jobs.timeout(UNREAD_LIMIT, at(15)) <= Some(Duration::from_secs(1)));
+    let text = "2 slots are held by streams unread for 11 s and 17 s; read or close them";
+    assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
+    simulation.jobs.active.pop_back();
+    let text = "1 slot is held by a stream unread for 17 s; read it or close it";
+    assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
+    let mut read = idle('r', &simulation.out);
+    read.unread_since = None;
+    simulation.jobs.active.push_back(active::Active::new(read, 9));
+    assert_eq!(busy(&simulation, 99), None, "a reader waits for the second");
+}
+
+#[test]
+fn the_thread_wakes_at_the_first_deadline() {
+    let start = Instant::now();
+    let mut simulation = Simulation::new(1, 8);
+    for seconds in [70, 7] {
+        let mut late = idle('d', &simulation.out);
+        late.cancel = Cancel::at(Some(start + Duration::from_secs(seconds)));
+        simulation.submit(late);
+    }
+    assert_eq!(simulation.jobs.timeout(Duration::from_secs(600), start), Some(Duration::from_secs(7)));
+    assert_eq!(simulation.jobs.timeout(Duration::from_secs(20), start), Some(Duration::from_secs(2)));
+}
+
+#[test]
+fn the_width_of_a_pass_has_the_most_rows_in_a_time() {
+    use super::jobs::width;
+    let costs = [1.0, 1.1, 1.2, 1.3, 2.2, 2.3, 2.4, 2.5];
+    let expected = [1, 2, 3, 4, 4, 4, 4, 8];
+    for (most, expected) in (1..).zip(expected) {
+        assert_eq!(width(most, &costs), expected, "{most}");
+    }
+    assert_eq!([width(12, &costs), width(5, &[1.0])], [12, 5], "past the table the last one's speed holds");
+}

@@ -1,0 +1,66 @@
+//! The log probabilities of given ids, as work of the scheduler.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::Result;
+use crate::model::{Model, Phase, Sequence, Want};
+use crate::runtime::sampling::{Distribution, TokenLogprob};
+use crate::runtime::work::{FinishReason, Status, Step, Work};
+use crate::system::sync::lock;
+
+/// Delivers the log probability of each id from index `start` on, given all before it. An item has those of one pass,
+/// so that the logits of a few positions are held at a time.
+pub struct Scores {
+    model: Arc<dyn Model>,
+    ids: Vec<u32>,
+    /// The next id to score.
+    next: usize,
+    /// The number of most probable ids that each entry has.
+    top: usize,
+}
+
+impl Scores {
+    /// `start` is from 1 to `ids.len() - 1`.
+    pub fn new(model: Arc<dyn Model>, ids: Vec<u32>, start: usize, top: usize) -> Self {
+        Scores { model, ids, next: start, top }
+    }
+}
+
+impl Work for Scores {
+    type Item = Vec<TokenLogprob>;
+
+    fn model(&self) -> &Arc<dyn Model> {
+        &self.model
+    }
+
+    /// The logits at a position are those of the next id, so the last id is not computed.
+    fn begin(&mut self) -> Result<Sequence> {
+        let mut sequence = self.model.sequence()?;
+        let computed = &self.ids[..self.ids.len() - 1];
+        self.model.append(&mut sequence, computed, Phase::Prefill, Want::From(self.next - 1))?;
+        Ok(sequence)
+    }
+
+    fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Vec<TokenLogprob>>> {
+        let n_vocab = self.model.info().n_vocab;
+        let rows = logits.len() / n_vocab;
+        let ids = &self.ids[self.next..self.next + rows];
+        let entries: Vec<Mutex<Option<TokenLogprob>>> = ids.iter().map(|_| Mutex::default()).collect();
+        // A prompt is alone in its pass, so that the pool is free.
+        self.model.run(rows, &|row| {
+            let distribution = Distribution::new(&logits[row * n_vocab..][..n_vocab]);
+            *lock(&entries[row]) = Some(distribution.entry(ids[row], self.top));
+        });
+        self.next += rows;
+        let taken = |entry: Mutex<_>| entry.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let entries = entries.into_iter().filter_map(taken).collect();
+        Ok(match sequence.phase() {
+            Some(_) => Step::More(Some(entries)),
+            None => Step::End(Some(entries), FinishReason::Stop),
+        })
+    }
+
+    fn status(&self) -> Status {
+        Status { prompt: self.ids.len() - 1, ..Status::default() }
+    }
+}

@@ -1,0 +1,216 @@
+//! Sequences that share passes: each has the bits that it has alone.
+
+mod gguf_writer;
+mod random;
+
+use std::path::PathBuf;
+
+use candle_core::Device;
+use candle_phi::compute::kernels;
+use candle_phi::compute::ops::{Backend, KvType};
+use candle_phi::compute::pool::Pool;
+use candle_phi::error::Error;
+use candle_phi::files::gguf::Gguf;
+use candle_phi::model::phi3::Phi3;
+use candle_phi::model::runner::Runner;
+use candle_phi::model::{self, Batch, Member, Model, Phase, Want};
+use candle_phi::system::sync::Cancel;
+use random::Random;
+
+/// Files with every kind of context: plain, a sliding window, groups of heads, two sets of rope factors, k-quants.
+const FILES: [&str; 5] = ["plain", "window", "gqa", "longrope", "k_official"];
+
+fn load(name: &str, backend: Backend, kv_type: KvType) -> Runner<Phi3> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.gguf"));
+    Phi3::load(&Gguf::open(&path, true).unwrap(), backend, kv_type).unwrap()
+}
+
+fn cpu(kernel: &str, n_threads: usize) -> Backend {
+    Backend::Cpu { kernel: kernels::by_name(kernel).unwrap(), pool: Pool::new(n_threads) }
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|logit| logit.to_bits()).collect()
+}
+
+/// A sequence of a test: a prompt, then ids that are known in advance.
+struct Script {
+    prompt: Vec<u32>,
+    ids: Vec<u32>,
+}
+
+impl Script {
+    fn random(random: &mut Random, model: &Runner<Phi3>) -> Self {
+        let (n_vocab, most) = (model.info().n_vocab as u32, model.info().context_length.min(200));
+        let mut ids = |n: usize| (0..n).map(|_| random.below(n_vocab as usize) as u32).collect::<Vec<_>>();
+        let prompt = ids(1 + most / 3);
+        let answer = ids(most / 4);
+        let cut = 1 + random.below(prompt.len());
+        Script { prompt: prompt[..cut].to_vec(), ids: answer }
+    }
+
+    /// The logits after the prompt, and after each id.
+    fn alone(&self, model: &Runner<Phi3>) -> Vec<Vec<u32>> {
+        let mut batch = model::single(model, &Cancel::default()).unwrap();
+        let mut all = vec![model::compute(model, &mut batch, &self.prompt, Phase::Prefill, Want::Last).unwrap()];
+        for id in &self.ids {
+            all.push(model::compute(model, &mut batch, &[*id], Phase::Decode, Want::Last).unwrap());
+        }
+        all.iter().map(|logits| bits(logits)).collect()
+    }
+}
+
+/// A sequence under way.
+struct Running<'a> {
+    script: &'a Script,
+    expected: &'a [Vec<u32>],
+    batch: Batch,
+    /// Ids that were appended.
+    done: usize,
+}
+
+/// Random sets of sequences share random passes. A sequence that outgrows its rope factors is computed anew in between.
+fn check_random_passes(model: &Runner<Phi3>, seed: u64, what: &str) {
+    let mut random = Random::new(seed);
+    let scripts: Vec<Script> = (0..16).map(|_| Script::random(&mut random, model)).collect();
+    let expected: Vec<_> = scripts.iter().map(|script| script.alone(model)).collect();
+    let mut waiting: Vec<_> = scripts.iter().zip(&expected).collect();
+    let mut running: Vec<Running<'_>> = Vec::new();
+    let mut shared = Batch::default();
+    let mut widest = 0;
+    while !waiting.is_empty() || !running.is_empty() {
+        if !waiting.is_empty() && (running.is_empty() || random.below(3) == 0) {
+            let (script, expected) = waiting.swap_remove(random.below(waiting.len()));
+            let mut batch = model::single(model, &Cancel::default()).unwrap();
+            let logits = model::compute(model, &mut batch, &script.prompt, Phase::Prefill, Want::Last).unwrap();
+            assert!(bits(&logits) == expected[0], "{what}: after the prompt");
+            running.push(Running { script, expected, batch, done: 0 });
+        }
+        // Some of them, in any order.
+        let mut chosen: Vec<usize> = (0..running.len()).filter(|_| random.below(4) > 0).collect();
+        for i in (1..chosen.len()).rev() {
+            chosen.swap(i, random.below(i + 1));
+        }
+        for &i in &chosen {
+            let Running { script, batch, done, .. } = &mut running[i];
+            model.append(&mut batch.members[0].sequence, &[script.ids[*done]], Phase::Decode, Want::Last).unwrap();
+            while batch.members[0].sequence.phase() == Some(Phase::Prefill) {
+                while model.forward(batch).unwrap() {}
+            }
+            shared.members.extend(batch.members.pop());
+        }
+        widest = widest.max(chosen.len());
+        if !chosen.is_empty() {
+            while model.forward(&mut shared).unwrap() {}
+        }
+        for (member, &i) in chosen.iter().enumerate() {
+            let Running { expected, done, .. } = &mut running[i];
+            *done += 1;
+            let n = chosen.len();
+            assert!(bits(shared.logits(member)) == expected[*done], "{what}: id {done}, place {member} of {n}");
+        }
+        for (member, &i) in shared.members.drain(..).zip(&chosen) {
+            running[i].batch.members.push(member);
+        }
+        running.retain(|sequence| sequence.done < sequence.script.ids.len());
+    }
+    assert!(widest > 4, "{what}: {widest} sequences at most");
+}
+
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_among_others() {
+    for (i, kernel) in kernels::available().into_iter().enumerate() {
+        for (j, file) in FILES.into_iter().enumerate() {
+            for (k, kv_type) in [KvType::F16, KvType::F32, KvType::Q8_0].into_iter().enumerate() {
+                let model = load(file, cpu(kernel, 2), kv_type);
+                check_random_passes(&model, (100 * i + 10 * j + k) as u64, &format!("{file}, {kernel}, {kv_type:?}"));
+            }
+        }
+    }
+}
+
+/// The path that CUDA and Metal take, on the CPU: Candle's own products may round by the number of rows.
+#[test]
+fn candles_own_operations_compute_each_sequence_over_its_own_columns() {
+    for file in ["plain", "window", "gqa"] {
+        let model = load(file, Backend::Candle(Device::Cpu), KvType::F32);
+        let mut random = Random::new(7);
+        let scripts: Vec<Script> = (0..3).map(|_| Script::random(&mut random, &model)).collect();
+        let alone: Vec<_> = scripts.iter().map(|script| script.alone(&model)).collect();
+        let mut batch = Batch::default();
+        for script in &scripts {
+            let mut one = model::single(&model, &Cancel::default()).unwrap();
+            model::compute(&model, &mut one, &script.prompt, Phase::Prefill, Want::Last).unwrap();
+            let mut member = one.members.pop().unwrap();
+            model.append(&mut member.sequence, &script.ids[..1], Phase::Decode, Want::Last).unwrap();
+            batch.members.push(member);
+        }
+        while model.forward(&mut batch).unwrap() {}
+        for (i, alone) in alone.iter().enumerate() {
+            let close = |(a, b): (&f32, &u32)| (a - f32::from_bits(*b)).abs() < 1e-3;
+            assert!(batch.logits(i).iter().zip(&alone[1]).all(close), "{file}, sequence {i}");
+        }
+    }
+}
+
+fn prefilled(model: &Runner<Phi3>, ids: &[u32], cancel: &Cancel) -> Member {
+    let mut batch = model::single(model, cancel).unwrap();
+    model::compute(model, &mut batch, ids, Phase::Prefill, Want::Last).unwrap();
+    batch.members.pop().unwrap()
+}
+
+#[test]
+fn forks_and_truncated_sequences_compute_what_their_ids_say() {
+    let model = load("gqa", cpu("portable", 2), KvType::Q8_0);
+    let prompt: Vec<u32> = (0..150).map(|i| i % 60).collect();
+    let mut first = prefilled(&model, &prompt, &Cancel::default());
+    let logits = |member: &mut Member, id: u32| {
+        let mut batch = Batch::default();
+        model.append(&mut member.sequence, &[id], Phase::Decode, Want::Last).unwrap();
+        batch
+            .members
+            .push(Member::new(std::mem::replace(&mut member.sequence, model.sequence().unwrap()), Cancel::default()));
+        while model.forward(&mut batch).unwrap() {}
+        let logits = bits(batch.logits(0));
+        member.sequence = batch.members.pop().unwrap().sequence;
+        logits
+    };
+    let mut fork = prefilled(&model, &[1], &Cancel::default());
+    fork.sequence.ids = first.sequence.ids.clone();
+    fork.sequence.kv = first.sequence.kv.fork();
+    let (seven, nine) = (logits(&mut first, 7), logits(&mut fork, 9));
+    assert!(seven != nine);
+    // Both go back to the prompt, and take the other's id.
+    for member in [&mut first, &mut fork] {
+        member.sequence.kv.truncate(prompt.len());
+        member.sequence.ids.truncate(prompt.len());
+    }
+    assert!(logits(&mut first, 9) == nine && logits(&mut fork, 7) == seven);
+}
+
+#[test]
+fn a_cancelled_member_leaves_the_pass_and_the_others_keep_their_bits() {
+    let model = load("plain", cpu(kernels::available().pop().unwrap(), 2), KvType::F16);
+    let prompts: [Vec<u32>; 3] = [140, 20, 75].map(|n| (0..n).map(|i| (i * 7) % 60).collect());
+    let expected: Vec<_> = prompts
+        .iter()
+        .map(|prompt| Script { prompt: prompt.clone(), ids: vec![3] }.alone(&model).pop().unwrap())
+        .collect();
+    let cancels: [Cancel; 3] = std::array::from_fn(|_| Cancel::default());
+    let mut batch = Batch::default();
+    for (prompt, cancel) in prompts.iter().zip(&cancels) {
+        let mut member = prefilled(&model, prompt, cancel);
+        model.append(&mut member.sequence, &[3], Phase::Decode, Want::Last).unwrap();
+        batch.members.push(member);
+    }
+    cancels[1].set();
+    while model.forward(&mut batch).unwrap() {}
+    assert!(bits(batch.logits(0)) == expected[0] && bits(batch.logits(2)) == expected[2]);
+    assert!(batch.logits(1).is_empty() && batch.members[1].sequence.kv.is_empty(), "its keys and values are freed");
+    cancels.iter().for_each(Cancel::set);
+    batch.members.remove(1);
+    for member in &mut batch.members {
+        model.append(&mut member.sequence, &[4], Phase::Decode, Want::Last).unwrap();
+    }
+    assert_eq!(model.forward(&mut batch), Err(Error::Cancelled));
+}
