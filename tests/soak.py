@@ -2,12 +2,14 @@
 
 Threads share one bundled model and generate with random options. A fifth of the streams is cancelled at a random
 moment: by whoever reads, by another thread, by its timeout. Now and then a thread opens a model of its own and closes
-it under a live stream. Memory, file descriptors and threads must not grow, and every text must be the one that a serial
-run with the same seed gives, a cancelled one the beginning of it.
+it under a live stream, or maps prompts of which some are bad, and leaves the rest. Memory, file descriptors and threads
+must not grow, and every text must be the one that a serial run with the same seed gives, a cancelled one the beginning
+of it.
 """
 
 import argparse
 import hashlib
+import itertools
 import os
 import random
 import statistics
@@ -18,11 +20,12 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from candle_phi import ClosedError, Phi
+from candle_phi import ClosedError, Phi, Result
 
 WORKERS = 4
 CANCELLED = 0.2
 OWN_MODEL = 0.02
+MAPPED = 0.05
 PROMPTS = (
     "Write a haiku about ice hockey",
     "Hi",
@@ -79,6 +82,9 @@ class Soak:
         prompt, options, draw = job(number)
         if draw.random() < OWN_MODEL:
             self.close_under_a_stream(prompt, options)
+        if draw.random() < MAPPED:
+            self.map_some(number, prompt, options, draw)
+            return
         reads, delay = draw.randint(0, 6), draw.random() * 0.02
         ends = ["cancel", "another thread", "close", "drop", "with", "timeout"]
         how = draw.choice(ends) if draw.random() < CANCELLED else None
@@ -101,8 +107,21 @@ class Soak:
             case _:
                 self.read(stream, reads)
                 getattr(stream, how)()
-        text, whole = stream.text, stream.finish_reason in ("stop", "length")
-        tokens = len(stream.token_ids)
+        self.record(number, stream.text, len(stream.token_ids), stream.finish_reason in ("stop", "length"))
+
+    def map_some(self, number: int, prompt: Any, options: dict[str, Any], draw: random.Random) -> None:
+        """Reads some results of prompts without end, then closes or drops them."""
+        prompts = itertools.cycle([prompt, 5, prompt])
+        ordered, most = draw.random() < 0.5, draw.randint(1, 20)
+        results = self.phi.map(prompts, ordered=ordered, max_pending=most, return_exceptions=True, **options)
+        outcomes = list(itertools.islice(results, draw.randint(3, 12)))
+        if draw.random() < 0.5:
+            results.close()
+        texts = {outcome.text: len(outcome.token_ids) for outcome in outcomes if isinstance(outcome, Result)}
+        for text, tokens in texts.items():  # one, if all is well
+            self.record(number, text, tokens, whole=True)
+
+    def record(self, number: int, text: str, tokens: int, whole: bool) -> None:
         with self.lock:
             self.tokens += tokens
             self.done.extend((number, len(text), digest(text), whole))

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -171,10 +172,10 @@ def test_an_exception_comes_at_its_place(phi: Phi, prompt: Any, error: type[Exce
     found = mapped(phi, prompts, seed=1, return_exceptions=True)
     assert [found[0], found[1], found[3]] == [expected] * 3
     assert type(found[2]) is error
-    assert (found[2].prompt_index, found[3].prompt_index) == (2, 3)
+    assert [outcome.prompt_index for outcome in found[2:]] == [2, 3]
     unordered = mapped(phi, prompts, seed=1, return_exceptions=True, ordered=False)
     (fault,) = [outcome for outcome in unordered if not isinstance(outcome, Result)]
-    assert (type(fault), fault.prompt_index) == (error, 2)
+    assert (type(fault), vars(fault)["prompt_index"]) == (error, 2)
 
     async def check() -> None:
         results = phi.amap(prompts, seed=1)
@@ -343,7 +344,7 @@ def test_closing_from_another_thread_ends_the_reader(slow: Phi, stopwatch: Stopw
     reader.join(HANG)
     assert not reader.is_alive()
     stopwatch.check(time.monotonic() - begin, 0.5)
-    assert len(found) < 16
+    assert "cancelled" not in [result.finish_reason for result in found]
 
 
 def test_two_readers_are_one_too_many(slow: Phi) -> None:
@@ -376,9 +377,10 @@ def test_two_readers_are_one_too_many(slow: Phi) -> None:
     asyncio.run(check())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="on Windows a thread cannot interrupt a loop that waits")
 def test_ctrl_c(stopwatch: Stopwatch) -> None:
     script = """
-import asyncio, itertools, signal, threading, time
+import asyncio, itertools, os, signal, threading, time
 from candle_phi import Phi
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
 phi = Phi.demo(kernel="portable", n_threads=1, max_concurrent=1)
@@ -388,7 +390,7 @@ for call in (lambda: list(phi.map(itertools.repeat([5] * 1000))), lambda: asynci
     at = []
     def interrupt():
         at.append(time.monotonic())
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
     threading.Timer(0.3, interrupt).start()
     try:
         call()

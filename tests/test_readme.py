@@ -18,8 +18,10 @@ import pytest
 
 import candle_phi
 from candle_phi import AsyncStream, Phi, Stream, hub
+from candle_phi.scores import Scoring
 from conftest import HAIKU, HANG, ROOT
 from fake_hub import FakeHub
+from test_score import needs_engine
 
 README = ROOT / "README.md"
 PAGES = sorted([README, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")), *(ROOT / "docs").rglob("*.md")])
@@ -91,14 +93,16 @@ def test_the_downloads(server: FakeHub, phi: Phi) -> None:
     assert names["path"].is_file()
 
 
-def test_the_examples_of_docstrings_print_what_they_show(phi: Phi) -> None:
+@pytest.mark.parametrize(
+    ("thing", "count"), [(Phi, 7), pytest.param(Scoring, 3, marks=needs_engine), (Stream, 1), (AsyncStream, 1)]
+)
+def test_the_examples_of_docstrings_print_what_they_show(phi: Phi, thing: type, count: int) -> None:
     names = {"Phi": Phi, "phi": phi, "asyncio": asyncio}
-    for thing, count in [(Phi, 7), (Stream, 1), (AsyncStream, 1)]:
-        found = doctest.DocTestFinder().find(thing, thing.__name__, globs=names)
-        examples = [test for test in found if test.examples]
-        assert len(examples) == count
-        for test in examples:
-            assert doctest.DocTestRunner().run(test).failed == 0, test.name
+    found = doctest.DocTestFinder().find(thing, thing.__name__, globs=names)
+    examples = [test for test in found if test.examples]
+    assert len(examples) == count
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0, test.name
 
 
 @pytest.mark.parametrize("module", [candle_phi, candle_phi.testing], ids=lambda module: module.__name__)

@@ -290,8 +290,9 @@ def table(report: Report) -> str:
         lines.append(private)
     if report.pass_costs:
         lines += [
-            "tokens in a decode pass    1 " + "".join(f"{cost.tokens:6}" for cost in report.pass_costs),
-            "time over that of one   1.00 " + "".join(f"{cost.over_one:6.2f}" for cost in report.pass_costs),
+            "tokens in a decode pass" + "".join(f"{n:6}" for n in [1, *(cost.tokens for cost in report.pass_costs)]),
+            "time over that of one  "
+            + "".join(f"{x:6.2f}" for x in [1, *(cost.over_one for cost in report.pass_costs)]),
         ]
     lines += [f"left out: {what}" for what in report.left_out]
     return "\n".join([*lines, f"medians of {_count(report.repeat, 'round')}"]) + "\n"

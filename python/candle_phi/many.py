@@ -128,6 +128,8 @@ class Batch:
         """The next result; None if there is none yet. Raises the exception of its prompt or of the iterator."""
         index = self._yielded if self._ordered else next(iter(self._done), -1)
         outcome = self._done.pop(index, None)
+        if self.closed:  # perhaps by another thread: the outcome may be that of a cancelled stream
+            return None
         if outcome is None:
             fault = self._fault if self.is_finished() else None
             if fault is not None:
