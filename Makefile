@@ -80,7 +80,7 @@ fuzz: require ## FUZZ_SECONDS (60) of every fuzz target, or of FUZZ_TARGETS=... 
 
 SOAK_SECONDS := 60
 
-soak: engine ## SOAK_SECONDS (60) of generations by several threads, a fifth of them cancelled (Linux)
+soak: engine ## SOAK_SECONDS (60) of generations by eight threads, a fifth of them cancelled (Linux)
 	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 lint: engine .venv/lint ## formats, clippy, ruff, mypy, the stubs against the compiled module, and the workflows

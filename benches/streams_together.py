@@ -221,7 +221,8 @@ def write(typed: argparse.Namespace, model: Path, runners: list[Runner], left_ou
     flags = " ".join(name for name, has in about["cpu"].items() if has is True)
     found = Found(runners)
     text = report(found, typed)
-    text += f"\n{about['machine']}, n_threads={typed.n_threads}, {date[:10]}, medians of {typed.rounds} rounds (memory: once); {flags}.\n"
+    rounds = f"medians of {typed.rounds} rounds (memory: once)"
+    text += f"\n{about['machine']}, n_threads={typed.n_threads}, {date[:10]}, {rounds}; {flags}.\n"
     text += "".join(f"\nLeft out: {what}\n" for what in left_out)
     record = {
         "model": model.name,
