@@ -21,7 +21,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -127,67 +127,66 @@ class Found:
         values, others = (self.engines.get(engine, {}).get(name) for engine, name in (mine, other))
         return spread([a / b for a, b in zip(values, others, strict=True)]) if values and others else ""
 
+    def spread(self, engine: str, name: str) -> str:
+        values = self.engines[engine].get(name)
+        return spread(values) if values else ""
+
 
 def spread(values: Sequence[float]) -> str:
+    """The median, and the range."""
     middle, least, most = median(values), min(values), max(values)
     return f"{middle:.2f}" if len(values) == 1 else f"{middle:.2f} ({least:.2f} to {most:.2f})"
 
 
 def report(found: Found, typed: argparse.Namespace) -> str:
-    """Markdown tables: streams together, then the waits, then memory."""
+    """Markdown: the speeds of all engines, then all other figures, with a column for each of our kernels."""
+    shown = {
+        "one": "one stream",
+        "decode in turn": f"{typed.streams} in turn",
+        "decode together": f"{typed.streams} together",
+        "answers in turn": "in turn, with prompts",
+        "answers together": "together, with prompts",
+    }
+    rows = [[engine, *(found.median(engine, name) for name in shown)] for engine in found.engines]
+    rows = [row for row in rows if any(row[1:])]
+    text = markdown(["tok/s in all", *shown.values()], rows) + "\n" if rows else ""
     ours = [engine for engine in found.engines if engine.startswith("candle-phi ")]
-    n, text = typed.streams, ""
-    if "together" in typed.measure or "one" in typed.measure:
-        shown = ["one", "decode in turn", "decode together", "answers in turn", "answers together"]
-        heads = [
-            "one stream",
-            f"{n} in turn",
-            f"{n} together",
-            f"{n} in turn, with prompts",
-            f"{n} together, with prompts",
-        ]
-        rows = [[engine, *(found.median(engine, name) for name in shown)] for engine in found.engines]
-        text += markdown(["tok/s in all", *heads], [row for row in rows if any(row[1:])])
-        rows = []
-        for engine in ours:
-            base = f"{BASE} {engine.split()[-1]}"
-            compared = [
-                (f"{engine}: {n} together / in turn", "decode together", engine, "decode in turn"),
-                (f"{engine}: the same, with prompts", "answers together", engine, "answers in turn"),
-                (f"{engine} / {BASE}: one stream", "one", base, "one"),
-                (f"{engine} / {BASE}: a prompt of 128 tokens", "one prompt", base, "one prompt"),
-            ]
-            for peer in (name for name in found.engines if name.startswith("llama.cpp")):
-                compared.append((f"{engine} / {peer}: {n} together", "decode together", peer, "decode together"))
-                compared.append((f"{engine} / {peer}: with prompts", "answers together", peer, "answers together"))
-            rows += [[label, found.ratio((engine, mine), (peer, other))] for label, mine, peer, other in compared]
-        text += "\n" + markdown(["ratio", "median (range)"], [row for row in rows if row[1]])
-    if "gaps" in typed.measure or "late" in typed.measure:
-        shown = ["gap alone", "longest gap alone", "layer", "gap", "longest gap", "first token alone", "first token"]
-        shown.append("longest first token")
-        heads = [
-            "pass",
-            "longest pass",
-            "layer",
-            "wait",
-            "longest wait",
-            "first token alone",
-            "behind a prompt",
-            "longest",
-        ]
-        rows = [[engine, *(found.median(engine, name, 1000) for name in shown)] for engine in ours]
-        text += "\n" + markdown(["ms", *heads], rows)
-        for engine in ours:
-            if limit := found.engines[engine].get("gap over limit"):
-                text += f"\n{engine}: the longest wait is {spread(limit)} of the longest pass and a layer.\n"
-    for engine in ours:
-        if taken := found.engines[engine].get("memory over estimate"):
-            sizes = [found.median(engine, name, 1e-6) for name in ("memory", "estimated memory")]
-            text += (
-                f"\n{engine}: streams of {typed.context} tokens take {sizes[0]} MB, {spread(taken)} of the estimated "
-            )
-            text += f"{sizes[1]} MB.\n"
-    return text
+    facts = [[label, *(cell(engine) for engine in ours)] for label, cell in cells(found, typed).items()]
+    return text + markdown(["", *ours], [row for row in facts if any(row[1:])])
+
+
+def cells(found: Found, typed: argparse.Namespace) -> dict[str, Callable[[str], str]]:
+    """The rows of the second table: from a label to the text for one of our engines."""
+
+    def over(name: str, other: str, engine: str | None = None) -> Callable[[str], str]:
+        """The ratio of a figure to another, of the same engine by default."""
+        return lambda mine: found.ratio((mine, name), (engine or mine, other))
+
+    def over_base(name: str) -> Callable[[str], str]:
+        return lambda mine: found.ratio((mine, name), (f"{BASE} {mine.split()[-1]}", name))
+
+    def figures(name: str, unit: float = 1000) -> Callable[[str], str]:
+        return lambda mine: found.median(mine, name, unit)
+
+    n = typed.streams
+    rows = {f"{n} together / in turn": over("decode together", "decode in turn")}
+    rows["the same, with prompts"] = over("answers together", "answers in turn")
+    for peer in (name for name in found.engines if name.startswith("llama.cpp")):
+        rows[f"{n} together / {peer}"] = over("decode together", "decode together", peer)
+        rows[f"the same, with prompts, {peer}"] = over("answers together", "answers together", peer)
+    rows[f"one stream / {BASE}"] = over_base("one")
+    rows[f"prompt of 128 tokens / {BASE}"] = over_base("one prompt")
+    rows["pass of 8 streams, ms"] = figures("gap alone")
+    rows["longest pass, ms"] = figures("longest gap alone")
+    rows[f"layer of a prompt of {typed.prompt} tokens, ms"] = figures("layer")
+    rows["longest wait of the 8 beside that prompt, ms"] = figures("longest gap")
+    rows["longest wait / (longest pass + layer)"] = lambda mine: found.spread(mine, "gap over limit")
+    rows["first token of a prompt of 20 tokens, ms"] = figures("first token alone")
+    rows[f"beside a prompt of {typed.long} tokens, ms"] = figures("first token")
+    rows["the longest, ms"] = figures("longest first token")
+    rows[f"memory of 8 streams of {typed.context} tokens, MB"] = figures("memory", 1e-6)
+    rows["memory / estimate"] = figures("memory over estimate", 1)
+    return rows
 
 
 def main() -> None:
@@ -221,7 +220,7 @@ def write(typed: argparse.Namespace, model: Path, runners: list[Runner], left_ou
     flags = " ".join(name for name, has in about["cpu"].items() if has is True)
     found = Found(runners)
     text = report(found, typed)
-    rounds = f"medians of {typed.rounds} rounds (memory: once)"
+    rounds = f"medians of {typed.rounds} rounds" if typed.rounds > 1 else "one round"
     text += f"\n{about['machine']}, n_threads={typed.n_threads}, {date[:10]}, {rounds}; {flags}.\n"
     text += "".join(f"\nLeft out: {what}\n" for what in left_out)
     record = {

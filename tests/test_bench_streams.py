@@ -24,8 +24,8 @@ def test_the_comparison(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Left out: llama.cpp native flash attention off ended with 1" in done.stdout
     assert "Left out: late 3000: needs 3001 positions, the context has 1024" in done.stdout
-    for row in ("8 together / in turn", "the same, with prompts", "/ other checkout: one stream"):
-        assert f"{row} | " in done.stdout
+    for row in ("8 together / in turn", "one stream / other checkout", "longest wait / (longest pass + layer)"):
+        assert f"| {row} | " in done.stdout
     found = json.loads((tmp_path / "streams_together.json").read_text(encoding="utf-8"))
     ours, other, alone = found["runs"]
     assert (ours["name"], other["name"]) == ("candle-phi portable", "other checkout portable")
