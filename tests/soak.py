@@ -178,9 +178,8 @@ class Soak:
 
     def generate(self, number: int) -> None:
         options, draw = job(number)
-        map_prompts = getattr(self.phi, "map", None)
-        if draw.random() < MAPPED and map_prompts is not None:
-            self.map(map_prompts, number, options, draw)
+        if draw.random() < MAPPED:
+            self.map(number, options, draw)
             return
         if draw.random() < OWN_MODEL:
             self.close_under_a_stream(prompt(number, 0), options)
@@ -211,11 +210,11 @@ class Soak:
         else:
             self.record(number, 0, stream.text, tokens=len(stream.token_ids))
 
-    def map(self, map_prompts: Any, number: int, options: dict[str, Any], draw: random.Random) -> None:
+    def map(self, number: int, options: dict[str, Any], draw: random.Random) -> None:
         """Reads several prompts together, all of them or the first few results."""
         prompts = [prompt(number, index) for index in range(draw.randint(1, 20))]
         wanted = draw.randint(0, len(prompts) - 1) if draw.random() < CANCELLED else len(prompts)
-        results = map_prompts(prompts, ordered=draw.random() < 0.5, **options)
+        results = self.phi.map(prompts, ordered=draw.random() < 0.5, **options)
         for result in islice(results, wanted):
             self.record(number, result.prompt_index, result)
         if wanted == len(prompts):
