@@ -328,7 +328,7 @@ fn prompts_and_passes_share_the_time_and_no_job_waits_for_two_long_turns() {
 fn a_short_prompt_overtakes_a_long_one_and_the_oldest_goes_on() {
     let mut simulation = Simulation::new(usize::MAX, 8);
     simulation.submit(simulation.job('l', 3000, 1));
-    assert_eq!(simulation.run(3, |_| 10), ["l"; 3]);
+    assert_eq!(simulation.run(40, |_| 10), ["l"; 40]);
     simulation.submit(simulation.job('s', 20, 1));
     let turns = simulation.run(23, |_| 10);
     let count = counts(&turns);
