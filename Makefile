@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-timing asan miri tsan fuzz soak lint bench wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing asan miri tsan fuzz soak lint bench bench-streams wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# maturin installs here, even if another environment is active
@@ -80,7 +80,7 @@ fuzz: require ## FUZZ_SECONDS (60) of every fuzz target, or of FUZZ_TARGETS=... 
 
 SOAK_SECONDS := 60
 
-soak: engine ## SOAK_SECONDS (60) of generations by several threads, a fifth of them cancelled (Linux)
+soak: engine ## SOAK_SECONDS (60) of generations by eight threads, a fifth of them cancelled (Linux)
 	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 lint: engine .venv/lint ## formats, clippy, ruff, mypy, the stubs against the compiled module, and the workflows
@@ -101,6 +101,9 @@ lint: engine .venv/lint ## formats, clippy, ruff, mypy, the stubs against the co
 
 bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the result is in target/bench
 	$(BIN)/python benches/tokens_per_second.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
+
+bench-streams: build ## 8 streams together and in turn, their waits and memory, on MODEL=...; the result is in target/bench
+	$(BIN)/python benches/streams_together.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
 
 # As in .github/workflows/release.yml: without the flags for builds from source (.cargo/config.toml) and without RUSTFLAGS of the
 # environment. zig, which maturin looks for on PATH, links against glibc 2.17.

@@ -1,6 +1,7 @@
-"""llama.cpp for tokens_per_second.py, in an environment that has llama-cpp-python: one figure at a time.
+"""llama.cpp for tokens_per_second.py and streams_together.py, in an environment that has llama-cpp-python.
 
-Questions and answers are those of `our_speed.py`. No token is sampled, which is to the advantage of llama.cpp.
+Questions and answers are those of `our_speed.py` and `our_streams.py`. No token is sampled, which is to the advantage
+of llama.cpp.
 """
 
 import ctypes
@@ -9,7 +10,7 @@ import time
 
 import llama_cpp
 
-from worker import parser, private_bytes, serve
+from worker import AHEAD, ANSWER, SHORT_PROMPT, parser, private_bytes, serve
 
 DECODED = 16
 BATCH = 512
@@ -40,6 +41,46 @@ class Context:
         for tokens in passes:
             ids = (ctypes.c_int32 * tokens)(*(self.ids.randrange(self.n_vocab) for _ in range(tokens)))
             failed = llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(ids, tokens))
+            assert failed == 0, f"llama_decode returned {failed}"
+            self.length += tokens
+        llama_cpp.llama_synchronize(self.context)
+        return time.perf_counter() - start
+
+
+class Sequences:
+    """Sequences of random tokens that share each batch, in a context with one KV cache for all of them."""
+
+    def __init__(self, model: llama_cpp.llama_model_p, n: int, n_threads: int, flash_attention: bool) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n * (SHORT_PROMPT + AHEAD + ANSWER)
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_seq_max, params.kv_unified = n, True
+        params.n_threads = params.n_threads_batch = n_threads
+        params.flash_attn_type = int(flash_attention)
+        context = llama_cpp.llama_init_from_model(model, params)
+        assert context is not None, f"llama.cpp cannot make a context of {n} sequences"
+        self.context, self.n = context, n
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self.ids = random.Random(0)
+        self.batch = llama_cpp.llama_batch_init(n * SHORT_PROMPT, 0, 1)
+        self.length = 0
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        self.length = 0
+
+    def decode(self, passes: int, tokens: int = 1) -> float:
+        """Seconds of passes over this number of tokens of each sequence, with the logits of the last one of each."""
+        start = time.perf_counter()
+        for _ in range(passes):
+            self.batch.n_tokens = self.n * tokens
+            for row in range(self.n * tokens):
+                sequence, token = divmod(row, tokens)
+                self.batch.token[row] = self.ids.randrange(self.n_vocab)
+                self.batch.pos[row] = self.length + token
+                self.batch.n_seq_id[row], self.batch.seq_id[row][0] = 1, sequence
+                self.batch.logits[row] = token == tokens - 1
+            failed = llama_cpp.llama_decode(self.context, self.batch)
             assert failed == 0, f"llama_decode returned {failed}"
             self.length += tokens
         llama_cpp.llama_synchronize(self.context)
@@ -98,6 +139,30 @@ def main() -> None:
         decoding = max(private_bytes() or 0, decoding or 0) or None
         return {f"decode {at}": speed}
 
+    kinds: dict[int, Sequences] = {}
+
+    def sequences(n: int) -> Sequences:
+        """Empty sequences."""
+        if n not in kinds:
+            kinds[n] = Sequences(model, n, arguments.n_threads, arguments.flash_attention)
+            kinds[n].decode(1)  # the first pass touches everything once
+        kinds[n].clear()
+        return kinds[n]
+
+    def together(n: int) -> dict[str, float]:
+        found = sequences(n)
+        found.decode(1, SHORT_PROMPT)
+        found.decode(AHEAD)
+        return {"decode together": n * ANSWER / found.decode(ANSWER)}
+
+    def answers(n: int) -> dict[str, float]:
+        found = sequences(n)
+        seconds = found.decode(1, SHORT_PROMPT) + found.decode(ANSWER - 1)
+        return {"answers together": n * ANSWER / seconds}
+
+    def one(_: int) -> dict[str, float]:
+        return {"one": together(1)["decode together"]}
+
     def load_again(_: int) -> dict[str, float]:
         start = time.perf_counter()
         again = load(arguments.model)
@@ -113,6 +178,9 @@ def main() -> None:
             "prefill": prefill,
             "decode": decode,
             "load": load_again,
+            "together": together,
+            "answers": answers,
+            "one": one,
             "memory": lambda _: {"private loaded": loaded, "private decoding": decoding},
         },
     )

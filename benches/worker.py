@@ -17,6 +17,13 @@ _PACKAGE = Path(__file__).resolve().parents[1] / "python" / "candle_phi"
 private_bytes: Callable[[], int | None] = runpy.run_path(str(_PACKAGE / "_private_memory.py"))["private_bytes"]
 """As `candle-phi bench` counts it. The file is read here: llama.cpp's environment does not have the package."""
 
+SHORT_PROMPT = 16
+"""Tokens of the prompts of streams that share a model."""
+ANSWER = 24
+"""Tokens of their answers."""
+AHEAD = 10
+"""Tokens that are read before the clock of decoding starts: the engine computes up to 8 ahead of its reader."""
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments: the file, and the prompts and contexts of the questions to come."""
@@ -26,8 +33,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("model")
-    arguments.add_argument("--prompts", type=counts, required=True)
-    arguments.add_argument("--contexts", type=counts, required=True)
+    arguments.add_argument("--prompts", type=counts, default=[])
+    arguments.add_argument("--contexts", type=counts, default=[])
     arguments.add_argument("--n-threads", type=int)
     return arguments
 

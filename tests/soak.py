@@ -1,31 +1,40 @@
 """Hours of use in minutes: `make soak` (SOAK_SECONDS, 60).
 
-Threads share one bundled model and generate with random options. A fifth of the streams is cancelled at a random
-moment: by whoever reads, by another thread, by its timeout. Now and then a thread opens a model of its own and closes
-it under a live stream, or maps prompts of which some are bad, and leaves the rest. Memory, file descriptors and threads
-must not grow, and every text must be the one that a serial run with the same seed gives, a cancelled one the beginning
-of it.
+Threads share one bundled model and generate with random options, so that streams join and leave the passes of others
+at any moment. Their prompts are of mixed lengths, and many begin alike. A fifth of the streams is cancelled at a random
+moment: by the reader, by another thread, by its timeout. Some threads read many prompts with `phi.map`, and close some
+of these iterators early. Now and then a thread opens a model of its own and closes it under a live stream.
+
+Anonymous memory (which has the KV cache), file descriptors and threads must not grow. Every text must be that of a
+serial run with the same seed, with its ids and log probabilities. A cancelled text must be the beginning of it.
 """
 
 import argparse
+import ctypes
+import gc
 import hashlib
-import itertools
 import os
 import random
-import statistics
+import re
 import sys
 import threading
 import time
 from array import array
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from candle_phi import ClosedError, Phi, Result
+from candle_phi import ClosedError, Phi, Result, TokenLogprob
 
-WORKERS = 4
 CANCELLED = 0.2
 OWN_MODEL = 0.02
-MAPPED = 0.05
+MAPPED = 0.1
+SPELLS = 6
+"""The run is cut into these. Resources are compared between them, when nothing runs."""
+ALLOCATED = 0.2
+"""MiB by which allocations may grow. 128 positions of the bundled model take 0.25 MiB of the KV cache."""
+ANONYMOUS = 64
+"""MiB by which anonymous memory may grow: glibc kept up to 40 MiB in fragments."""
 PROMPTS = (
     "Write a haiku about ice hockey",
     "Hi",
@@ -33,10 +42,24 @@ PROMPTS = (
     [{"role": "user", "content": "Write a haiku"}, {"role": "assistant", "content": "The puck"}],
     "<|end|> is text, and so is this: " + "ice " * 60,
 )
+LONG = [random.Random(0).randrange(2048) for _ in range(900)]
+"""The ids that many prompts begin with."""
+PAGE = 128
+"""Positions that share a part of the KV cache: prompts part at its borders and beside them."""
 
 
-def job(number: int) -> tuple[Any, dict[str, Any], random.Random]:
-    """Prompt, options and what else is drawn of this number."""
+def prompt(number: int, index: int) -> Any:
+    """The prompt of one of the texts of a job: one of a few, or ids that begin as many others do."""
+    draw = random.Random(f"{number}, {index}")
+    if draw.random() < 0.5:
+        return draw.choice(PROMPTS)
+    border = PAGE * draw.randint(1, 6)
+    shared = draw.choice([draw.randint(0, 800), border - 1, border, border + 1])
+    return LONG[:shared] + [draw.randrange(2048) for _ in range(draw.choice([1, 2, 100]))]
+
+
+def job(number: int) -> tuple[dict[str, Any], random.Random]:
+    """The options of a job, and what else is drawn for it."""
     draw = random.Random(number)
     options: dict[str, Any] = {
         "seed": number,
@@ -54,19 +77,94 @@ def job(number: int) -> tuple[Any, dict[str, Any], random.Random]:
         "ignore_eos": draw.random() < 0.2,
         "logprobs": draw.random() < 0.2,
     }
-    return draw.choice(PROMPTS), options, draw
+    return options, draw
+
+
+class Heap(ctypes.Structure):
+    """The result of glibc's `mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+    uordblks: int
+    hblkhd: int
+
+
+def allocated() -> int:
+    """Bytes that this process has allocated and not freed, Python's objects left out. 0 without glibc 2.33."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = Heap
+    heap: Heap = mallinfo()
+    return heap.uordblks + heap.hblkhd
+
+
+class Resources(NamedTuple):
+    """What this process holds."""
+
+    anonymous: float
+    """MiB of memory that no file backs. The allocator keeps some that is freed."""
+    allocated: float
+    """MiB that are allocated and not freed."""
+    files: int
+    threads: int
+
+    @classmethod
+    def now(cls) -> Self:
+        found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found is not None, "this Linux does not say how much memory is anonymous"
+        files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        return cls(int(found[1]) / 2**10, allocated() / 2**20, files, threads)
+
+    @classmethod
+    def settled(cls) -> Self:
+        """Those once the threads of closed models have ended."""
+        seen: list[int] = []
+        until = time.monotonic() + 10
+        while len(set(seen[-5:])) > 1 or len(seen) < 5:
+            assert time.monotonic() < until, f"threads come and go while nothing is read: {seen[-5:]}"
+            time.sleep(0.1)
+            seen.append(cls.now().threads)
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps freed memory for later
+            trim(0)
+        return cls.now()
 
 
 class Soak:
-    def __init__(self, seconds: float, first: int) -> None:
+    def __init__(self, first: int) -> None:
         self.phi = Phi.demo(n_threads=2)
-        self.until = time.monotonic() + seconds
+        self.until = 0.0
         self.numbers = iter(range(first, sys.maxsize))
         self.lock = threading.Lock()
-        # Number, length and hash of the text, whether it is whole, of one generation after the other: little memory.
+        # Of each text: number of the job, index in it, length and hash of the text, whether it is whole. Little memory.
         self.done = array("q")
         self.tokens = 0
         self.errors: list[str] = []
+
+    def spell(self, seconds: float, streams: int) -> Resources:
+        """Generates for some seconds. Returns the resources after it, when nothing runs."""
+        self.until = time.monotonic() + seconds
+        threads = [threading.Thread(target=self.work) for _ in range(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = Resources.settled()
+        return found._replace(allocated=found.allocated - self.done.itemsize * len(self.done) / 2**20)
 
     def work(self) -> None:
         while time.monotonic() < self.until and not self.errors:
@@ -79,16 +177,16 @@ class Soak:
                 raise
 
     def generate(self, number: int) -> None:
-        prompt, options, draw = job(number)
-        if draw.random() < OWN_MODEL:
-            self.close_under_a_stream(prompt, options)
+        options, draw = job(number)
         if draw.random() < MAPPED:
-            self.map_some(number, prompt, options, draw)
+            self.map(number, options, draw)
             return
+        if draw.random() < OWN_MODEL:
+            self.close_under_a_stream(prompt(number, 0), options)
         reads, delay = draw.randint(0, 6), draw.random() * 0.02
         ends = ["cancel", "another thread", "close", "drop", "with", "timeout"]
         how = draw.choice(ends) if draw.random() < CANCELLED else None
-        stream = self.phi.stream(prompt, timeout=delay if how == "timeout" else None, **options)
+        stream = self.phi.stream(prompt(number, 0), timeout=delay if how == "timeout" else None, **options)
         match how:
             case None | "timeout":
                 for _ in stream:
@@ -107,24 +205,29 @@ class Soak:
             case _:
                 self.read(stream, reads)
                 getattr(stream, how)()
-        self.record(number, stream.text, len(stream.token_ids), stream.finish_reason in ("stop", "length"))
+        if stream.finish_reason in ("stop", "length"):
+            self.record(number, 0, stream._result())
+        else:
+            self.record(number, 0, stream.text, tokens=len(stream.token_ids))
 
-    def map_some(self, number: int, prompt: Any, options: dict[str, Any], draw: random.Random) -> None:
-        """Reads some results of prompts without end, then closes or drops them."""
-        prompts = itertools.cycle([prompt, 5, prompt])
-        ordered, most = draw.random() < 0.5, draw.randint(1, 20)
-        results = self.phi.map(prompts, ordered=ordered, max_pending=most, return_exceptions=True, **options)
-        outcomes = list(itertools.islice(results, draw.randint(3, 12)))
-        if draw.random() < 0.5:
+    def map(self, number: int, options: dict[str, Any], draw: random.Random) -> None:
+        """Reads several prompts together, all of them or the first few results."""
+        prompts = [prompt(number, index) for index in range(draw.randint(1, 20))]
+        wanted = draw.randint(0, len(prompts) - 1) if draw.random() < CANCELLED else len(prompts)
+        results = self.phi.map(prompts, ordered=draw.random() < 0.5, **options)
+        for result in islice(results, wanted):
+            self.record(number, result.prompt_index, result)
+        if wanted == len(prompts):
+            assert next(results, None) is None
+        else:
             results.close()
-        texts = {outcome.text: len(outcome.token_ids) for outcome in outcomes if isinstance(outcome, Result)}
-        for text, tokens in texts.items():  # one, if all is well
-            self.record(number, text, tokens, whole=True)
 
-    def record(self, number: int, text: str, tokens: int, whole: bool) -> None:
+    def record(self, number: int, index: int, text: str, tokens: int = 0) -> None:
+        """Keeps what the check needs of a whole result, or of a text that was cancelled."""
+        whole = isinstance(text, Result)
         with self.lock:
-            self.tokens += tokens
-            self.done.extend((number, len(text), digest(text), whole))
+            self.tokens += len(text.token_ids) if isinstance(text, Result) else tokens
+            self.done.extend((number, index, len(text), digest(text), whole))
 
     @staticmethod
     def read(stream: Any, pieces: int) -> None:
@@ -144,73 +247,64 @@ class Soak:
         except ClosedError:
             pass
 
-    def check(self, number: int, length: int, found: int, whole: bool, phi: Phi) -> None:
-        prompt, options, _ = job(number)
-        text = phi.generate(prompt, **options).text
-        if digest(text[:length]) != found or (whole and len(text) != length):
-            self.errors.append(f"job {number}: not the text of the serial run, {text!r}")
+    def check(self, number: int, index: int, length: int, found: int, whole: bool, phi: Phi) -> None:
+        options, _ = job(number)
+        result = phi.generate(prompt(number, index), **options)
+        if digest(result if whole else result.text[:length]) != found:
+            self.errors.append(f"job {number}, text {index}: not the result of the serial run, {result.text!r}")
 
 
 def digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+    """A hash of a text; of a whole result with its ids and log probabilities."""
+    kept = f"{text!s} {text.token_ids} {numbers(text.logprobs)}" if isinstance(text, Result) else text
+    return int.from_bytes(hashlib.blake2b(kept.encode(), digest_size=8).digest(), signed=True)
 
 
-def resources() -> tuple[float, int, int]:
-    """Resident MiB, open files and threads of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return (
-        pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
-        len(os.listdir("/proc/self/fd")),
-        len(os.listdir("/proc/self/task")),
-    )
+def numbers(logprobs: list[TokenLogprob] | None) -> list[str] | None:
+    """Every bit of log probabilities."""
+    return None if logprobs is None else [entry.logprob.hex() for entry in logprobs]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--streams", type=int, default=8, metavar="N", help="threads that read (default: 8)")
     parser.add_argument("--first", type=int, default=0, help="number of the first generation; others draw others")
     given = parser.parse_args()
     if sys.platform != "linux":
         parser.error("it reads /proc")
 
-    soak = Soak(given.seconds, given.first)
+    soak = Soak(given.first)
     began = time.monotonic()
-    threads = [threading.Thread(target=soak.work) for _ in range(WORKERS)]
-    for thread in threads:
-        thread.start()
-    samples = []  # once everything has been used for a while
-    while any(thread.is_alive() for thread in threads):
-        time.sleep(0.5)
-        if time.monotonic() - began > 0.2 * given.seconds:
-            samples.append(resources())
-    for thread in threads:
-        thread.join()
+    idle = [soak.spell(given.seconds / SPELLS, given.streams) for _ in range(SPELLS) if not soak.errors]
     took = time.monotonic() - began
-
-    third = max(1, len(samples) // 3)
-    memory, files, _ = zip(*samples, strict=True)
-    before, after = statistics.median(memory[:third]), statistics.median(memory[-third:])
-    done = list(zip(*[iter(soak.done)] * 4, strict=True))
+    done = list(zip(*[iter(soak.done)] * 5, strict=True))
     cancelled = sum(not whole for *_, whole in done)
     with Phi.demo(n_threads=1) as serial:
-        for number, length, found, whole in done:
-            soak.check(number, length, found, bool(whole), serial)
+        for number, index, length, found, whole in done:
+            soak.check(number, index, length, found, bool(whole), serial)
     soak.phi.close()
-    until = time.monotonic() + 10
-    while resources()[2] > 1 and time.monotonic() < until:
-        time.sleep(0.05)
-    _, files_left, threads_left = resources()
+    end = Resources.settled()
 
     print(
-        f"{len(done)} generations ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {WORKERS} threads\n"
-        f"resident memory: {before:.1f} MiB in the first third, {after:.1f} MiB in the last\n"
-        f"open files: {min(files)} to {max(files)} during, {files_left} after; threads after: {threads_left}\n"
+        f"{len(done)} texts ({cancelled} cancelled), {soak.tokens} tokens, {took:.0f} s, {given.streams} streams\n"
+        f"after each spell, and after the end of the model:\n"
+        f"  anonymous MiB {', '.join(f'{each.anonymous:.1f}' for each in [*idle, end])}\n"
+        f"  allocated MiB {', '.join(f'{each.allocated:.2f}' for each in [*idle, end])}\n"
+        f"  open files {', '.join(str(each.files) for each in [*idle, end])}\n"
+        f"  threads {', '.join(str(each.threads) for each in [*idle, end])}\n"
         f"serial re-run: {len(done) - len(soak.errors)} of {len(done)} texts equal"
     )
-    if after - before > 4 + 0.02 * before:
-        soak.errors.append(f"resident memory grew by {after - before:.1f} MiB")
-    if threads_left != 1 or files_left > min(files):
-        soak.errors.append(f"left behind: {threads_left - 1} threads, {files_left - min(files)} files")
+    first, last = idle[min(1, len(idle) - 1)], idle[-1]  # the first spell touches everything once
+    if last.allocated - first.allocated > ALLOCATED or last.anonymous - first.anonymous > ANONYMOUS:
+        soak.errors.append(
+            f"memory grew: by {last.allocated - first.allocated:.2f} MiB that are allocated, "
+            f"by {last.anonymous - first.anonymous:.1f} MiB that are anonymous"
+        )
+    if max(each.files for each in idle) > idle[0].files or max(each.threads for each in idle) > idle[0].threads:
+        soak.errors.append("a spell left files or threads behind")
+    if end.threads != 1 or end.files > idle[0].files:
+        soak.errors.append(f"left behind: {end.threads - 1} threads, {end.files - idle[0].files} files")
     for error in soak.errors[:10]:
         print(error, file=sys.stderr)
     return int(bool(soak.errors))

@@ -36,9 +36,6 @@ pub trait Job: Send {
 
     fn model(&self) -> &Arc<dyn Model>;
 
-    /// Tokens of the prompt.
-    fn prompt(&self) -> usize;
-
     /// The sequence with the prompt.
     fn begin(&mut self) -> Result<Sequence>;
 

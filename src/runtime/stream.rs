@@ -196,10 +196,6 @@ impl<W: Work> Job for StreamJob<W> {
         self.work.model()
     }
 
-    fn prompt(&self) -> usize {
-        self.status.prompt
-    }
-
     fn begin(&mut self) -> Result<Sequence> {
         self.outbox.begin(self.submitted.elapsed(), self.status);
         self.work.begin()

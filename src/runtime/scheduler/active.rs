@@ -64,15 +64,4 @@ impl Active {
     pub fn decodes(&self) -> bool {
         matches!(self.state, State::Decode(_))
     }
-
-    /// Ids of the prompt that are not computed.
-    pub fn prompt_left(&self) -> usize {
-        match &self.state {
-            State::Unstarted => self.job.prompt(),
-            State::Prompt(batch) => {
-                batch.members.first().map_or(0, |member| member.sequence.ids.len().saturating_sub(batch.computed(0)))
-            }
-            State::Decode(_) => 0,
-        }
-    }
 }

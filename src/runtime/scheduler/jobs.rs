@@ -2,7 +2,7 @@
 //!
 //! Decoding jobs share passes. While there are prompts too, time is shared one to one between the passes and the turns of
 //! prompts, and a decoding job waits for one turn of a prompt at a time, or for as many as take no longer than a pass.
-//! Among prompts, the one with the fewest tokens left comes first, and every eighth turn goes to the oldest one.
+//! Among prompts, the one that has had the least time comes first, and every eighth turn goes to the oldest one.
 //!
 //! Decisions: docs/design/runtime.md
 
@@ -128,10 +128,9 @@ impl Jobs {
     }
 
     fn take_prompt(&mut self, ready: &[usize]) {
-        let shortest =
-            ready.iter().copied().min_by_key(|&i| (self.active[i].prompt_left(), self.active[i].prompt_time));
+        let newest = ready.iter().copied().min_by_key(|&i| self.active[i].prompt_time);
         let oldest = self.prompt_turns % OLDEST_GETS_ONE_OF == OLDEST_GETS_ONE_OF - 1;
-        let chosen = if oldest { ready.first().copied() } else { shortest };
+        let chosen = if oldest { ready.first().copied() } else { newest };
         self.current.extend(chosen.and_then(|i| self.active.remove(i)));
         self.prompt_turns += 1;
     }

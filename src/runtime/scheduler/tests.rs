@@ -44,10 +44,6 @@ impl Job for Counter {
         &self.model
     }
 
-    fn prompt(&self) -> usize {
-        self.prompt
-    }
-
     fn begin(&mut self) -> Result<Sequence> {
         self.panic_in("begin");
         let mut sequence = self.model.sequence()?;
@@ -317,7 +313,7 @@ fn prompts_and_passes_share_the_time_and_no_job_waits_for_two_long_turns() {
             simulation.submit(simulation.job(name, 1, usize::MAX));
         }
         simulation.run(2, |_| 0);
-        simulation.submit(simulation.job('P', usize::MAX >> 40, 1));
+        simulation.submit(simulation.job('P', 1 << 20, 1));
         let turns = simulation.run(400, |turn| if turn == "P" { layer } else { pass });
         let count = counts(&turns);
         let (prompts, passes) = (count["P"] as u64 * layer, count["(ab)"] as u64 * pass);
@@ -332,7 +328,7 @@ fn prompts_and_passes_share_the_time_and_no_job_waits_for_two_long_turns() {
 fn a_short_prompt_overtakes_a_long_one_and_the_oldest_goes_on() {
     let mut simulation = Simulation::new(usize::MAX, 8);
     simulation.submit(simulation.job('l', 3000, 1));
-    assert_eq!(simulation.run(3, |_| 10), ["l"; 3]);
+    assert_eq!(simulation.run(40, |_| 10), ["l"; 40]);
     simulation.submit(simulation.job('s', 20, 1));
     let turns = simulation.run(23, |_| 10);
     let count = counts(&turns);
