@@ -3,13 +3,24 @@
 import itertools
 import json
 import math
+import re
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from candle_phi import ClosedError, ContextLengthError, Phi, Progress, TokenLogprob, UnsupportedModelError
+from candle_phi import (
+    ClosedError,
+    ContextLengthError,
+    InvalidModelError,
+    Phi,
+    Progress,
+    TokenLogprob,
+    UnsupportedModelError,
+)
 from candle_phi.scores import _windows, perplexity_of
 from candle_phi.testing import FakePhi
 from conftest import HAIKU, Stopwatch, run_python
@@ -92,6 +103,44 @@ def test_candles_loop_computes_no_scores() -> None:
         for call in (phi.score, phi.perplexity):
             with pytest.raises(UnsupportedModelError, match="the logits of the last position only"):
                 call(TEXT)
+
+
+@pytest.fixture
+def damaged(phi: Phi, tmp_path: Path) -> Iterator[Phi]:
+    """The bundled model with NaN as the weights of its last norm."""
+    data = bytearray(Path(phi.path).read_bytes())
+    (count,) = struct.unpack_from("<Q", data, 8)
+    first = re.search(rb"(token_embd|output|output_norm|blk\.0\.\w+)\.weight[\x01\x02]\0\0\0", data)
+    assert first is not None
+    at, norm = first.start() - 8, (0, 0)
+    for _ in range(count):
+        (length,) = struct.unpack_from("<Q", data, at)
+        name = data[at + 8 : at + 8 + length]
+        (dims,) = struct.unpack_from("<I", data, at + 8 + length)
+        *shape, _, offset = struct.unpack_from(f"<{dims}QIQ", data, at + 12 + length)
+        at += 24 + length + 8 * dims
+        if name == b"output_norm.weight":
+            norm = offset, shape[0]
+    begin = -(-at // 32) * 32 + norm[0]
+    data[begin : begin + 4 * norm[1]] = struct.pack("<f", math.nan) * norm[1]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(data)
+    with Phi(path) as phi:
+        yield phi
+
+
+def test_damaged_weights_are_an_error(damaged: Phi) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: damaged.score(TEXT),
+        lambda: damaged.perplexity(TEXT),
+        lambda: damaged.generate(TEXT),
+        lambda: list(damaged.map([TEXT])),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidModelError, match=r"NaN.*: the weights are damaged"):
+            call()
+    faults = list(damaged.map([TEXT, TEXT], return_exceptions=True))
+    assert [type(fault) for fault in faults] == [InvalidModelError] * 2
 
 
 WRONG: list[tuple[Any, dict[str, Any], type[Exception], str]] = [

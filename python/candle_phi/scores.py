@@ -93,7 +93,7 @@ class Scoring:
                 beyond the last token.
             UnsupportedModelError: the model was opened with `engine="candle"`.
             MemoryError: the KV cache does not fit the available memory.
-            InvalidModelError: the weights are damaged: every logit is NaN or -inf.
+            InvalidModelError: the weights are damaged: a log probability is NaN.
         """
         given = {"start": start, "top_logprobs": top_logprobs, "on_progress": on_progress, **unknown}
         checked = options.checked(options.SCORE, given)
