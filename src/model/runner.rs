@@ -179,9 +179,9 @@ impl<A: Architecture> Runner<A> {
 
     /// Takes the rows of cancelled members out of a pass that others go on with, and frees their keys and values.
     fn release_cancelled(&self, batch: &mut Batch, pass: &mut Pass) -> Result<()> {
-        let is_done = |member: &Member, rows: &Range<usize>| rows.len() > 0 && member.cancel.is_set();
+        let is_done = |member: &Member, rows: &Range<usize>| !rows.is_empty() && member.cancel.is_set();
         let done: Vec<bool> = batch.members.iter().zip(&pass.rows).map(|(m, rows)| is_done(m, rows)).collect();
-        let goes_on = |(done, rows): (&bool, &Range<usize>)| !done && rows.len() > 0;
+        let goes_on = |(done, rows): (&bool, &Range<usize>)| !done && !rows.is_empty();
         if !done.contains(&true) || !done.iter().zip(&pass.rows).any(goes_on) {
             return Ok(()); // without any other the whole pass ends
         }
@@ -193,7 +193,7 @@ impl<A: Architecture> Runner<A> {
             if done {
                 member.sequence.kv = Table::new(&self.kv, self.shared.window);
                 *rows = 0..0;
-            } else if rows.len() > 0 {
+            } else if !Range::is_empty(rows) {
                 parts.push(before.x.narrow(0, rows.start, rows.len())?);
                 let turned = rows.start * angles.half..rows.end * angles.half;
                 angles.cos.extend_from_slice(&before.angles.cos[turned.clone()]);
@@ -226,7 +226,7 @@ impl<A: Architecture> Runner<A> {
         let x = if count == x.dim(0)? {
             &*x
         } else {
-            let parts = wanted.iter().filter(|rows| rows.len() > 0).map(|rows| x.narrow(0, rows.start, rows.len()));
+            let parts = wanted.iter().filter(|rows| !rows.is_empty()).map(|rows| x.narrow(0, rows.start, rows.len()));
             some = Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
             &some
         };
@@ -262,7 +262,7 @@ impl<A: Architecture> Runner<A> {
             if pass.layers == 0 {
                 self.embed(members, &pass, activations, ops)?;
             }
-            let rows = members.iter_mut().zip(&pass.rows).filter(|(_, rows)| rows.len() > 0);
+            let rows = members.iter_mut().zip(&pass.rows).filter(|(_, rows)| !rows.is_empty());
             let mut segments: Vec<_> = rows.map(|(m, rows)| m.sequence.kv.segment(rows.clone())).collect();
             self.layers.layer(pass.layers, activations, &mut segments, ops)?;
             ops.check()?;

@@ -204,7 +204,7 @@ impl Shared {
             match turn {
                 Turn::End => jobs.current[0].fail(Error::Cancelled),
                 Turn::Prompt(prompts) => {
-                    let prompts = pass::prompt(&mut jobs.current, prompts, start);
+                    let prompts = pass::prompt(&mut jobs.current, *prompts, start);
                     jobs.put_back_prompts(prompts, start.elapsed());
                 }
                 Turn::Decode => {

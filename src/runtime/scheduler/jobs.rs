@@ -47,7 +47,7 @@ pub(super) enum Turn {
     /// The job is cancelled. It ends.
     End,
     /// A layer of their prompts.
-    Prompt(Prompts),
+    Prompt(Box<Prompts>),
     /// A decode pass.
     Decode,
 }
@@ -112,7 +112,7 @@ impl Jobs {
             self.shares.forget();
         }
         if !prompts.is_empty() && (decoders.is_empty() || self.shares.prompt_is_next()) {
-            Some(Turn::Prompt(self.take_prompts(&prompts)))
+            Some(Turn::Prompt(Box::new(self.take_prompts(&prompts))))
         } else if !decoders.is_empty() {
             self.take_decoders(decoders, max_batch);
             Some(Turn::Decode)

@@ -267,7 +267,7 @@ impl Simulation {
             match turn {
                 Turn::End => self.jobs.current[0].fail(Error::Cancelled),
                 Turn::Prompt(prompts) => {
-                    let prompts = pass::prompt(&mut self.jobs.current, prompts, start);
+                    let prompts = pass::prompt(&mut self.jobs.current, *prompts, start);
                     let names: String = self.results.try_iter().collect();
                     self.jobs.put_back_prompts(prompts, Duration::from_millis(length(&names)));
                     taken.push(names);
