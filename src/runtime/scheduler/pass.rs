@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use super::active::{Active, State};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Member, Model, Phase, Sequence};
-use crate::system::panic;
 use crate::system::sync::lock;
+use crate::system::{memory, panic};
 
 /// Takes a turn with the prompt of a job; false after the last one, and if it fails.
 pub fn prompt(active: &mut Active, start: Instant) -> bool {
@@ -40,12 +40,12 @@ fn prompt_turn(Active { job, state, .. }: &mut Active, start: Instant) -> Result
             return Ok(false);
         }
     }
-    *state = match batch.members[0].sequence.phase() {
-        Some(Phase::Prefill) => State::Prompt(batch),
-        _ => match batch.members.pop() {
-            Some(member) => State::of(member.sequence, job.cancel())?,
-            None => return Err(Error::Internal("a batch lost its sequence".into())),
-        },
+    let prefills = batch.members[0].sequence.phase() == Some(Phase::Prefill);
+    *state = if pass_goes_on || prefills && job.ready() {
+        State::Prompt(batch) // the next turn uses its memory
+    } else {
+        let Some(member) = batch.members.pop() else { return Err(Error::Internal("a batch lost its sequence".into())) };
+        State::of(member.sequence, job.cancel())?
     };
     Ok(true)
 }
@@ -129,10 +129,15 @@ fn alone(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
     for member in members {
         batch.pass = None;
         batch.members.push(member);
-        let outcome = panic::catch(|| pass(model, batch)).map(|()| {
-            let from = logits.len();
-            logits.extend_from_slice(batch.logits(0));
-            from..logits.len()
+        let outcome = panic::catch(|| {
+            if batch.members[0].cancel.is_set() {
+                return Err(Error::Cancelled); // the pass may have freed its keys and values
+            }
+            pass(model, batch)?;
+            let (from, more) = (logits.len(), batch.logits(0));
+            memory::reserve(&mut logits, more.len(), format_args!("{} logits", more.len()))?;
+            logits.extend_from_slice(more);
+            Ok(from..logits.len())
         });
         outcomes.push(outcome);
         computed.append(&mut batch.members);
