@@ -73,10 +73,11 @@ impl Shares {
         self.passes_ahead = self.passes_ahead.saturating_sub(turn);
     }
 
+    /// Passes are ahead by one pass at most: the time that turns between passes leave unused earns no credit.
     fn add_pass(&mut self, pass: Duration) {
         self.since_pass = Duration::ZERO;
         self.last_pass = pass;
-        self.passes_ahead += pass.saturating_sub(self.prompts_ahead);
+        self.passes_ahead = (self.passes_ahead + pass.saturating_sub(self.prompts_ahead)).min(pass);
         self.prompts_ahead = self.prompts_ahead.saturating_sub(pass);
     }
 
@@ -128,11 +129,12 @@ impl Jobs {
     }
 
     fn take_prompt(&mut self, ready: &[usize]) {
-        let newest = ready.iter().copied().min_by_key(|&i| self.active[i].prompt_time);
-        let oldest = self.prompt_turns % OLDEST_GETS_ONE_OF == OLDEST_GETS_ONE_OF - 1;
-        let chosen = if oldest { ready.first().copied() } else { newest };
-        self.current.extend(chosen.and_then(|i| self.active.remove(i)));
         self.prompt_turns += 1;
+        let chosen = match self.prompt_turns.is_multiple_of(OLDEST_GETS_ONE_OF) {
+            true => ready.first().copied(),
+            false => ready.iter().copied().min_by_key(|&i| self.active[i].prompt_time),
+        };
+        self.current.extend(chosen.and_then(|i| self.active.remove(i)));
     }
 
     /// The ready job with the least runtime, and those of the same model with the least after it.

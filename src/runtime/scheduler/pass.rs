@@ -59,6 +59,7 @@ pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<boo
     batch.members.clear();
     let sequences = jobs.iter_mut().map(|active| (active.state.take_sequence(), active.job.cancel().clone()));
     batch.members.extend(sequences.filter_map(|(sequence, cancel)| Some(Member::new(sequence?, cancel))));
+    debug_assert_eq!(batch.members.len(), jobs.len(), "each job has a sequence that decodes");
     let outcomes = forward(model.as_ref(), batch);
     let (logits, time) = (mem::take(&mut batch.logits), start.elapsed());
     let outcomes = batch.members.drain(..).zip(outcomes);
