@@ -28,10 +28,10 @@ use std::marker::PhantomData;
 use crate::compute::kernels::blocks::{self, Block, block, blocks};
 use crate::compute::kernels::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
 use crate::compute::kernels::pack::{self, RowBlock, SUPER, TILE, TileBlock, plain};
-use crate::compute::kernels::products::{self, Products};
+use crate::compute::kernels::products::{self, Products, for_each_token};
 use crate::compute::kernels::simd::Simd;
 use crate::compute::kernels::{
-    Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float, shapes,
+    Format, Kernel, KvPage, LINEAR_COSTS, Line, Out, Phase, Query, Tile, Weights, attention, float, shapes,
 };
 use bytes::Bytes;
 use q8::Q8Products;
@@ -85,9 +85,29 @@ type DotQ8 = Q8Products<DotProd>;
 type I8mmKQuant<B> = KQuantProducts<I8mm, B>;
 type I8mmQ8 = Q8Products<I8mm>;
 
-kernel!(Base, "neon", "neon", float32x4_t, BaseKQuant, BaseQ8, pack::pack_row, pack::pack_tile::<4>);
-kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotKQuant, DotQ8, pack::pack_row, pack::pack_tile::<4>);
-kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmKQuant, I8mmQ8, pack::pack_row, pack::pack_tile::<8>);
+kernel!(Base, "neon", "neon", float32x4_t, BaseKQuant, BaseQ8, pack::pack_row, pack::pack_tile::<4>, &LINEAR_COSTS);
+kernel!(
+    DotProd,
+    "neon",
+    "neon,dotprod",
+    float32x4_t,
+    DotKQuant,
+    DotQ8,
+    pack::pack_row,
+    pack::pack_tile::<4>,
+    &LINEAR_COSTS
+);
+kernel!(
+    I8mm,
+    "neon",
+    "neon,dotprod,i8mm",
+    float32x4_t,
+    I8mmKQuant,
+    I8mmQ8,
+    pack::pack_row,
+    pack::pack_tile::<8>,
+    &LINEAR_COSTS
+);
 
 #[inline]
 #[target_feature(enable = "neon")]
@@ -164,7 +184,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
             let mut totals = [vdupq_n_s32(0); T];
             for half in 0..2 {
                 let q = block.quants(half);
-                for t in 0..T {
+                for_each_token!(T, t, {
                     let x = x[t].get_unchecked(step).q.as_ptr().add(128 * half);
                     let at = |j: usize| vld1q_s8(x.add(16 * j));
                     if B::GROUPS == 8 {
@@ -178,9 +198,9 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
                         let sum32 = reduce4([group(4), group(5), group(6), group(7)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
                     }
-                }
+                });
             }
-            for t in 0..T {
+            for_each_token!(T, t, {
                 let x = x[t].get_unchecked(step);
                 sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(totals[t]), w.d * x.d);
                 if B::GROUPS == 8 {
@@ -189,7 +209,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
                     let mins = vmlal_high_s16(mins, w.mins, x_sums);
                     sums[t] = vfmsq_n_f32(sums[t], vcvtq_f32_s32(mins), w.dmin * x.d);
                 }
-            }
+            });
         }
     }
 

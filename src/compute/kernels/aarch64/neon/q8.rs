@@ -8,7 +8,7 @@ use super::{f32_of, prefetch};
 use crate::compute::kernels::Weights;
 use crate::compute::kernels::blocks::{self, block, blocks};
 use crate::compute::kernels::pack::{Q8Row, Q8Tile, TILE, plain};
-use crate::compute::kernels::products::Products;
+use crate::compute::kernels::products::{Products, for_each_token};
 use crate::compute::kernels::simd::Simd;
 
 plain! {
@@ -56,11 +56,11 @@ unsafe impl<D: Bytes> Products for Q8Products<D> {
             prefetch(block);
             let q = [vld1q_s8(block.qs.as_ptr()), vld1q_s8(block.qs.as_ptr().add(16))];
             let d = f32_of(block.d);
-            for t in 0..T {
+            for_each_token!(T, t, {
                 let x = x[t].get_unchecked(step);
                 let sum32 = D::dot(q, [vld1q_s8(x.q.as_ptr()), vld1q_s8(x.q.as_ptr().add(16))]);
                 sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(sum32), d * x.d);
-            }
+            });
         }
     }
 

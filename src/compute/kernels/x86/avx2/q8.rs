@@ -1,11 +1,13 @@
 //! Products with Q8_0.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
+use super::bytes::Bytes;
 use crate::compute::kernels::Weights;
 use crate::compute::kernels::blocks::{self, block, blocks};
 use crate::compute::kernels::pack::{Q8Row, Q8Tile, TILE, plain};
-use crate::compute::kernels::products::Products;
+use crate::compute::kernels::products::{Products, for_each_token};
 use crate::compute::kernels::simd::Simd;
 use crate::compute::kernels::x86::{f32_of, prefetch};
 
@@ -20,11 +22,11 @@ plain! {
 }
 
 /// Products with blocks of `Q8_0`. `vpmaddubsw` takes unsigned bytes times signed ones: these are the magnitudes of the
-/// weights, and activations with the signs of the weights.
-pub struct Q8Products;
+/// weights, and activations with the signs of the weights. `D` multiplies the bytes.
+pub struct Q8Products<D>(PhantomData<D>);
 
 // SAFETY: the methods access the blocks of their arguments, and what their contracts name.
-unsafe impl Products for Q8Products {
+unsafe impl<D: Bytes> Products for Q8Products<D> {
     type V = __m256;
     type Row = Q8Row;
     type Tile = Q8Tile;
@@ -32,10 +34,17 @@ unsafe impl Products for Q8Products {
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
-    const ROW_SWITCH: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 2;
     const TILES: usize = 1;
+
+    #[inline(always)]
+    fn segment(tokens: usize) -> usize {
+        match tokens {
+            1..=3 => 3072,
+            _ => 1024,
+        }
+    }
 
     #[inline(always)]
     unsafe fn zero() -> Self::Sum {
@@ -56,13 +65,13 @@ unsafe impl Products for Q8Products {
             prefetch(block);
             let w = _mm256_loadu_si256(block.qs.as_ptr().cast());
             let (magnitude, d) = (_mm256_abs_epi8(w), f32_of(block.d));
-            for t in 0..T {
+            for_each_token!(T, t, {
                 let x = x[t].get_unchecked(step);
                 let signed = _mm256_sign_epi8(_mm256_loadu_si256(x.q.as_ptr().cast()), w);
-                // 16 bits hold 2 * 128 * 127.
-                let sum32 = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), _mm256_set1_epi16(1));
+                // 16 bits hold 2 * 128 * 127, the products of a lane of AVX2.
+                let sum32 = D::widen(D::add_products(_mm256_setzero_si256(), magnitude, signed));
                 sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(d * x.d), _mm256_cvtepi32_ps(sum32), sums[t]);
-            }
+            });
         }
     }
 
@@ -97,8 +106,9 @@ unsafe impl Products for Q8Products {
                         for step in 0..8 {
                             let w = _mm256_set1_epi32(row.q.as_ptr().cast::<i32>().add(step).read());
                             let x = _mm256_load_si256(x[t].q.as_ptr().add(step).cast::<__m256i>().add(v));
-                            let products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-                            sum32 = _mm256_add_epi32(sum32, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+                            let zero = _mm256_setzero_si256();
+                            let products = D::add_products(zero, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+                            sum32 = _mm256_add_epi32(sum32, D::widen(products));
                         }
                         let d = _mm256_mul_ps(dx, _mm256_set1_ps(row.d));
                         let out = out.add(t * stride + r * TILE + 8 * v);

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use super::Avx2;
+use super::bytes::Bytes;
 use crate::compute::kernels::blocks::{self, Block, scales_and_mins};
 use crate::compute::kernels::x86::{d_and_dmin, f32_of, packed_scales};
 
@@ -18,8 +20,11 @@ pub struct Scales {
 /// For the caller of any method: the instruction set is there, see [`Simd`].
 pub unsafe trait SuperBlock: Block {
     const GROUPS: usize;
-    /// Products whose sum 16 bits hold.
-    const I16_PRODUCTS: usize;
+    /// Pairs of products whose sum 16 bits hold.
+    const I16_PAIRS: usize;
+    /// The fastest multiplication on a CPU with `D`. AVX-VNNI takes a scaling for each 16 bits that fill up: with more than 4
+    /// bits it has more multiplications than AVX2.
+    type Multiply<D: Bytes>: Bytes;
 
     unsafe fn scales(&self) -> Scales;
 
@@ -86,7 +91,8 @@ fn halves(a: usize, b: usize) -> __m256i {
 // SAFETY: the methods read inside of the block.
 unsafe impl SuperBlock for blocks::Q4_K {
     const GROUPS: usize = 8;
-    const I16_PRODUCTS: usize = 8;
+    const I16_PAIRS: usize = 8;
+    type Multiply<D: Bytes> = D;
 
     #[inline(always)]
     unsafe fn scales(&self) -> Scales {
@@ -104,7 +110,8 @@ unsafe impl SuperBlock for blocks::Q4_K {
 // SAFETY: the methods read inside of the block.
 unsafe impl SuperBlock for blocks::Q5_K {
     const GROUPS: usize = 8;
-    const I16_PRODUCTS: usize = 4;
+    const I16_PAIRS: usize = 4;
+    type Multiply<D: Bytes> = Avx2;
 
     #[inline(always)]
     unsafe fn scales(&self) -> Scales {
@@ -130,7 +137,8 @@ unsafe impl SuperBlock for blocks::Q5_K {
 // SAFETY: the methods read inside of the block.
 unsafe impl SuperBlock for blocks::Q6_K {
     const GROUPS: usize = 16;
-    const I16_PRODUCTS: usize = 2;
+    const I16_PAIRS: usize = 2;
+    type Multiply<D: Bytes> = Avx2;
 
     #[inline(always)]
     unsafe fn scales(&self) -> Scales {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use crate::compute::kernels::Weights;
 use crate::compute::kernels::blocks::{self, block, blocks};
 use crate::compute::kernels::pack::{Q8Row, Q8Tile, TILE, plain};
-use crate::compute::kernels::products::Products;
+use crate::compute::kernels::products::{Products, for_each_token};
 use crate::compute::kernels::simd::Simd;
 use crate::compute::kernels::x86::{f32_of, prefetch};
 
@@ -31,10 +31,17 @@ unsafe impl Products for Q8Products {
     type Sum = __m256;
     const ROW: usize = 32;
     const STEP: usize = 32;
-    const ROW_SWITCH: usize = 1024;
     const BLOCK: usize = 32;
     const ROWS: usize = 4;
     const TILES: usize = 3;
+
+    #[inline(always)]
+    fn segment(tokens: usize) -> usize {
+        match tokens {
+            1..=3 => 3072,
+            _ => 1024,
+        }
+    }
 
     #[inline(always)]
     unsafe fn zero() -> Self::Sum {
@@ -55,12 +62,12 @@ unsafe impl Products for Q8Products {
             prefetch(block);
             let w = _mm256_loadu_si256(block.qs.as_ptr().cast());
             let (magnitude, d) = (_mm256_abs_epi8(w), f32_of(block.d));
-            for t in 0..T {
+            for_each_token!(T, t, {
                 let x = x[t].get_unchecked(step);
                 let signed = _mm256_sign_epi8(_mm256_loadu_si256(x.q.as_ptr().cast()), w);
                 let sum32 = _mm256_dpbusd_epi32(_mm256_setzero_si256(), magnitude, signed);
                 sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(d * x.d), _mm256_cvtepi32_ps(sum32), sums[t]);
-            }
+            });
         }
     }
 
