@@ -141,8 +141,8 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type Sum = [V; ACCUMULATORS];
     const ROW: usize = 1;
     const STEP: usize = STEP;
-    /// With 32 registers, two rows take four tokens at once.
-    const TOKENS: usize = if V::REGISTERS > 16 { 4 } else { 8 };
+    /// More are faster with 16 registers and halves alone.
+    const TOKENS: usize = if V::REGISTERS == 16 && matches!(S::BYTES, Some(2)) { 8 } else { 4 };
     const BLOCK: usize = FLOATS;
     const ROWS: usize = 4;
     const TILES: usize = 1;
@@ -195,7 +195,8 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
             done = steps.end.min(rows[0].cols / STEP);
             let features = steps.start * STEP..done * STEP;
             let bytes = rows.map(|row| row.bytes.as_ptr());
-            // As many tokens at a time as registers hold the accumulators of.
+            // Four tokens and two rows have 16 accumulators. With as many registers they spill; F32, whose weights are read
+            // at half the speed, is slower with one row.
             let mut first = 0;
             while first < T {
                 let count = (T - first).div_ceil((T - first).div_ceil(4));
@@ -203,7 +204,7 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
                 unsafe {
                     macro_rules! tokens {
                         ($N:literal) => {
-                            if V::REGISTERS > 16 || $N < 4 {
+                            if V::REGISTERS > 16 || $N < 4 || S::BYTES == Some(4) {
                                 multiply_rows::<V, S, T, 2, $N>(bytes, features.clone(), x, first, sums)
                             } else {
                                 for (row, sums) in bytes.into_iter().zip(sums.iter_mut()) {

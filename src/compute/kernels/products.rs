@@ -1,8 +1,8 @@
 //! The two loops of a matrix product, written once for every fast kernel and format.
 //!
 //! ```text
-//! decode:   for each 64 weight rows of each half of the matrix, for each 1 to TOKENS tokens:
-//!               for each pair of rows, one from each half, for each segment of features, for each row of the pair:  accumulate w x
+//! decode:   for each 64 weight rows of each half of the matrix, for each TOKENS tokens or fewer, for each pair of rows:
+//!               for each segment of features, for each row of the pair:  accumulate w x
 //!           Two address streams keep more reads in flight than one; the rows share their loads of activations.
 //! prefill:  for each panel of 32 weight rows:  unpack it into cache
 //!               for each TILES tiles of 16 tokens, for each block of features, for each ROWS rows:  accumulate w x
