@@ -251,6 +251,10 @@ impl Kernel for Cancelling {
     fn name(&self) -> &'static str {
         self.kernel.name()
     }
+    fn decode_costs(&self) -> &'static [f32; 16] {
+        self.kernel.decode_costs()
+    }
+
     fn tile(&self, format: Format, cols: usize, phase: Phase) -> Tile {
         self.kernel.tile(format, cols, phase)
     }
