@@ -28,6 +28,8 @@ LATE_PROMPT = 20
 """Tokens of a prompt that arrives while another one is read."""
 PAUSE = 2.0
 """Seconds from the first token of one late prompt to the arrival of the next."""
+LAYERS = 8
+"""Layers of a prompt over which one is timed."""
 DECODERS = 8
 """Streams that decode while a prompt is read."""
 
@@ -134,10 +136,9 @@ class Streams:
     def gaps(self, prompt: int) -> dict[str, float]:
         """The longest wait of a decoding stream while a prompt is read, and its limit.
 
-        The limit is the longest pass before the prompt arrived, and a layer of the prompt's longest chunk, which is
-        timed alone.
+        The limit is the longest pass before the prompt arrived, and the longest layer of a prompt of that length alone.
         """
-        layer = self._longest_chunk(prompt) / int(str(self.phi.metadata["phi3.block_count"]))
+        layer = self._longest_layer(prompt)
         with self._decoders(DECODERS, self.phi.n_ctx - SHORT_PROMPT - 1) as readers:
             while any(len(reader.arrivals) < AHEAD + ANSWER for reader in readers):
                 assert all(reader.is_alive() for reader in readers), "a stream ended before the prompt arrived"
@@ -158,8 +159,12 @@ class Streams:
             "prompt beside decoders": took,
         }
 
-    def _longest_chunk(self, prompt: int) -> float:
-        """Seconds of the longest chunk of a prompt alone. Progress is reported by chunk."""
+    def _longest_layer(self, prompt: int) -> float:
+        """Seconds of a layer of a prompt alone, in the slowest part of it.
+
+        Progress is reported after each layer, but at most every 75 ms: the mean of several layers is exact enough. Of a
+        model with shorter layers, this is an upper bound.
+        """
         ends, done = [time.perf_counter()], 0
 
         def watch(progress: Progress) -> None:
@@ -172,7 +177,8 @@ class Streams:
             for _ in stream:
                 pass
         ends.append(time.perf_counter())
-        return max(after - before for before, after in pairwise(ends))
+        n = min(LAYERS, len(ends) - 1)
+        return max(after - before for before, after in zip(ends, ends[n:], strict=False)) / n
 
     def late(self, prompt: int) -> dict[str, float]:
         """Seconds to the first token of short prompts that arrive one by one while a long prompt is read."""
