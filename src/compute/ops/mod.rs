@@ -82,7 +82,7 @@ pub struct Ops<'a> {
 struct Cancels<'a>(&'a [Cancel]);
 
 impl Cancels<'_> {
-    /// Whether nobody wants the results any more.
+    /// True once the pass has no reader left.
     fn all_set(self) -> bool {
         self.0.iter().all(Cancel::is_set)
     }
@@ -222,7 +222,7 @@ impl Ops<'_> {
         Ok(cpu::Linear { kernel, pool, phase: self.phase, cancels: self.cancels, weights: weights.mapped()? })
     }
 
-    /// `Error::Cancelled` once nobody wants the results of the pass.
+    /// `Error::Cancelled` once every sequence of the pass is cancelled.
     pub fn check(&self) -> Result<()> {
         if self.cancels.all_set() { Err(Error::Cancelled) } else { Ok(()) }
     }
