@@ -61,7 +61,7 @@ LIMITS = {
     "partial_tied_longrope": Limits(50, 40, (16,)),
     "k_official": Limits(150, 30),
     "k_low": Limits(150, 30),
-    "demo": Limits(400, 40),
+    "demo": Limits(250, 30),
 }
 OTHERS = Limits(220, 40)
 

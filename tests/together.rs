@@ -50,8 +50,9 @@ struct Scripted {
     faults: HashMap<(u32, usize), Fault>,
     /// Sequences that exist.
     sequences: Arc<AtomicUsize>,
-    /// Rows of the widest pass.
+    /// Rows of the widest decode pass, and the most prompts of a pass.
     widest: AtomicUsize,
+    most_prompts: AtomicUsize,
     /// Names each turn by the first ids of its sequences, and waits until the message is taken.
     turns: Option<Mutex<SyncSender<Vec<u32>>>>,
 }
@@ -78,8 +79,16 @@ impl Scripted {
             width: 16,
             pass_costs: &[1.0],
         };
-        let (faults, sequences, widest) = (HashMap::new(), Arc::default(), AtomicUsize::new(0));
-        Scripted { info, slots, max_batch, faults, sequences, widest, turns: None }
+        Scripted {
+            info,
+            slots,
+            max_batch,
+            faults: HashMap::new(),
+            sequences: Arc::default(),
+            widest: AtomicUsize::new(0),
+            most_prompts: AtomicUsize::new(0),
+            turns: None,
+        }
     }
 
     fn fault(&self, sequence: &Sequence) -> Option<Fault> {
@@ -102,29 +111,43 @@ impl Scripted {
         logits.extend((0..self.info.n_vocab).map(|_| if nan { f32::NAN } else { random.below(1000) as f32 / 50.0 }));
     }
 
-    /// A turn of a prompt, which is alone in its batch.
+    /// A turn of prompts. Several take one pass.
     fn prefill(&self, batch: &mut Batch) -> Result<bool> {
         let Batch { members, pass, logits, .. } = batch;
-        let [Member { sequence, cancel, logits: wanted }] = &mut members[..] else { panic!("a prompt has company") };
-        let rows = CHUNK.min(sequence.left());
+        let alone = members.len() == 1;
+        let rows: Vec<usize> = members
+            .iter()
+            .map(|Member { sequence, .. }| if alone { CHUNK.min(sequence.left()) } else { sequence.left() })
+            .collect();
         let layers = pass.take().map_or(0, |pass| pass.layers) + 1;
-        if cancel.is_set() {
+        self.most_prompts.fetch_max(members.len(), SeqCst);
+        let left: Vec<bool> = members.iter().map(|member| member.cancel.is_set()).collect();
+        if !left.contains(&false) {
             return Err(Error::Cancelled);
         }
+        members.iter_mut().zip(&left).filter(|(_, left)| **left).for_each(|(member, _)| member.sequence.held = None);
+        thread::yield_now();
         if layers < LAYERS {
-            let (rows, cancels) = (std::iter::once(0..rows).collect(), vec![cancel.clone()]);
+            let cancels = members.iter().map(|member| member.cancel.clone()).collect();
+            let rows = rows.into_iter().map(|rows| 0..rows).collect();
             *pass = Some(Pass { phase: Phase::Prefill, rows, cancels, layers, n_layers: LAYERS });
             return Ok(true);
         }
-        if rows == sequence.left() {
-            self.fail(sequence)?;
-        }
-        sequence.kv.commit(rows);
+        let stay = members.iter().zip(&rows).zip(&left).filter(|(_, left)| !**left).map(|(member, _)| member);
+        let last = stay.filter(|(member, rows)| **rows == member.sequence.left());
+        last.clone().try_for_each(|(member, _)| self.fail(&member.sequence))?;
         logits.clear();
-        if sequence.left() == 0 {
-            self.logits(sequence, logits);
+        for ((Member { sequence, logits: wanted, .. }, rows), left) in members.iter_mut().zip(rows).zip(left) {
+            assert_eq!(sequence.phase(), Some(Phase::Prefill));
+            let from = logits.len();
+            if !left {
+                sequence.kv.commit(rows);
+            }
+            if !left && sequence.left() == 0 {
+                self.logits(sequence, logits);
+            }
+            *wanted = from..logits.len();
         }
-        *wanted = 0..logits.len();
         Ok(false)
     }
 
@@ -168,7 +191,9 @@ impl Model for Scripted {
 
     fn sequence(&self) -> Result<Sequence> {
         let before = self.sequences.fetch_add(1, SeqCst);
-        assert!(before < self.slots, "{before} sequences hold the {} slots", self.slots);
+        // Prompts that are cancelled stay in their pass up to the next layer: of n, n - 1 stay with the last one, whose pass
+        // waits for that of n - 1 new ones.
+        assert!(before < self.slots * (self.slots + 1) / 2, "{before} sequences and {} slots", self.slots);
         let (kv_type, device) = (KvType::F32, None);
         let shape = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
         let mut sequence = Sequence::new(Table::new(&shape, None));
@@ -358,7 +383,7 @@ impl Running {
 }
 
 /// Draws streams, and reads them in random steps from one thread while they share passes.
-fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> usize {
+fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 2] {
     let mut random = Random::new(seed);
     let max_batch = 1 + random.below(16);
     let slots = if random.below(2) == 0 { 1 + random.below(4) } else { 100 }.max(1 + usize::from(max_batch == 1));
@@ -408,7 +433,7 @@ fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> usize {
             assert_eq!(text, &alone, "{}", what());
         }
     }
-    model.widest.load(SeqCst)
+    [model.widest.load(SeqCst), model.most_prompts.load(SeqCst)]
 }
 
 fn number(variable: &str, default: u64) -> u64 {
@@ -419,9 +444,10 @@ fn number(variable: &str, default: u64) -> u64 {
 fn every_stream_reads_as_it_does_alone_whatever_the_others_do() {
     let tokenizer = tokenizer();
     let (first, cases) = (number("TOGETHER_FIRST", 0), number("TOGETHER_CASES", 100));
-    let widest = (first..first + cases).map(|seed| check(seed, &tokenizer)).max();
-    println!("{cases} cases, passes of up to {widest:?} rows");
-    assert!(cases < 20 || widest > Some(4), "{widest:?} rows");
+    let most = (first..first + cases).map(|seed| check(seed, &tokenizer));
+    let [rows, prompts] = most.fold([0, 0], |[a, b], [c, d]| [a.max(c), b.max(d)]);
+    println!("{cases} cases, up to {rows} rows of a decode pass, {prompts} prompts of a pass");
+    assert!(cases < 20 || rows > 4 && prompts > 2, "{rows} rows, {prompts} prompts");
 }
 
 /// How a stream that holds the only slot ends.
