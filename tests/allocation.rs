@@ -4,7 +4,9 @@
 mod gguf_writer;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::{Backend, KvType};
@@ -13,7 +15,10 @@ use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
 use candle_phi::model::phi3::Phi3;
 use candle_phi::model::runner::Runner;
-use candle_phi::model::{self, Model, Phase, Want};
+use candle_phi::model::{self, Batch, Member, Model, Phase, Sequence, Want};
+use candle_phi::runtime::scheduler::Scheduler;
+use candle_phi::runtime::scores::Scores;
+use candle_phi::runtime::stream::Stream;
 use candle_phi::system::sync::Cancel;
 use gguf_writer::model::{Shape, model_of};
 
@@ -96,6 +101,8 @@ fn memory_is_bounded_and_a_refusal_is_an_error() {
         a_prompt_that_cannot_fit_is_refused_before_it_is_computed(); // where the available memory is known
     }
     a_refused_allocation_is_an_error_and_the_model_goes_on();
+    a_refused_allocation_in_a_shared_pass_changes_no_sequence();
+    a_prompt_that_waits_for_its_reader_keeps_no_activations();
 }
 
 fn a_wide_model_takes_a_bounded_part_of_the_memory() {
@@ -157,5 +164,84 @@ fn a_refused_allocation_is_an_error_and_the_model_goes_on() {
             }
             assert!(refused > 5, "{kernel}, {want:?}: {refused} large allocations");
         }
+    }
+}
+
+/// A member with the same ids and shared columns.
+fn fork(sequence: &Sequence, cancel: &Cancel) -> Member {
+    let (ids, kv) = (sequence.ids.clone(), sequence.kv.fork());
+    Member::new(Sequence { ids, kv, held: None, ..*sequence }, cancel.clone())
+}
+
+/// Takes the pass, on a thread of its own, which has no scratch yet.
+fn pass(model: &Runner<Phi3>, batch: &mut Batch) -> Result<()> {
+    let forward = || -> Result<()> {
+        while model.forward(batch)? {}
+        Ok(())
+    };
+    std::thread::scope(|scope| scope.spawn(forward).join().unwrap())
+}
+
+/// Every large allocation of a pass over three sequences is refused once. Then the same pass has its usual results. One
+/// of the sequences has to copy a column, one needs a new column, and one may be cancelled.
+fn a_refused_allocation_in_a_shared_pass_changes_no_sequence() {
+    let shape = Shape { hidden: 1024, feed_forward: 4096, n_head: 8, n_head_kv: 8, n_vocab: 2048, context: 1024 };
+    let model = load(shape, kernels::available().pop().unwrap(), 2);
+    let prompts = [128, 20, 127].map(|tokens| {
+        let ids: Vec<u32> = (0..tokens).map(|i| i * 7 % 64).collect();
+        let mut batch = model::single(&model, &Cancel::default()).unwrap();
+        model::compute(&model, &mut batch, &ids, Phase::Prefill, Want::Last).unwrap();
+        batch.members.remove(0).sequence
+    });
+    let (go, stop) = (Cancel::default(), Cancel::default());
+    stop.set();
+    for cancels in [[&go, &go, &go], [&go, &stop, &go]] {
+        let batch = || {
+            let mut batch = Batch::default();
+            batch.members.extend(prompts.iter().zip(cancels).map(|(prompt, cancel)| fork(prompt, cancel)));
+            for member in &mut batch.members {
+                model.append(&mut member.sequence, &[5], Phase::Decode, Want::Last).unwrap();
+            }
+            batch
+        };
+        let results = |batch: &Batch| [0, batch.members.len() - 1].map(|member| batch.logits(member).to_vec());
+        let mut usual = batch();
+        pass(&model, &mut usual).unwrap();
+        let mut refused = 0;
+        loop {
+            let mut batch = batch();
+            UNTIL_REFUSAL.store(refused + 1, SeqCst);
+            let result = pass(&model, &mut batch);
+            let all_granted = UNTIL_REFUSAL.swap(0, SeqCst) > 0;
+            match result {
+                Err(Error::Memory(_)) => {
+                    batch.members.retain(|member| !member.cancel.is_set());
+                    pass(&model, &mut batch).unwrap();
+                }
+                Ok(()) if all_granted => break,
+                other => panic!("allocation {refused}: {other:?}"),
+            }
+            assert!(results(&batch) == results(&usual), "after allocation {refused} was refused");
+            refused += 1;
+        }
+        assert!(refused > 5, "{refused} large allocations");
+    }
+}
+
+fn a_prompt_that_waits_for_its_reader_keeps_no_activations() {
+    const N_VOCAB: usize = 1 << 18;
+    let model = Arc::new(load(Shape { n_vocab: N_VOCAB as u64, ..wide(16) }, kernels::available()[0], 2));
+    let before = LIVE.load(SeqCst);
+    let scores = Scores::new(model, (0..600).map(|i| i % 64).collect(), 1, 0);
+    let stream = Stream::new(scores, Scheduler::default(), None);
+    let rows = stream.next().unwrap().unwrap().len();
+    assert!(4 * rows * N_VOCAB > 8 * MIB, "{rows} logits at a time");
+    // Four items more are computed ahead of the reader.
+    let since = Instant::now();
+    let waits = || stream.progress(true).unwrap().pop().is_some_and(|progress| progress.done == 5 * rows as u64);
+    while !waits() || LIVE.load(SeqCst) > before + 4 * MIB {
+        let held = LIVE.load(SeqCst) - before;
+        assert!(since.elapsed() < Duration::from_secs(60), "{held} bytes are held for a reader that is behind");
+        std::thread::yield_now();
     }
 }

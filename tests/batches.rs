@@ -3,9 +3,11 @@
 mod random;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use candle_core::Device;
-use candle_phi::compute::kernels;
+use candle_phi::compute::kernels::{self, Format, Kernel, KvPage, Line, Out, Query, Tile, Weights};
 use candle_phi::compute::ops::{Backend, KvType};
 use candle_phi::compute::pool::Pool;
 use candle_phi::error::Error;
@@ -186,6 +188,29 @@ fn prefilled(model: &Runner<Phi3>, ids: &[u32], cancel: &Cancel) -> Member {
 }
 
 #[test]
+fn several_rows_of_a_sequence_have_the_bits_of_one_at_a_time() {
+    for file in ["plain", "window", "gqa", "k_official"] {
+        let model = load(file, cpu(kernels::available().pop().unwrap(), 2), KvType::F16);
+        let mut random = Random::new(11);
+        let mut ids = |n: usize| (0..n).map(|_| random.below(60) as u32).collect::<Vec<_>>();
+        // The number of rows of each member, and those that want logits.
+        let cases = [(127, 3, Want::EVERY), (20, 1, Want::Last), (40, 6, Want::Last), (30, 4, Want::From(2))];
+        let scripts = cases.map(|(prompt, rows, _)| Script { prompt: ids(prompt), ids: ids(rows) });
+        let mut batch = Batch::default();
+        for (script, (.., want)) in scripts.iter().zip(cases) {
+            let mut member = prefilled(&model, &script.prompt, &Cancel::default());
+            model.append(&mut member.sequence, &script.ids, Phase::Decode, want).unwrap();
+            batch.members.push(member);
+        }
+        while model.forward(&mut batch).unwrap() {}
+        for (i, (script, (_, rows, want))) in scripts.iter().zip(cases).enumerate() {
+            let wanted = script.alone(&model)[1..][want.first(rows)..].concat();
+            assert!(bits(batch.logits(i)) == wanted, "{file}, member {i}");
+        }
+    }
+}
+
+#[test]
 fn forks_and_truncated_sequences_compute_what_their_ids_say() {
     let model = load("gqa", cpu("portable", 2), KvType::Q8_0);
     let prompt: Vec<u32> = (0..150).map(|i| i % 60).collect();
@@ -212,6 +237,66 @@ fn forks_and_truncated_sequences_compute_what_their_ids_say() {
         member.sequence.ids.truncate(prompt.len());
     }
     assert!(logits(&mut first, 9) == nine && logits(&mut fork, 7) == seven);
+}
+
+/// A kernel that sets a cancellation in a layer.
+struct Cancelling {
+    kernel: Box<dyn Kernel>,
+    cancel: Cancel,
+    /// Calls of `swiglu`, one for each row and layer, up to the one that cancels; 0: none does.
+    until: Arc<AtomicUsize>,
+}
+
+impl Kernel for Cancelling {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+    fn decode_costs(&self) -> &'static [f32; 16] {
+        self.kernel.decode_costs()
+    }
+
+    fn tile(&self, format: Format, cols: usize, phase: Phase) -> Tile {
+        self.kernel.tile(format, cols, phase)
+    }
+    fn pack(&self, format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]) {
+        self.kernel.pack(format, phase, x, at, tile);
+    }
+    fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {
+        self.kernel.matmul(weights, phase, x, tokens, out);
+    }
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        self.kernel.rms_norm(x, weight, eps, out);
+    }
+    fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        if self.until.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) == Ok(1) {
+            self.cancel.set();
+        }
+        self.kernel.swiglu(gate, up, out);
+    }
+    fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize) {
+        self.kernel.attention(queries, pages, head_dim);
+    }
+}
+
+#[test]
+fn a_member_that_is_cancelled_within_a_layer_leaves_before_the_next_one() {
+    let (cancel, until) = (Cancel::default(), Arc::new(AtomicUsize::new(0)));
+    let kernel = kernels::by_name("portable").unwrap();
+    let kernel = Box::new(Cancelling { kernel, cancel: cancel.clone(), until: until.clone() });
+    let model = load("plain", Backend::Cpu { kernel, pool: Pool::new(2) }, KvType::F16);
+    let scripts = [70, 20, 45].map(|n| Script { prompt: (0..n).map(|i| (i * 7) % 60).collect(), ids: vec![3] });
+    let expected = scripts.each_ref().map(|script| script.alone(&model).pop().unwrap());
+    let cancels = [Cancel::default(), cancel, Cancel::default()];
+    let mut batch = Batch::default();
+    for (script, cancel) in scripts.iter().zip(&cancels) {
+        let mut member = prefilled(&model, &script.prompt, cancel);
+        model.append(&mut member.sequence, &script.ids, Phase::Decode, Want::Last).unwrap();
+        batch.members.push(member);
+    }
+    until.store(2, SeqCst);
+    while model.forward(&mut batch).unwrap() {}
+    assert!(cancels[1].is_set() && batch.logits(1).is_empty() && batch.members[1].sequence.kv.is_empty());
+    assert!(bits(batch.logits(0)) == expected[0] && bits(batch.logits(2)) == expected[2]);
 }
 
 #[test]

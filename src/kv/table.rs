@@ -48,11 +48,13 @@ impl Table {
 
     /// Bytes of the columns that `positions` more would add.
     pub fn growth(&self, positions: usize) -> u64 {
-        let first_seen = self.first_seen(self.len).max(self.start());
-        let needed = (self.len + positions).div_ceil(PAGE) - first_seen / PAGE;
+        let first_seen = self.first_seen(self.len);
+        let needed = (self.len + positions).div_ceil(PAGE) - first_seen.max(self.start()) / PAGE;
+        let behind = self.columns.iter().take_while(|column| column.start() + PAGE <= first_seen);
+        let lost = behind.filter(|column| Arc::strong_count(column) > 1).count(); // another sequence keeps their memory
         let copied = usize::from(positions > 0 && self.shared_tail().is_some());
-        let more = (needed + copied).saturating_sub(self.columns.len() + self.spare.len()) as u64;
-        more.saturating_mul((PAGE * self.shape.position_bytes()) as u64)
+        let more = needed.saturating_sub(self.columns.len() + self.spare.len() - lost) + copied;
+        (more as u64).saturating_mul((PAGE * self.shape.position_bytes()) as u64)
     }
 
     /// Prepares the columns of `positions` more: drops those behind the window, and copies the last one if another
@@ -76,6 +78,10 @@ impl Table {
             };
             self.columns.push_back(Arc::new(column));
             next += PAGE;
+        }
+        if positions < PAGE {
+            // After a prompt, a sliding window needs less. A decoded token takes one column at most.
+            self.spare.truncate(1);
         }
         Ok(())
     }
@@ -177,7 +183,8 @@ mod tests {
                 let columns = |table: &Table| (table.columns.len() + table.spare.len()) as u64;
                 let (before, growth) = (columns(&table), table.growth(positions));
                 fill(&mut table, positions);
-                assert_eq!(growth, (columns(&table) - before) * COLUMN_BYTES, "{window:?}, {positions} more");
+                let added = columns(&table).saturating_sub(before);
+                assert_eq!(growth, added * COLUMN_BYTES, "{window:?}, {positions} more");
             }
             table.clear();
             assert_eq!(table.growth(1), 0, "columns are reused");
@@ -201,6 +208,32 @@ mod tests {
         let mut other = full.fork();
         fill(&mut other, 1);
         assert!(shared(&full, &other, 0), "a full column is never written, so it is never copied");
+    }
+
+    #[test]
+    fn the_growth_counts_what_a_fork_keeps_and_the_copy_of_the_last_column() {
+        let mut spare = table(None);
+        fill(&mut spare, 2 * PAGE + 5);
+        spare.truncate(PAGE + 5);
+        let _fork = spare.fork();
+        assert_eq!((spare.spare.len(), spare.growth(1)), (1, COLUMN_BYTES), "a copy does not reuse a column");
+        let mut windowed = table(Some(9));
+        fill(&mut windowed, 2 * PAGE);
+        assert_eq!(windowed.growth(PAGE), 0, "the first column is reused");
+        let _fork = windowed.fork();
+        assert_eq!(windowed.growth(PAGE), COLUMN_BYTES, "the fork keeps the first column");
+        windowed.reserve(PAGE).unwrap();
+        assert!(windowed.spare.is_empty());
+    }
+
+    #[test]
+    fn after_a_long_prompt_a_window_frees_what_decoding_does_not_need() {
+        let mut table = table(Some(PAGE));
+        fill(&mut table, 6 * PAGE);
+        fill(&mut table, 4 * PAGE);
+        assert!(table.columns.len() + table.spare.len() > 5);
+        fill(&mut table, 1);
+        assert!(table.columns.len() + table.spare.len() <= 3, "{} spare", table.spare.len());
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Fake {
     pub passes: Mutex<Vec<Vec<u32>>>,
     /// A pass with this id panics.
     pub panics_at: AtomicUsize,
+    /// A pass with this id needs too much memory.
+    pub too_large_at: AtomicUsize,
 }
 
 impl Default for Fake {
@@ -33,7 +35,8 @@ impl Default for Fake {
             width: usize::MAX,
             pass_costs: &[1.0],
         };
-        Fake { info, passes: Mutex::default(), panics_at: AtomicUsize::new(usize::MAX) }
+        let never = || AtomicUsize::new(usize::MAX);
+        Fake { info, passes: Mutex::default(), panics_at: never(), too_large_at: never() }
     }
 }
 
@@ -70,6 +73,9 @@ impl Model for Fake {
         let ids: Vec<u32> = batch.members.iter().map(|member| next(&member.sequence)).collect();
         lock(&self.passes).push(ids.clone());
         assert!(!ids.contains(&(self.panics_at.load(SeqCst) as u32)), "the pass over {ids:?} panics");
+        if ids.contains(&(self.too_large_at.load(SeqCst) as u32)) {
+            return Err(Error::Memory(format!("the pass over {ids:?} is too large")));
+        }
         if batch.members.iter().all(|member| member.cancel.is_set()) {
             return Err(Error::Cancelled);
         }

@@ -26,6 +26,7 @@ use crate::compute::ops::{self, Angles, Backend, KvShape, KvType, Matrix, Norm, 
 use crate::error::{Error, Result};
 use crate::files::gguf::{self, Gguf};
 use crate::kv::table::Table;
+use crate::system::sync::Cancel;
 use crate::system::{memory, panic};
 
 /// Rows of a decode pass at most, one of each sequence.
@@ -170,41 +171,45 @@ impl<A: Architecture> Runner<A> {
         angles.cos.clear();
         angles.sin.clear();
         for (Member { sequence, .. }, rows) in members.iter().zip(&pass.rows) {
-            let positions = sequence.kv.len()..sequence.kv.len() + rows.len();
-            ids.extend_from_slice(&sequence.ids[positions.clone()]);
-            self.shared.rope.extend(angles, positions, sequence.long)?;
+            ids.extend_from_slice(&sequence.ids[sequence.kv.len()..][..rows.len()]);
+            self.add_angles(angles, sequence, rows.len())?;
         }
         ops.embed(&self.shared.token_embd, &ids, x)
     }
 
+    /// The angles of the next rows of a sequence.
+    fn add_angles(&self, angles: &mut Angles, sequence: &Sequence, rows: usize) -> Result<()> {
+        let start = sequence.kv.len();
+        self.shared.rope.extend(angles, start..start + rows, sequence.long)
+    }
+
     /// Takes the rows of cancelled members out of a pass that others go on with, and frees their keys and values.
     fn release_cancelled(&self, batch: &mut Batch, pass: &mut Pass) -> Result<()> {
-        let is_done = |member: &Member, rows: &Range<usize>| !rows.is_empty() && member.cancel.is_set();
-        let done: Vec<bool> = batch.members.iter().zip(&pass.rows).map(|(m, rows)| is_done(m, rows)).collect();
-        let goes_on = |(done, rows): (&bool, &Range<usize>)| !done && !rows.is_empty();
-        if !done.contains(&true) || !done.iter().zip(&pass.rows).any(goes_on) {
-            return Ok(()); // without any other the whole pass ends
+        if !pass.cancels.iter().any(Cancel::is_set) {
+            return Ok(());
         }
-        let Some(before) = &batch.activations else { return Ok(()) };
-        let (mut parts, mut angles, mut end) = (Vec::new(), Angles::default(), 0);
-        angles.half = before.angles.half;
+        let goes_on = |(member, rows): (&Member, &Range<usize>)| !rows.is_empty() && !member.cancel.is_set();
+        let go_on: Vec<bool> = batch.members.iter().zip(&pass.rows).map(goes_on).collect();
+        let left = pass.rows.iter().zip(&go_on).filter(|(_, goes_on)| **goes_on).map(|(rows, _)| rows.len()).sum();
+        let Some(before) = batch.activations.as_ref().filter(|_| left > 0) else {
+            return Ok(()); // the whole pass ends
+        };
+        let mut after = self.activations(left)?;
+        let mut end = 0;
         pass.cancels.clear();
-        for ((member, rows), done) in batch.members.iter_mut().zip(&mut pass.rows).zip(done) {
-            if done {
-                member.sequence.kv = Table::new(&self.kv, self.shared.window);
-                *rows = 0..0;
-            } else if !Range::is_empty(rows) {
-                parts.push(before.x.narrow(0, rows.start, rows.len())?);
-                let turned = rows.start * angles.half..rows.end * angles.half;
-                angles.cos.extend_from_slice(&before.angles.cos[turned.clone()]);
-                angles.sin.extend_from_slice(&before.angles.sin[turned]);
+        for ((member, rows), goes_on) in batch.members.iter_mut().zip(&mut pass.rows).zip(go_on) {
+            if goes_on {
+                after.x.slice_set(&before.x.narrow(0, rows.start, rows.len())?, 0, end)?;
+                self.add_angles(&mut after.angles, &member.sequence, rows.len())?;
                 pass.cancels.push(member.cancel.clone());
                 *rows = end..end + rows.len();
                 end = rows.end;
+            } else {
+                member.sequence.kv = Table::new(&self.kv, self.shared.window);
+                *rows = 0..0;
             }
         }
-        let x = Tensor::cat(&parts, 0)?;
-        batch.activations = Some(Activations { x, angles, ..self.activations(end)? });
+        batch.activations = Some(after);
         Ok(())
     }
 
@@ -258,7 +263,9 @@ impl<A: Architecture> Runner<A> {
         while pass.layers < pass.n_layers {
             self.release_cancelled(batch, &mut pass)?;
             let ops = self.backend.ops(pass.phase, &pass.cancels);
-            let Batch { members, activations: Some(activations), .. } = batch else { return Ok(false) };
+            let Batch { members, activations: Some(activations), .. } = batch else {
+                return Err(Error::Internal("a batch lost the activations of its pass".into()));
+            };
             if pass.layers == 0 {
                 self.embed(members, &pass, activations, ops)?;
             }
@@ -279,7 +286,7 @@ impl<A: Architecture> Runner<A> {
         Ok(false)
     }
 
-    /// Compares the keys and values of `ids` more tokens, and the logits that are held at once, with the available memory.
+    /// Compares the keys and values of `ids` more tokens with the available memory.
     fn check_memory(&self, sequence: &Sequence, ids: usize) -> Result<()> {
         let positions = sequence.ids.len() + ids;
         let more = positions.saturating_sub(sequence.kv.len());

@@ -59,7 +59,10 @@ impl Backend {
 
     /// The time of a decode pass over 1, 2, ... rows, in passes over one row.
     pub fn decode_costs(&self) -> &'static [f32] {
-        &[1.0]
+        match self {
+            Backend::Cpu { kernel, .. } => kernel.decode_costs(),
+            Backend::Candle(_) => &[1.0],
+        }
     }
 
     /// The operations of one pass. Once every one of `cancels` is set they stop early, and their results are invalid: the

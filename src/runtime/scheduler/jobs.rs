@@ -78,10 +78,11 @@ impl Shares {
         self.passes_ahead = self.passes_ahead.saturating_sub(turn);
     }
 
+    /// Passes are ahead by one pass at most: the time that turns between passes leave unused earns no credit.
     fn add_pass(&mut self, pass: Duration) {
         self.since_pass = Duration::ZERO;
         self.last_pass = pass;
-        self.passes_ahead += pass.saturating_sub(self.prompts_ahead);
+        self.passes_ahead = (self.passes_ahead + pass.saturating_sub(self.prompts_ahead)).min(pass);
         self.prompts_ahead = self.prompts_ahead.saturating_sub(pass);
     }
 
@@ -138,11 +139,11 @@ impl Jobs {
             self.prompts.iter().position(|prompts| prompts.numbers.contains(&number))
         };
         let time = |i: usize| under_way(i).map_or(Duration::ZERO, |prompts| self.prompts[prompts].time);
-        let oldest = self.prompt_turns % OLDEST_GETS_ONE_OF == OLDEST_GETS_ONE_OF - 1;
         let least = ready.iter().copied().min_by_key(|&i| time(i)).unwrap_or(ready[0]);
-        let chosen = if oldest { ready[0] } else { least };
+        let chosen = if (self.prompt_turns + 1).is_multiple_of(OLDEST_GETS_ONE_OF) { ready[0] } else { least };
+        let under_way = under_way(chosen);
         self.prompt_turns += 1;
-        match under_way(chosen) {
+        match under_way {
             Some(prompts) => {
                 let prompts = self.prompts.swap_remove(prompts);
                 self.take(|active| prompts.numbers.contains(&active.number));

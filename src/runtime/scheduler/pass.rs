@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use super::active::{Active, Prompts, State};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Member, Model, Phase, Sequence};
-use crate::system::panic;
 use crate::system::sync::lock;
+use crate::system::{memory, panic};
 
 /// Takes a turn with prompts. New ones have no members yet. `jobs` are those of the members, but for cancelled ones. Returns
 /// the prompts that go on.
@@ -122,10 +122,15 @@ fn alone(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
     for member in members {
         batch.pass = None;
         batch.members.push(member);
-        let outcome = panic::catch(|| pass(model, batch)).map(|()| {
-            let from = logits.len();
-            logits.extend_from_slice(batch.logits(0));
-            from..logits.len()
+        let outcome = panic::catch(|| {
+            if batch.members[0].cancel.is_set() {
+                return Err(Error::Cancelled); // the pass may have freed its keys and values
+            }
+            pass(model, batch)?;
+            let (from, more) = (logits.len(), batch.logits(0));
+            memory::reserve(&mut logits, more.len(), format_args!("{} logits", more.len()))?;
+            logits.extend_from_slice(more);
+            Ok(from..logits.len())
         });
         outcomes.push(outcome);
         computed.append(&mut batch.members);
@@ -195,7 +200,8 @@ fn settle<'a>(
         match sequence.phase() {
             Some(Phase::Decode) => active.state = State::Decode(sequence),
             Some(Phase::Prefill) => {
-                let mut batch = batch.take().unwrap_or_default();
+                // A prompt that waits for its reader keeps no activations.
+                let mut batch = batch.take().filter(|_| active.job.ready()).unwrap_or_default();
                 batch.members.push(Member::new(sequence, active.job.cancel().clone()));
                 active.state = State::Prompt;
                 prompts.push(Prompts { batch, numbers: vec![active.number], time });

@@ -342,6 +342,47 @@ fn prompts_and_passes_share_the_time_and_no_job_waits_for_two_long_turns() {
 }
 
 #[test]
+fn what_prompts_could_not_use_earns_them_no_credit() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    simulation.submit(simulation.job('a', 1, usize::MAX));
+    simulation.run(1, |_| 0);
+    simulation.submit(simulation.job('P', 1 << 20, 1));
+    let length = |layer, pass| move |turn: &str| if turn == "P" { layer } else { pass };
+    simulation.run(400, length(100, 170)); // two turns are longer than a pass
+    let turns = simulation.run(100, length(300, 100));
+    let count = counts(&turns);
+    let (prompts, passes) = (count["P"] * 300, count["(a)"] * 100);
+    assert!(prompts < passes * 5 / 4, "{prompts} ms of prompts, {passes} ms of passes");
+}
+
+#[test]
+fn many_decoding_jobs_and_prompts_without_end_all_go_on() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    let decoders: Vec<char> = ('a'..='p').collect();
+    for &name in &decoders {
+        simulation.submit(simulation.job(name, 1, usize::MAX));
+    }
+    simulation.run(16, |_| 0);
+    let mut turns = Vec::new();
+    for _ in 0..40 {
+        for (name, prompt) in [('S', 5), ('M', 30), ('L', 90)] {
+            simulation.submit(simulation.job(name, prompt, 1));
+        }
+        turns.extend(simulation.run(40, |turn| if turn.len() == 1 { 100 } else { 200 }));
+    }
+    let passes: Vec<&String> = turns.iter().filter(|turn| turn.len() > 1).collect();
+    assert!(passes.iter().all(|pass| pass.len() == "()".len() + 8), "{passes:?}");
+    let rows = |name: char| passes.iter().filter(|pass| pass.contains(name)).count();
+    let rows: Vec<usize> = decoders.iter().map(|&name| rows(name)).collect();
+    assert!(rows.iter().max().unwrap() - rows.iter().min().unwrap() <= 1, "{rows:?}");
+    let share = passes.len() as f64 * 200.0 / (turns.len() as f64 * 100.0 + passes.len() as f64 * 100.0);
+    assert!((0.48..0.52).contains(&share), "{share} of the time");
+    let count = counts(&turns);
+    assert_eq!(count["S"], 40 * 5, "short prompts end");
+    assert!(count["M"] > 90 && count["L"] >= 90, "{count:?}");
+}
+
+#[test]
 fn a_short_prompt_overtakes_a_long_one_and_the_oldest_goes_on() {
     let mut simulation = Simulation::new(usize::MAX, 8);
     simulation.submit(simulation.job('l', 3000, 1));
@@ -456,6 +497,43 @@ fn a_panic_in_a_shared_pass_ends_the_job_that_it_comes_from_alone() {
     let passes = lock(&simulation.model.passes);
     let [all, a, p, c, rest] = &passes[3..] else { panic!("{passes:?}") };
     assert_eq!((all.len(), a.len(), p.len(), c.len(), rest.len()), (3, 1, 1, 1, 2));
+}
+
+#[test]
+fn memory_that_one_job_of_a_shared_pass_lacks_ends_that_job_alone() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    for name in ['a', 'm', 'c'] {
+        simulation.submit(simulation.job(name, 1, 3));
+    }
+    simulation.run(3, |_| 0);
+    simulation.model.too_large_at.store('m' as usize, SeqCst);
+    let turns = simulation.run(3, |_| 10);
+    let error = "the pass over [109] is too large";
+    assert!(["a", error, "c"].iter().all(|part| turns[0].contains(part)), "{turns:?}");
+    assert_eq!(turns[1..], ["(ac)"], "they take their third id and end");
+}
+
+#[test]
+fn a_cancelled_job_of_a_pass_that_fails_is_not_computed_again() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    let cancelled = simulation.job('x', 1, 3);
+    let cancel = cancelled.cancel.clone();
+    simulation.submit(cancelled);
+    for name in ['p', 'c'] {
+        simulation.submit(simulation.job(name, 1, 3));
+    }
+    simulation.run(3, |_| 0);
+    simulation.model.panics_at.store('p' as usize, SeqCst);
+    assert!(matches!(simulation.jobs.choose(8, 8), Some(Turn::Decode)));
+    cancel.set();
+    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
+    let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
+    assert_eq!(alive, [false, false, true]);
+    let told: Vec<String> = simulation.results.try_iter().collect();
+    assert!(told.contains(&Error::Cancelled.to_string()), "{told:?}");
+    let passes = lock(&simulation.model.passes);
+    let names = ['p', 'c'].map(|name| vec![name as u32]);
+    assert_eq!(passes[4..], names, "after the shared one");
 }
 
 #[test]
