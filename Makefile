@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-timing asan miri tsan fuzz soak lint bench bench-streams wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing test-together asan miri tsan fuzz soak lint bench bench-streams wheel test-wheel baseline sdist require engine rust-version
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# maturin installs here, even if another environment is active
@@ -38,6 +38,16 @@ test: engine ## the tests of the engine (cargo) and of the package (pytest), wit
 # would slow each other down. A busy machine may fail them; it must not fail `make test`.
 test-timing: engine ## the tests that measure time, with wide limits
 	$(BIN)/python -m pytest --timing
+
+TOGETHER_CASES := 20
+
+# The same tests with other cases and more of them. MODEL=... has them on that file alone, with prompts and answers of at most
+# TOGETHER_PROMPT (300) and TOGETHER_TOKENS (40) tokens. TOGETHER_FIRST is the number of the first case.
+test-together: export TOGETHER_CASES := $(TOGETHER_CASES)
+test-together: export TOGETHER_MODEL := $(MODEL)
+test-together: engine ## TOGETHER_CASES (20) random sets of streams for each model, kernel and KV type
+	$(if $(MODEL),,TOGETHER_CASES=$$((100 * TOGETHER_CASES)) cargo test --test together)
+	$(BIN)/python -m pytest -s tests/test_together.py -k $(if $(MODEL),your_own,alone) $(TOGETHER_OPTIONS)
 
 # With --target, even this machine's own, build scripts and derive macros are built without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)
