@@ -1,10 +1,10 @@
 //! The operations that models are written in, over Candle tensors.
 //!
-//! Activations are (rows, features) f32 tensors. A row is a token of one of the sequences of a pass. Results overwrite a tensor of the right shape, so that a decoded token
-//! allocates nothing. On the CPU each operation is a Candle custom op that divides its work into tasks for our own thread
-//! pool and calls a kernel for each. Candle's own operations do not run there: they use a global pool that ignores
-//! `n_threads` and does not survive a fork. On other devices, and on the CPU in tests, each operation is composed of
-//! Candle's own (`candle.rs`).
+//! Activations are (rows, features) f32 tensors. A row is a token of one of the sequences of a pass. Results overwrite a
+//! tensor of the right shape, so that a decoded token allocates nothing large. On the CPU each operation is a Candle custom
+//! op that divides its work into tasks for our own thread pool and calls a kernel for each. Candle's own operations do not
+//! run there: they use a global pool that ignores `n_threads` and does not survive a fork. On other devices, and on the
+//! CPU in tests, each operation is composed of Candle's own (`candle.rs`).
 //!
 //! Decisions: docs/design/compute.md
 
@@ -82,7 +82,7 @@ pub struct Ops<'a> {
 struct Cancels<'a>(&'a [Cancel]);
 
 impl Cancels<'_> {
-    /// Whether nobody wants the results any more.
+    /// Whether every sequence is cancelled: the results are not needed any more.
     fn all_set(self) -> bool {
         self.0.iter().all(Cancel::is_set)
     }
@@ -222,7 +222,7 @@ impl Ops<'_> {
         Ok(cpu::Linear { kernel, pool, phase: self.phase, cancels: self.cancels, weights: weights.mapped()? })
     }
 
-    /// `Error::Cancelled` once nobody wants the results of the pass.
+    /// `Error::Cancelled` once every sequence of the pass is cancelled.
     pub fn check(&self) -> Result<()> {
         if self.cancels.all_set() { Err(Error::Cancelled) } else { Ok(()) }
     }

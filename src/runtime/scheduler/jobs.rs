@@ -153,7 +153,7 @@ impl Jobs {
         self.current.iter_mut().for_each(|active| active.runtime = active.runtime.max(self.clock));
     }
 
-    /// The current prompt has taken a turn of this length.
+    /// The current prompt has taken a turn of this length. If it ended, it stays current.
     pub(super) fn put_back_prompt(&mut self, goes_on: bool, turn: Duration) {
         self.shares.add_prompt(turn);
         if goes_on && let Some(mut active) = self.current.pop() {
@@ -162,16 +162,20 @@ impl Jobs {
         }
     }
 
-    /// The current jobs have taken a pass of this length, which is charged to them in equal parts.
+    /// The current jobs have taken a pass of this length. Each is charged an equal part. Those that ended stay current.
     pub(super) fn put_back_decoders(&mut self, go_on: &[bool], pass: Duration) {
         self.shares.add_pass(pass);
         let part = pass / go_on.len().max(1) as u32;
+        let mut ended = Vec::new(); // they are dropped last: a drop that panics must not take the others along
         for (mut active, &goes_on) in std::mem::take(&mut self.current).into_iter().zip(go_on) {
             active.runtime += part;
             if goes_on {
                 self.put_back(active);
+            } else {
+                ended.push(active);
             }
         }
+        self.current = ended;
     }
 }
 
