@@ -1,6 +1,5 @@
 //! Sequences that share passes: each has the bits that it has alone.
 
-mod gguf_writer;
 mod random;
 
 use std::path::PathBuf;

@@ -90,7 +90,7 @@ impl Table {
     fn shared_tail(&self) -> Option<usize> {
         let tail = (self.len - self.start()) / PAGE;
         let shared = self.columns.get(tail).is_some_and(|column| Arc::strong_count(column) > 1);
-        (self.len % PAGE > 0 && shared).then_some(tail)
+        (!self.len.is_multiple_of(PAGE) && shared).then_some(tail)
     }
 
     /// The reserved positions as rows of a pass.

@@ -262,7 +262,7 @@ impl<A: Architecture> Runner<A> {
             if pass.layers == 0 {
                 self.embed(members, &pass, activations, ops)?;
             }
-            let rows = members.iter_mut().zip(&pass.rows).filter(|(_, rows)| rows.len() > 0);
+            let rows = members.iter_mut().zip(&pass.rows).filter(|(_, rows)| !rows.is_empty());
             let mut segments: Vec<_> = rows.map(|(m, rows)| m.sequence.kv.segment(rows.clone())).collect();
             self.layers.layer(pass.layers, activations, &mut segments, ops)?;
             ops.check()?;

@@ -245,13 +245,13 @@ impl<'a> Part<'a> {
     fn new(op: &'a Attention<'a>, segment: &'a Segment<'a>, qkv: Rows<'a>) -> Self {
         let tasks = Tasks::new(op.shape, segment.rows.len());
         let mut part = Part { op, segment, qkv, tasks, blocks: 0..0 };
-        part.blocks = part.sees(0).start / BLOCK..segment.len().div_ceil(BLOCK);
+        part.blocks = part.sees(0).start / BLOCK..segment.end().div_ceil(BLOCK);
         part
     }
 
     /// In multiplications of a matrix product.
     fn work(&self) -> usize {
-        let seen = self.segment.len() - self.sees(0).start;
+        let seen = self.segment.end() - self.sees(0).start;
         ATTEND_COST * self.segment.rows.len() * seen * self.op.shape.q_dim()
     }
 

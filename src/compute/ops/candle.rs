@@ -66,7 +66,7 @@ fn attention_of(qkv: &Tensor, shape: AttentionShape, layer: usize, segment: &Seg
     let q = (q.reshape((n_head_kv, group * tokens, head_dim))? / (head_dim as f64).sqrt())?;
     // The sums of the weighted values and of the weights, and the greatest score so far.
     let mut so_far: Option<(Tensor, Tensor, Tensor)> = None;
-    for column in segment.columns().filter(|column| column.start() < segment.len()) {
+    for column in segment.columns().filter(|column| column.start() < segment.end()) {
         let KvBlock { k, v } = column.layer(layer);
         let (k, v) = (k.tensor()?, v.tensor()?);
         let scores = q.to_dtype(k.dtype())?.matmul(&k.transpose(1, 2)?)?.to_dtype(DType::F32)?;

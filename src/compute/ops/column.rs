@@ -209,8 +209,8 @@ impl<'a> Segment<'a> {
         Segment { rows, start, columns }
     }
 
-    /// Positions up to the last row, those behind the window included.
-    pub fn len(&self) -> usize {
+    /// The position after the last row.
+    pub fn end(&self) -> usize {
         self.start + self.rows.len()
     }
 
@@ -236,7 +236,7 @@ impl<'a> Segment<'a> {
 
     /// The blocks of a layer that the rows are written to, with memory for them. An error if another sequence shares one.
     pub fn pieces(&mut self, layer: usize) -> impl Iterator<Item = Result<Piece<'_>>> {
-        let (start, end, row) = (self.start, self.len(), self.rows.start);
+        let (start, end, row) = (self.start, self.end(), self.rows.start);
         let skipped = (start - self.first()) / PAGE;
         let written = self.columns.iter_mut().skip(skipped).take_while(move |column| column.start < end);
         written.map(move |column| {
