@@ -130,6 +130,33 @@ fn a_sequence_has_the_same_bits_alone_and_among_others() {
     }
 }
 
+#[test]
+fn prompts_that_share_a_pass_have_the_bits_that_each_has_alone() {
+    for kernel in kernels::available() {
+        for file in FILES {
+            let model = load(file, cpu(kernel, 2), KvType::F16);
+            let mut random = Random::new(5);
+            let scripts: Vec<Script> = (0..7).map(|_| Script::random(&mut random, &model)).collect();
+            let mut batch = Batch::default();
+            for script in &scripts {
+                let mut sequence = model.sequence().unwrap();
+                model.append(&mut sequence, &script.prompt, Phase::Prefill, Want::Last).unwrap();
+                batch.members.push(Member::new(sequence, Cancel::default()));
+            }
+            let cancelled = 3;
+            assert!(model.forward(&mut batch).unwrap(), "it stops after a layer");
+            batch.members[cancelled].cancel.set();
+            while model.forward(&mut batch).unwrap() {}
+            for (i, script) in scripts.iter().enumerate() {
+                let logits = bits(batch.logits(i));
+                let expected = if i == cancelled { Vec::new() } else { script.alone(&model)[0].clone() };
+                assert!(logits == expected, "{file}, {kernel}, prompt {i}");
+                assert_eq!(batch.members[i].sequence.kv.len(), if i == cancelled { 0 } else { script.prompt.len() });
+            }
+        }
+    }
+}
+
 /// The path that CUDA and Metal take, on the CPU: Candle's own products may round by the number of rows.
 #[test]
 fn candles_own_operations_compute_each_sequence_over_its_own_columns() {
@@ -224,6 +251,10 @@ impl Kernel for Cancelling {
     fn name(&self) -> &'static str {
         self.kernel.name()
     }
+    fn decode_costs(&self) -> &'static [f32; 16] {
+        self.kernel.decode_costs()
+    }
+
     fn tile(&self, format: Format, cols: usize, phase: Phase) -> Tile {
         self.kernel.tile(format, cols, phase)
     }

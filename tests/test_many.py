@@ -493,17 +493,19 @@ def test_cancelling_the_task_ends_what_runs(stopwatch: Stopwatch) -> None:
 
 def test_closing_ends_the_iterator_of_prompts(phi: Phi) -> None:
     async def check() -> None:
-        ended = []
+        ended, waiting = [], asyncio.Event()
 
         async def prompts() -> AsyncIterator[str]:
             try:
                 yield "Hi"
+                waiting.set()
                 await asyncio.sleep(HANG)
             finally:
                 ended.append(True)
 
         async with phi.amap(prompts(), max_tokens=1, ignore_eos=True) as results:
             await anext(results)
+            await waiting.wait()
         assert ended == [True]
 
     asyncio.run(check())

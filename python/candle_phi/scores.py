@@ -91,8 +91,9 @@ class Scoring:
             BusyError, ClosedError, ForkError: as in `stream`.
             TypeError, ValueError: an option or a message that is not valid, a prompt of fewer than 2 tokens, or `start`
                 beyond the last token.
+            UnsupportedModelError: the model was opened with `engine="candle"`.
             MemoryError: the KV cache does not fit the available memory.
-            InvalidModelError: the weights are damaged: every logit is NaN or -inf.
+            InvalidModelError: the weights are damaged: a log probability is NaN.
         """
         given = {"start": start, "top_logprobs": top_logprobs, "on_progress": on_progress, **unknown}
         checked = options.checked(options.SCORE, given)
@@ -127,7 +128,7 @@ class Scoring:
                 token more context, and takes longer. Default: half of `n_ctx`, which computes every token twice.
 
         Raises:
-            BusyError, ClosedError, ForkError, MemoryError, InvalidModelError: as in `score`.
+            BusyError, ClosedError, ForkError, UnsupportedModelError, MemoryError, InvalidModelError: as in `score`.
             TypeError, ValueError: an option that is not valid, or a text of fewer than 2 tokens.
         """
         checked = options.checked(options.PERPLEXITY, {"stride": stride, **unknown})

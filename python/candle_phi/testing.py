@@ -441,7 +441,7 @@ class _Scores:
         """Everything is ready."""
 
     def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
-        return [("prefill", self._tokens - len(self._left), self._tokens)] if end else []
+        return [("prefill", self._tokens - 1, self._tokens - 1)] if end else []
 
     def cancel(self) -> None:
         self._left = []

@@ -3,13 +3,15 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
+use super::batch::Pass;
 use super::{Batch, Info, Model, Phase, Sequence, Want};
 use crate::compute::ops::{KvShape, KvType};
 use crate::error::{Error, Result};
 use crate::kv::table::Table;
 use crate::system::sync::lock;
 
-/// A turn computes one token of a prompt, or one of each sequence. Its logits are one number, that of the id.
+/// A turn computes one token of a prompt, or one of each sequence that decodes. Prompts that share a pass take two turns. The
+/// logits are one number, that of the id.
 pub struct Fake {
     info: Info,
     /// Ids of the passes so far, those of one pass in one list.
@@ -78,10 +80,16 @@ impl Model for Fake {
             return Err(Error::Cancelled);
         }
         batch.logits.clear();
+        let shared = batch.members.len() > 1 && batch.members[0].sequence.phase() == Some(Phase::Prefill);
+        if shared && batch.pass.take().is_none() {
+            let rows = batch.members.iter().map(|_| 0..0).collect();
+            batch.pass = Some(Pass { phase: Phase::Prefill, rows, cancels: Vec::new(), layers: 1, n_layers: 2 });
+            return Ok(true);
+        }
         for (member, id) in batch.members.iter_mut().zip(ids) {
             let sequence = &mut member.sequence;
-            let wanted = sequence.kv.len() >= sequence.logits_from && !member.cancel.is_set();
-            sequence.kv.commit(1);
+            sequence.kv.commit(if shared { sequence.left() } else { 1 });
+            let wanted = sequence.kv.len() > sequence.logits_from && !member.cancel.is_set();
             let from = batch.logits.len();
             batch.logits.extend(wanted.then_some(id as f32));
             member.logits = from..batch.logits.len();

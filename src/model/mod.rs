@@ -64,8 +64,8 @@ pub trait Model: Send + Sync {
     /// `Error::Memory` if the system has too little for them.
     fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
 
-    /// Takes a turn with a batch whose members have ids to compute: one layer of a chunk of a prompt, which is alone in
-    /// its batch, or a whole decode pass. True if the pass goes on. At its end the members have the logits that they want
+    /// Takes a turn with a batch whose members have ids to compute: a whole decode pass, or one layer of prompts. A prompt is
+    /// alone in its batch, or short and wants the logits of its last id. True if the pass goes on. At its end the members have the logits that they want
     /// of the pass. After an error each sequence is as it was before the pass.
     fn forward(&self, batch: &mut Batch) -> Result<bool>;
 

@@ -7,8 +7,8 @@
 //! head        the logits of the rows that want some
 //! commit      the keys and values of the rows count as computed
 //! ```
-//! A prompt's pass is alone in its batch and stops after each layer, so that others get their turns. Nothing but the
-//! layers of the rows' own sequences decides the bits of a row.
+//! A pass over prompts stops after each layer, so that others get their turns. A prompt that takes more than one pass is
+//! alone in its batch. Nothing but its own sequence decides the bits of a row.
 //!
 //! Decisions: docs/design/model.md
 
@@ -100,25 +100,28 @@ impl<A: Architecture> Runner<A> {
     /// The next rows of each member, with memory for them.
     fn begin(&self, batch: &mut Batch) -> Result<Pass> {
         let alone = batch.members.len() == 1;
-        let (mut rows, mut phase, mut every) = (Vec::new(), Phase::Decode, false);
-        let mut end = 0;
+        let phase = batch.members.first().and_then(|member| member.sequence.phase());
+        let phase = phase.ok_or_else(|| Error::Internal("a pass takes sequences with ids to compute".into()))?;
+        let (mut rows, mut every, mut end) = (Vec::new(), phase == Phase::Decode, 0);
         for member in &mut batch.members {
             member.logits = 0..0;
             let sequence = &member.sequence;
-            let next = match sequence.phase() {
-                Some(Phase::Decode) => sequence.left(),
-                Some(Phase::Prefill) if alone => {
-                    phase = Phase::Prefill;
+            if sequence.phase() != Some(phase) {
+                return Err(Error::Internal("a pass takes sequences of one phase".into()));
+            }
+            let next = match phase {
+                Phase::Decode => sequence.left(),
+                Phase::Prefill if alone => {
                     let (tokens, with_logits) = self.chunk(sequence);
                     every = with_logits;
                     tokens
                 }
-                _ => return Err(Error::Internal("a decode pass takes sequences with ids to decode".into())),
+                Phase::Prefill => sequence.decode_from - sequence.kv.len(),
             };
             rows.push(end..end + next);
             end += next;
         }
-        self.reserve(batch, &rows, every || phase == Phase::Decode)?;
+        self.reserve(batch, &rows, every)?;
         let cancels = batch.members.iter().map(|member| member.cancel.clone()).collect();
         Ok(Pass { phase, rows, cancels, layers: 0, n_layers: self.layers.n_layers() })
     }
@@ -192,11 +195,12 @@ impl<A: Architecture> Runner<A> {
             return Ok(()); // the whole pass ends
         };
         let mut after = self.activations(left)?;
+        let kept = pass.rows.iter().zip(&go_on).filter(|(_, goes_on)| **goes_on).map(|(rows, _)| rows.clone());
+        copy_rows(&before.x, kept, &after.x)?;
         let mut end = 0;
         pass.cancels.clear();
         for ((member, rows), goes_on) in batch.members.iter_mut().zip(&mut pass.rows).zip(go_on) {
             if goes_on {
-                after.x.slice_set(&before.x.narrow(0, rows.start, rows.len())?, 0, end)?;
                 self.add_angles(&mut after.angles, &member.sequence, rows.len())?;
                 pass.cancels.push(member.cancel.clone());
                 *rows = end..end + rows.len();
@@ -215,33 +219,39 @@ impl<A: Architecture> Runner<A> {
         let Batch { members, activations: Some(activations), logits, .. } = batch else { return Ok(()) };
         logits.clear();
         let Activations { x, logits: results, .. } = activations;
-        let first_wanted = |member: &Member, rows: &Range<usize>| {
+        let wanted = |(member, rows): (&Member, &Range<usize>)| {
             let before = member.sequence.logits_from.saturating_sub(member.sequence.kv.len());
-            rows.start + before.min(rows.len())
+            rows.start + before.min(rows.len())..rows.end
         };
-        let rows = x.dim(0)?;
-        // The rows before the first wanted one of a single sequence are left out. Of several, all are computed.
-        let first = if members.len() == 1 { first_wanted(&members[0], &pass.rows[0]) } else { 0 };
-        let wanted = members.iter().zip(&pass.rows).any(|(member, rows)| first_wanted(member, rows) < rows.end);
-        if !wanted {
+        let wanted: Vec<_> = members.iter().zip(&pass.rows).map(wanted).collect();
+        let count: usize = wanted.iter().map(Range::len).sum();
+        if count == 0 {
             return Ok(());
         }
+        let some; // (count, hidden)
+        let x = if count == x.dim(0)? {
+            &*x
+        } else {
+            some = zeros(count, self.shared.hidden, &self.backend, "hidden states")?;
+            copy_rows(x, wanted.iter().cloned(), &some)?;
+            &some
+        };
         let n_vocab = self.shared.n_vocab;
-        if results.dim(0)? != rows - first {
-            *results = zeros(rows - first, n_vocab, &self.backend, "logits")?;
+        if results.dim(0)? != count {
+            *results = zeros(count, n_vocab, &self.backend, "logits")?;
         }
         let head = self.shared.output.as_ref().unwrap_or(&self.shared.token_embd);
-        ops.norm_linear(&x.narrow(0, first, rows - first)?, &self.shared.output_norm, head, results)?;
+        ops.norm_linear(x, &self.shared.output_norm, head, results)?;
         ops.check()?;
-        let count = rows - first;
         memory::reserve(logits, count.saturating_mul(n_vocab), format_args!("{count} x {n_vocab} logits"))?;
         match &*results.storage_and_layout().0 {
             Storage::Cpu(storage) => logits.extend_from_slice(storage.as_slice()?),
             _ => logits.extend(results.flatten_all()?.to_vec1::<f32>()?),
         }
-        for (member, rows) in members.iter_mut().zip(&pass.rows) {
-            let wanted = first_wanted(member, rows);
-            member.logits = (wanted - first) * n_vocab..(rows.end - first) * n_vocab;
+        let mut end = 0;
+        for (member, rows) in members.iter_mut().zip(wanted) {
+            member.logits = end..end + rows.len() * n_vocab;
+            end = member.logits.end;
         }
         Ok(())
     }
@@ -252,9 +262,7 @@ impl<A: Architecture> Runner<A> {
             None => self.begin(batch)?,
         };
         while pass.layers < pass.n_layers {
-            if pass.phase == Phase::Decode {
-                self.release_cancelled(batch, &mut pass)?;
-            }
+            self.release_cancelled(batch, &mut pass)?;
             let ops = self.backend.ops(pass.phase, &pass.cancels);
             let Batch { members, activations: Some(activations), .. } = batch else {
                 return Err(Error::Internal("a batch lost the activations of its pass".into()));
@@ -337,6 +345,17 @@ fn zeros(rows: usize, features: usize, backend: &Backend, what: &str) -> Result<
     let length = rows.saturating_mul(features);
     let values = memory::filled(0f32, length, format_args!("{rows} tokens of {features} {what}"))?;
     Ok(Tensor::from_vec(values, (rows, features), backend.device())?)
+}
+
+/// Copies parts of the rows of `from` to `to`, one after the other. Candle's `cat` would abort the process if the system
+/// refused the memory of its result.
+fn copy_rows(from: &Tensor, parts: impl Iterator<Item = Range<usize>>, to: &Tensor) -> Result<()> {
+    let mut end = 0;
+    for rows in parts.filter(|rows| !rows.is_empty()) {
+        to.slice_set(&from.narrow(0, rows.start, rows.len())?, 0, end)?;
+        end += rows.len();
+    }
+    Ok(())
 }
 
 /// A norm whose weight is a one-dimensional tensor of the file.

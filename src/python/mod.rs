@@ -51,7 +51,7 @@ mod _engine {
 
     #[pymodule_export]
     use super::{
-        Hub, Logits, Model, ReadyQueue, Stream, Task, machine::doctor, machine::memory_available,
+        Hub, Logits, Model, ReadyQueue, Scores, Stream, Task, machine::doctor, machine::memory_available,
         machine::memory_needed,
     };
 

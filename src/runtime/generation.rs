@@ -87,6 +87,10 @@ impl Work for Generation {
         &self.model
     }
 
+    fn shares_prompt(&self) -> bool {
+        true
+    }
+
     fn begin(&mut self) -> Result<Sequence> {
         let mut sequence = self.model.sequence()?;
         self.model.append(&mut sequence, &self.request.prompt, Phase::Prefill, Want::Last)?;

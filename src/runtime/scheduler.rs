@@ -1,7 +1,7 @@
 //! The scheduler: one compute thread for each model, and the jobs that share its passes.
 //!
 //! Readers never compute. They submit a job and wait for its results, so that they can handle signals meanwhile. The
-//! thread takes one turn after the other: a layer of a prompt, or a decode pass that all decoding jobs share (`jobs.rs`
+//! thread takes one turn after the other: a layer of prompts, or a decode pass that all decoding jobs share (`jobs.rs`
 //! chooses). It skips jobs whose reader is behind. `slots` jobs have a slot, and with it a KV cache. The others wait for a
 //! slot in the order of arrival. The first job starts the thread. The thread ends when the model is closed or the last
 //! `Scheduler` is dropped.
@@ -35,6 +35,9 @@ pub trait Job: Send {
     fn ready(&self) -> bool;
 
     fn model(&self) -> &Arc<dyn Model>;
+
+    /// Tokens of a prompt that may share a pass with others; None if it is computed alone.
+    fn shared_prompt(&self) -> Option<usize>;
 
     /// The sequence with the prompt.
     fn begin(&mut self) -> Result<Sequence>;
@@ -199,14 +202,14 @@ impl Shared {
         while let Some(turn) = self.next(jobs) {
             let start = Instant::now();
             match turn {
-                Turn::End => jobs.current[0].job.fail(Error::Cancelled),
-                Turn::Prompt => {
-                    let goes_on = pass::prompt(&mut jobs.current[0], start);
-                    jobs.put_back_prompt(goes_on, start.elapsed());
+                Turn::End => jobs.current[0].fail(Error::Cancelled),
+                Turn::Prompt(prompts) => {
+                    let prompts = pass::prompt(&mut jobs.current, *prompts, start);
+                    jobs.put_back_prompts(prompts, start.elapsed());
                 }
                 Turn::Decode => {
-                    let go_on = pass::decode(&mut jobs.current, &mut batch, start);
-                    jobs.put_back_decoders(&go_on, start.elapsed());
+                    let prompts = pass::decode(&mut jobs.current, &mut batch, start);
+                    jobs.put_back_decoders(prompts, start.elapsed());
                 }
             }
             jobs.current.clear();

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Model, Phase, Sequence, Want};
 use crate::runtime::sampling::{Distribution, TokenLogprob};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
@@ -53,7 +53,11 @@ impl Work for Scores {
         });
         self.next += rows;
         let taken = |entry: Mutex<_>| entry.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let entries = entries.into_iter().filter_map(taken).collect();
+        let entries: Vec<TokenLogprob> = entries.into_iter().filter_map(taken).collect();
+        if entries.iter().any(|entry| entry.logprob.is_nan()) {
+            let file = &self.model.info().file;
+            return Err(Error::InvalidModel(format!("{file}: a log probability is NaN: the weights are damaged")));
+        }
         Ok(match sequence.phase() {
             Some(_) => Step::More(Some(entries)),
             None => Step::End(Some(entries), FinishReason::Stop),

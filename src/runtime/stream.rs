@@ -196,6 +196,10 @@ impl<W: Work> Job for StreamJob<W> {
         self.work.model()
     }
 
+    fn shared_prompt(&self) -> Option<usize> {
+        self.work.shares_prompt().then_some(self.status.prompt)
+    }
+
     fn begin(&mut self) -> Result<Sequence> {
         self.outbox.begin(self.submitted.elapsed(), self.status);
         self.work.begin()

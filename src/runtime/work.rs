@@ -16,6 +16,11 @@ pub trait Work: Send + 'static {
     /// The model that computes its logits.
     fn model(&self) -> &Arc<dyn Model>;
 
+    /// Whether the prompt may share a pass with others. It then wants the logits of its last id alone.
+    fn shares_prompt(&self) -> bool {
+        false
+    }
+
     /// The sequence, with the prompt appended. Called once, before the others.
     fn begin(&mut self) -> Result<Sequence>;
 

@@ -1,4 +1,4 @@
-//! Cancellation, locks, and drops that nobody waits for.
+//! Cancellation, locks, and drops in the background.
 //!
 //! Decisions: docs/design/runtime.md
 

@@ -354,7 +354,7 @@ fn a_token_has_the_same_bits_among_any_others() {
         let x = random.normals(100 * cols);
         for (kernel, phase) in runs() {
             let alone: Vec<f32> = x.chunks_exact(cols).flat_map(|x| product(&*kernel, &matrix, phase, x)).collect();
-            let most = if phase == Phase::Decode { 8 } else { 33 };
+            let most = if phase == Phase::Decode { 17 } else { 33 };
             for count in (1..=most).chain([100]) {
                 // From any token on: each takes every place of a tile.
                 let first = random.below(101 - count);
@@ -362,6 +362,45 @@ fn a_token_has_the_same_bits_among_any_others() {
                 let alone = &alone[first * rows..(first + count) * rows];
                 assert!(same(&together, alone), "{} {format:?} {phase:?}: {count} from {first}", kernel.name());
             }
+        }
+    }
+}
+
+/// One row, which decode pairs with itself, odd numbers, and more rows than decode passes on at a time.
+#[test]
+fn decode_gives_a_token_the_same_bits_with_any_number_of_rows_and_tokens() {
+    let most = if cfg!(miri) { 3 } else { 17 };
+    for format in Format::ALL {
+        let cols = *odd_widths(format).last().expect("two widths");
+        let mut random = Random::new(9);
+        let x = random.normals(most * cols);
+        for rows in [1, 2, 7, 131] {
+            let matrix = Matrix::random(format, rows, cols, &mut random);
+            for kernel in all() {
+                let decode = |x: &[f32]| product(&*kernel, &matrix, Phase::Decode, x);
+                let alone: Vec<f32> = x.chunks_exact(cols).flat_map(decode).collect();
+                for tokens in 1..=most {
+                    let together = decode(&x[..tokens * cols]);
+                    let name = kernel.name();
+                    assert!(
+                        same(&together, &alone[..tokens * rows]),
+                        "{name} {format:?}: {tokens} tokens, {rows} rows"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A scheduler divides by these.
+#[test]
+fn decode_costs_more_for_more_tokens_and_less_than_one_after_the_other() {
+    for kernel in all() {
+        let (name, costs) = (kernel.name(), kernel.decode_costs());
+        assert_eq!(costs[0], 1.0, "{name}");
+        for tokens in 2..=costs.len() {
+            let (fewer, cost) = (costs[tokens - 2], costs[tokens - 1]);
+            assert!(fewer <= cost && cost <= tokens as f32, "{name}: {tokens} tokens cost {cost}, one fewer {fewer}");
         }
     }
 }

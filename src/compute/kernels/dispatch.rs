@@ -3,12 +3,12 @@
 //! Decisions: docs/design/kernels.md
 
 /// `kernel!(Type, "name", "features", Vector, products of K-quants, products of Q8_0, packing of a row, packing into a
-/// tile)`: every method checks its arguments and enters a function that is compiled for the features. Everything below
+/// tile, costs of decode)`: every method checks its arguments and enters a function that is compiled for the features. Everything below
 /// is inlined into that function.
 macro_rules! kernel {
     (
         $kernel:ident, $name:literal, $features:literal, $V:ty, $k_quant:ident, $q8:ident,
-        $pack_row:path, $pack_tile:path
+        $pack_row:path, $pack_tile:path, $costs:expr
     ) => {
         impl crate::compute::kernels::Kernel for $kernel {
             fn name(&self) -> &'static str {
@@ -35,6 +35,10 @@ macro_rules! kernel {
                 shapes::pack(self, format, phase, x, at, tile);
                 // SAFETY: a value of this type exists only on a CPU that has the features.
                 unsafe { pack(format, phase, x, at, tile) }
+            }
+
+            fn decode_costs(&self) -> &'static [f32; 16] {
+                $costs
             }
 
             fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {

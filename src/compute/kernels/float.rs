@@ -9,7 +9,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::pack::{FLOATS, FloatTile, SUPER, TILE};
-use super::products::{NR, Products};
+use super::products::Products;
 use super::simd::{self, Simd};
 use super::{Weights, dequantize};
 
@@ -79,6 +79,59 @@ const STEP: usize = SUPER;
 /// Independent accumulators of a dot product. With two rows and four tokens they take 16 registers.
 const ACCUMULATORS: usize = 2;
 
+/// `R` weight rows with the tokens `first .. first + N` of `T`, over whole vectors.
+///
+/// # Safety
+/// The instruction set is there, see [`Simd`]. The rows and the activations of each token are valid for reading the features,
+/// and `first + N` is at most `T`.
+#[inline(always)]
+unsafe fn multiply_rows<V: Simd, S: Stored, const T: usize, const R: usize, const N: usize>(
+    rows: [*const u8; R],
+    features: Range<usize>,
+    x: [&[f32]; T],
+    first: usize,
+    sums: &mut [[[V; ACCUMULATORS]; T]; R],
+) {
+    let bytes = S::BYTES.unwrap_or(4);
+    let ahead = if T >= 4 { 4096 } else { 512 * bytes }; // the fastest distances, measured
+    let mut accumulators = [[sums[0][first]; N]; R];
+    let mut tokens = [x[0].as_ptr(); N];
+    for n in 0..N {
+        tokens[n] = x[first + n].as_ptr();
+        for r in 0..R {
+            accumulators[r][n] = sums[r][first + n];
+        }
+    }
+    for chunk in features.step_by(ACCUMULATORS * V::LANES) {
+        // SAFETY: the contract of this function.
+        unsafe {
+            if first == 0 {
+                for row in rows {
+                    V::prefetch(row.wrapping_add(chunk * bytes + ahead));
+                }
+            }
+            for c in 0..ACCUMULATORS {
+                let i = chunk + c * V::LANES;
+                let mut w = [V::splat(0.0); R];
+                for r in 0..R {
+                    w[r] = S::load::<V>(rows[r].add(i * bytes));
+                }
+                for n in 0..N {
+                    let x = V::load(tokens[n].add(i));
+                    for r in 0..R {
+                        accumulators[r][n][c] = w[r].mul_add(x, accumulators[r][n][c]);
+                    }
+                }
+            }
+        }
+    }
+    for n in 0..N {
+        for r in 0..R {
+            sums[r][first + n] = accumulators[r][n];
+        }
+    }
+}
+
 // SAFETY: the methods access their slices, and what their contracts name.
 unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type V = V;
@@ -88,9 +141,19 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
     type Sum = [V; ACCUMULATORS];
     const ROW: usize = 1;
     const STEP: usize = STEP;
+    /// More are faster with 16 registers and halves alone.
+    const TOKENS: usize = if V::REGISTERS == 16 && matches!(S::BYTES, Some(2)) { 8 } else { 4 };
     const BLOCK: usize = FLOATS;
     const ROWS: usize = 4;
     const TILES: usize = 1;
+
+    #[inline(always)]
+    fn segment(tokens: usize) -> usize {
+        match tokens {
+            1..=4 => 3072,
+            _ => 1024,
+        }
+    }
 
     #[inline(always)]
     unsafe fn zero() -> Self::Sum {
@@ -127,37 +190,46 @@ unsafe impl<V: Simd, S: Stored> Products for Float<V, S> {
         x: [&[f32]; T],
         sums: &mut [[Self::Sum; T]; 2],
     ) {
-        let mut accumulators = *sums;
         let mut done = steps.start;
-        if let Some(bytes) = S::BYTES {
+        if S::BYTES.is_some() {
             done = steps.end.min(rows[0].cols / STEP);
-            let ahead = if T == NR { 4096 } else { 512 * bytes }; // the fastest distances, measured
-            for chunk in (steps.start * STEP..done * STEP).step_by(ACCUMULATORS * V::LANES) {
+            let features = steps.start * STEP..done * STEP;
+            let bytes = rows.map(|row| row.bytes.as_ptr());
+            // Four tokens and two rows have 16 accumulators. With as many registers they spill; F32, whose weights are read
+            // at half the speed, is slower with one row.
+            let mut first = 0;
+            while first < T {
+                let count = (T - first).div_ceil((T - first).div_ceil(4));
                 // SAFETY: the contract of this method; these are whole steps of the rows and of `x`.
                 unsafe {
-                    for row in rows {
-                        V::prefetch(row.bytes.as_ptr().wrapping_add(chunk * bytes + ahead));
+                    macro_rules! tokens {
+                        ($N:literal) => {
+                            if V::REGISTERS > 16 || $N < 4 || S::BYTES == Some(4) {
+                                multiply_rows::<V, S, T, 2, $N>(bytes, features.clone(), x, first, sums)
+                            } else {
+                                for (row, sums) in bytes.into_iter().zip(sums.iter_mut()) {
+                                    let sums = std::array::from_mut(sums);
+                                    multiply_rows::<V, S, T, 1, $N>([row], features.clone(), x, first, sums);
+                                }
+                            }
+                        };
                     }
-                    for c in 0..ACCUMULATORS {
-                        let i = chunk + c * V::LANES;
-                        let w0 = S::load::<V>(rows[0].bytes.as_ptr().add(i * bytes));
-                        let w1 = S::load::<V>(rows[1].bytes.as_ptr().add(i * bytes));
-                        for t in 0..T {
-                            let x = V::load(x[t].as_ptr().add(i));
-                            accumulators[0][t][c] = w0.mul_add(x, accumulators[0][t][c]);
-                            accumulators[1][t][c] = w1.mul_add(x, accumulators[1][t][c]);
-                        }
+                    match count {
+                        1 => tokens!(1),
+                        2 => tokens!(2),
+                        3 => tokens!(3),
+                        _ => tokens!(4),
                     }
                 }
+                first += count;
             }
         }
         for step in done..steps.end {
             for side in 0..2 {
                 // SAFETY: the contract of this method.
-                unsafe { Self::accumulate(rows[side], step, x, &mut accumulators[side]) };
+                unsafe { Self::accumulate(rows[side], step, x, &mut sums[side]) };
             }
         }
-        *sums = accumulators;
     }
 
     #[inline(always)]

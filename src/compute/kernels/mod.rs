@@ -69,6 +69,10 @@ pub trait Kernel: Send + Sync {
     /// Writes the activations (cols) of one token to place `at` of a tile. The other places keep what they have.
     fn pack(&self, format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]);
 
+    /// What the matrix products of decode cost for 1 to 16 tokens, relative to one: a first estimate for a scheduler. It holds
+    /// for weights in Q4_K_M that are read from memory, and was measured (docs/design/kernels.md) or is `LINEAR_COSTS`.
+    fn decode_costs(&self) -> &'static [f32; 16];
+
     /// `x W^T`: the weights are (rows, cols), x holds the tiles of `tokens` tokens. `out` gets each result once.
     fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>);
 
@@ -82,6 +86,10 @@ pub trait Kernel: Send + Sync {
     /// position of them, `sum` is 0 and `out` is NaN.
     fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize);
 }
+
+/// The costs of decode where they were not measured: as if each token had a pass.
+pub const LINEAR_COSTS: [f32; 16] =
+    [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0];
 
 /// The purpose of a forward pass. The phases may use different instructions, and so differ in rounding: the phase of a
 /// token must not depend on the number of tokens beside it.
@@ -164,7 +172,7 @@ pub fn by_name(name: &str) -> Option<Box<dyn Kernel>> {
     match name {
         "portable" => Some(boxed(Portable)),
         #[cfg(target_arch = "x86_64")]
-        "avx2" => x86::Avx2::new().map(boxed),
+        "avx2" => x86::avx2(),
         #[cfg(target_arch = "x86_64")]
         "avx512" => x86::Avx512::new().map(boxed),
         #[cfg(target_arch = "aarch64")]

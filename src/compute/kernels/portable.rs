@@ -14,7 +14,9 @@
 use half::slice::HalfFloatSliceExt;
 
 use super::blocks::{self, Format, blocks};
-use super::{Kernel, KvPage, Line, Out, PAGE, Phase, Query, Scratch, Tile, Weights, shapes, view, view_mut};
+use super::{
+    Kernel, KvPage, LINEAR_COSTS, Line, Out, PAGE, Phase, Query, Scratch, Tile, Weights, shapes, view, view_mut,
+};
 
 /// Plain Rust.
 pub struct Portable;
@@ -36,6 +38,10 @@ impl Kernel for Portable {
     fn pack(&self, format: Format, phase: Phase, x: &[f32], at: usize, tile: &mut [Line]) {
         shapes::pack(self, format, phase, x, at, tile);
         view_mut(tile)[..x.len()].copy_from_slice(x);
+    }
+
+    fn decode_costs(&self) -> &'static [f32; 16] {
+        &LINEAR_COSTS
     }
 
     fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {

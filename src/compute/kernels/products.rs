@@ -1,8 +1,8 @@
 //! The two loops of a matrix product, written once for every fast kernel and format.
 //!
 //! ```text
-//! decode:   for each pair of weight rows, one from each half of the matrix, for each NR = 4 tokens:
-//!               for each ROW_SWITCH features, for each row of the pair:  accumulate w x
+//! decode:   for each 64 weight rows of each half of the matrix, for each TOKENS tokens or fewer, for each pair of rows:
+//!               for each segment of features, for each row of the pair:  accumulate w x
 //!           Two address streams keep more reads in flight than one; the rows share their loads of activations.
 //! prefill:  for each panel of 32 weight rows:  unpack it into cache
 //!               for each TILES tiles of 16 tokens, for each block of features, for each ROWS rows:  accumulate w x
@@ -24,12 +24,32 @@ use super::{Out, Weights};
 const PANEL: usize = 32;
 /// Sums of one tile with a panel: the distance between tiles in the buffer of sums.
 const TILE_STRIDE: usize = PANEL * TILE;
-/// Columns of decode's register tile: tokens that share the unpacking of a weight.
-pub const NR: usize = 4;
-/// `Products::ROW_SWITCH` unless an implementation has its own, and always for fewer than `NR` tokens.
-const DEFAULT_ROW_SWITCH: usize = 3072;
 /// Rows whose results decode passes on in one call.
 const ROW_BLOCK: usize = 64;
+
+/// The statements once for each token t below `T`, at most 8. A loop of that length stays a loop in the compiled code,
+/// and the sums of its tokens in memory.
+macro_rules! for_each_token {
+    ($T:ident, $t:ident, $body:block) => {{
+        macro_rules! token {
+            ($i:literal) => {
+                if $T > $i {
+                    let $t = $i;
+                    $body
+                }
+            };
+        }
+        token!(0);
+        token!(1);
+        token!(2);
+        token!(3);
+        token!(4);
+        token!(5);
+        token!(6);
+        token!(7);
+    }};
+}
+pub(super) use for_each_token;
 
 /// How weights of one format are multiplied with one instruction set.
 ///
@@ -53,15 +73,21 @@ pub unsafe trait Products {
     const ROW: usize;
     /// Features of a step of decode.
     const STEP: usize;
-    /// Features of one row that decode multiplies with `NR` tokens before it switches to the other row of the pair. With
-    /// few, the other row finds the activations in L1. With many, the accumulators of one row stay in registers.
-    const ROW_SWITCH: usize = DEFAULT_ROW_SWITCH;
+    /// Tokens that share the unpacking of a weight in decode, at most 8.
+    const TOKENS: usize = 8;
     /// Features of a `Block`.
     const BLOCK: usize;
     /// Rows of prefill's register tile.
     const ROWS: usize;
     /// Activation tiles of prefill's register tile.
     const TILES: usize;
+
+    /// Features of one row that decode multiplies with `tokens` tokens before it turns to the next row. With few, the next
+    /// row finds the activations in L1. With many, the accumulators of one row stay in registers.
+    #[inline(always)]
+    fn segment(tokens: usize) -> usize {
+        if tokens <= 4 { 3072 } else { 1536 }
+    }
 
     /// Accumulators of zero.
     ///
@@ -92,14 +118,8 @@ pub unsafe trait Products {
         x: [&[Self::Row]; T],
         sums: &mut [[Self::Sum; T]; 2],
     ) {
-        for side in 0..2 {
-            let mut accumulators = sums[side];
-            for step in steps.clone() {
-                // SAFETY: the contract of this method.
-                unsafe { Self::accumulate(rows[side], step, x, &mut accumulators) };
-            }
-            sums[side] = accumulators;
-        }
+        // SAFETY: the contract of this method.
+        unsafe { one_after_the_other::<Self, T>(rows, steps, x, sums) };
     }
 
     /// The horizontal sum.
@@ -128,8 +148,31 @@ pub unsafe trait Products {
     );
 }
 
-/// Results of a block of rows from each half of the matrix, for up to `NR` tokens: (half, token, row).
-type Results = [[[f32; ROW_BLOCK]; NR]; 2];
+/// `Products::accumulate_pair`, one row after the other: the accumulators of one row are in registers.
+///
+/// # Safety
+/// As for `Products::accumulate_pair`.
+#[inline(always)]
+pub unsafe fn one_after_the_other<P: Products + ?Sized, const T: usize>(
+    rows: [Weights<'_>; 2],
+    steps: Range<usize>,
+    x: [&[P::Row]; T],
+    sums: &mut [[P::Sum; T]; 2],
+) {
+    for side in 0..2 {
+        // One by one: a copy of the whole array stays a copy in memory.
+        let mut accumulators = [sums[side][0]; T];
+        for_each_token!(T, t, { accumulators[t] = sums[side][t] });
+        for step in steps.clone() {
+            // SAFETY: the contract of this function.
+            unsafe { P::accumulate(rows[side], step, x, &mut accumulators) };
+        }
+        for_each_token!(T, t, { sums[side][t] = accumulators[t] });
+    }
+}
+
+/// Results of a block of rows from each half of the matrix: (half, token, row).
+type Results<const T: usize> = [[[f32; ROW_BLOCK]; T]; 2];
 
 /// The product for few tokens. `x` holds them one by one.
 ///
@@ -141,42 +184,62 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
         return;
     }
     let lines = x.len() / tokens;
-    let row = |token: usize| view::<P::Row>(&x[token * lines..(token + 1) * lines]);
-    let mut results: Results = [[[0f32; ROW_BLOCK]; NR]; 2];
-    let rows = weights.n_rows();
-    let half = rows.div_ceil(2);
+    let features = weights.cols.div_ceil(P::ROW);
+    let row = |token: usize| &view::<P::Row>(&x[token * lines..(token + 1) * lines])[..features];
+    let half = weights.n_rows().div_ceil(2);
     for first in (0..half).step_by(ROW_BLOCK) {
-        let count = ROW_BLOCK.min(half - first);
+        let block = first..half.min(first + ROW_BLOCK);
         let mut token = 0;
         while token < tokens {
-            let batch = match tokens - token {
-                1 => 1,
-                2 | 3 => 2,
-                _ => NR,
-            };
-            for i in 0..count {
-                // The last row of the first half may have no partner. It is paired with the last row, for a second time.
-                let pair = [weights.row(first + i), weights.row((half + first + i).min(rows - 1))];
-                // SAFETY: the contract of this function; both are rows of the same matrix.
-                unsafe {
-                    match batch {
-                        1 => dot::<P, 1>(pair, [row(token)], &mut results, i),
-                        2 => dot::<P, 2>(pair, [row(token), row(token + 1)], &mut results, i),
-                        _ => {
-                            let x = [row(token), row(token + 1), row(token + 2), row(token + 3)];
-                            dot::<P, NR>(pair, x, &mut results, i);
-                        }
+            // As few passes as possible, of equal numbers of tokens. All but the first find the rows in L2.
+            let count = (tokens - token).div_ceil((tokens - token).div_ceil(P::TOKENS));
+            macro_rules! by_count {
+                ($($T:literal)*) => {
+                    match count {
+                        $($T => {
+                            let mut x = [row(token); $T];
+                            for (t, x) in x.iter_mut().enumerate() {
+                                *x = row(token + t);
+                            }
+                            // SAFETY: the contract of this function; each `x` has been cut to the features of a row.
+                            unsafe { pass::<P, $T>(weights, block.clone(), x, token, out) };
+                        })*
+                        _ => unreachable!("{count} tokens"),
                     }
-                }
+                };
             }
-            for (side, results) in results.iter().enumerate() {
-                let at = side * half + first;
-                let count = count.min(rows.saturating_sub(at));
-                for (t, results) in results.iter().enumerate().take(batch) {
-                    out(token + t, at, &results[..count]);
-                }
-            }
-            token += batch;
+            by_count!(1 2 3 4 5 6 7 8);
+            token += count;
+        }
+    }
+}
+
+/// Rows `block` of each half of the matrix with `T` tokens, the first of which is `token`.
+///
+/// # Safety
+/// As for [`decode`]; each `x` holds the features of a row.
+#[inline(always)]
+unsafe fn pass<P: Products, const T: usize>(
+    weights: Weights<'_>,
+    block: Range<usize>,
+    x: [&[P::Row]; T],
+    token: usize,
+    out: &mut Out<'_>,
+) {
+    let rows = weights.n_rows();
+    let half = rows.div_ceil(2);
+    let mut results: Results<T> = [[[0f32; ROW_BLOCK]; T]; 2];
+    for (i, row) in block.clone().enumerate() {
+        // The last row of the first half may have no partner. It is paired with the last row, for a second time.
+        let pair = [weights.row(row), weights.row((half + row).min(rows - 1))];
+        // SAFETY: the contract of this function; both are rows of one matrix.
+        unsafe { dot::<P, T>(pair, x, &mut results, i) };
+    }
+    for (side, results) in results.iter().enumerate() {
+        let first = side * half + block.start;
+        let count = block.len().min(rows.saturating_sub(first));
+        for (t, results) in results.iter().enumerate() {
+            out(token + t, first, &results[..count]);
         }
     }
 }
@@ -184,39 +247,28 @@ pub unsafe fn decode<P: Products>(weights: Weights<'_>, x: &[Line], tokens: usiz
 /// Multiplies two weight rows with `T` tokens. The results go to index `at` of `results`.
 ///
 /// # Safety
-/// The instruction set is there, see [`Simd`], and `rows` are two rows of whole blocks, equally long.
+/// The instruction set is there, see [`Simd`]. The rows have whole blocks and are equally long, and `x` holds as many
+/// features.
 #[inline(always)]
 unsafe fn dot<P: Products, const T: usize>(
-    rows: [Weights<'_>; 2],
-    mut x: [&[P::Row]; T],
-    results: &mut Results,
+    pair: [Weights<'_>; 2],
+    x: [&[P::Row]; T],
+    results: &mut Results<T>,
     at: usize,
 ) {
-    let cols = rows[0].cols;
-    for t in 0..T {
-        x[t] = &x[t][..cols.div_ceil(P::ROW)];
-    }
-    let steps_per_switch = if T == NR { P::ROW_SWITCH } else { DEFAULT_ROW_SWITCH } / P::STEP;
-    let steps = cols.div_ceil(P::STEP);
-    // SAFETY: the contract of this function; `steps` are the steps of a row, and the slicing above has checked each `x`.
+    let steps = pair[0].cols.div_ceil(P::STEP);
+    let segment = P::segment(T) / P::STEP;
+    // SAFETY: the contract of this function; `steps` are the steps of a row.
     unsafe {
         let mut sums = [[P::zero(); T]; 2];
-        for first in (0..steps).step_by(steps_per_switch) {
-            P::accumulate_pair(rows, first..steps.min(first + steps_per_switch), x, &mut sums);
+        for first in (0..steps).step_by(segment) {
+            P::accumulate_pair(pair, first..steps.min(first + segment), x, &mut sums);
         }
         for side in 0..2 {
-            reduce_into::<P, T>(sums[side], &mut results[side], at);
+            for t in 0..T {
+                results[side][t][at] = P::reduce(sums[side][t]);
+            }
         }
-    }
-}
-
-/// # Safety
-/// The instruction set is there, see [`Simd`].
-#[inline(always)]
-unsafe fn reduce_into<P: Products, const T: usize>(sums: [P::Sum; T], results: &mut [[f32; ROW_BLOCK]; NR], at: usize) {
-    for t in 0..T {
-        // SAFETY: the contract of this function.
-        results[t][at] = unsafe { P::reduce(sums[t]) };
     }
 }
 

@@ -1,10 +1,10 @@
 //! The operations that models are written in, over Candle tensors.
 //!
-//! Activations are (rows, features) f32 tensors. A row is a token of one of the sequences of a pass. Results overwrite a
-//! tensor of the right shape, so that a decoded token allocates nothing large. On the CPU each operation is a Candle custom
-//! op that divides its work into tasks for our own thread pool and calls a kernel for each. Candle's own operations do not
-//! run there: they use a global pool that ignores `n_threads` and does not survive a fork. On other devices, and on the
-//! CPU in tests, each operation is composed of Candle's own (`candle.rs`).
+//! Activations are (rows, features) f32 tensors. A row is a token of one of the sequences of a pass. Results overwrite a tensor of the right shape, so that a decoded token
+//! allocates nothing. On the CPU each operation is a Candle custom op that divides its work into tasks for our own thread
+//! pool and calls a kernel for each. Candle's own operations do not run there: they use a global pool that ignores
+//! `n_threads` and does not survive a fork. On other devices, and on the CPU in tests, each operation is composed of
+//! Candle's own (`candle.rs`).
 //!
 //! Decisions: docs/design/compute.md
 
@@ -59,7 +59,10 @@ impl Backend {
 
     /// The time of a decode pass over 1, 2, ... rows, in passes over one row.
     pub fn decode_costs(&self) -> &'static [f32] {
-        &[1.0]
+        match self {
+            Backend::Cpu { kernel, .. } => kernel.decode_costs(),
+            Backend::Candle(_) => &[1.0],
+        }
     }
 
     /// The operations of one pass. Once every one of `cancels` is set they stop early, and their results are invalid: the
@@ -82,7 +85,7 @@ pub struct Ops<'a> {
 struct Cancels<'a>(&'a [Cancel]);
 
 impl Cancels<'_> {
-    /// Whether every sequence is cancelled: the results are not needed any more.
+    /// True once the pass has no reader left.
     fn all_set(self) -> bool {
         self.0.iter().all(Cancel::is_set)
     }

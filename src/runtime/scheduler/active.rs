@@ -1,12 +1,11 @@
-//! A job with a slot: what it has of its sequence.
+//! A job with a slot, and the prompts that are computed.
 
-use std::mem;
 use std::time::Duration;
 
 use super::Job;
-use crate::error::{Error, Result};
-use crate::model::{Batch, Member, Phase, Sequence};
-use crate::system::sync::Cancel;
+use crate::error::Error;
+use crate::model::{Batch, Member, Sequence};
+use crate::system::panic;
 
 pub(super) struct Active {
     pub job: Box<dyn Job>,
@@ -16,52 +15,64 @@ pub(super) struct Active {
     /// Virtual runtime among decoding jobs, as in Linux's fair scheduler: its part of the time of its passes, raised to
     /// the clock of the others when it becomes ready, so that idle time earns no credit.
     pub runtime: Duration,
-    /// The time of its prompt's turns.
-    pub prompt_time: Duration,
 }
 
-/// The sequence of a job between two turns.
+/// Where the sequence of a job is between two turns.
 pub(super) enum State {
-    /// Not made yet.
+    /// It is not made yet.
     Unstarted,
-    /// Its next ids are prefilled, alone in a batch.
-    Prompt(Batch),
+    /// Its next ids are prefilled: it is in `Prompts`.
+    Prompt,
     /// Its next ids are decoded.
     Decode(Sequence),
+    /// The job has its end, or an error.
+    Ended,
 }
 
-impl State {
-    /// Of a sequence that goes on.
-    pub fn of(sequence: Sequence, cancel: &Cancel) -> Result<Self> {
-        match sequence.phase() {
-            Some(Phase::Decode) => Ok(State::Decode(sequence)),
-            Some(Phase::Prefill) => {
-                let mut batch = Batch::default();
-                batch.members.push(Member::new(sequence, cancel.clone()));
-                Ok(State::Prompt(batch))
+/// Prompts whose rows go through the layers together.
+#[derive(Default)]
+pub(super) struct Prompts {
+    pub batch: Batch,
+    /// The jobs of the members. One that was cancelled is gone.
+    pub numbers: Vec<u64>,
+    /// The time of their turns.
+    pub time: Duration,
+}
+
+impl Active {
+    pub fn new(job: Box<dyn Job>, number: u64) -> Self {
+        Active { job, number, state: State::Unstarted, runtime: Duration::ZERO }
+    }
+
+    pub fn is_alive(&self) -> bool {
+        !matches!(self.state, State::Ended)
+    }
+
+    pub fn fail(&mut self, error: Error) {
+        self.state = State::Ended;
+        self.job.fail(error);
+    }
+
+    /// Makes the sequence, as a member of `prompts`.
+    pub fn begin(&mut self, prompts: &mut Prompts) {
+        match panic::catch(|| self.job.begin()) {
+            Ok(sequence) => {
+                self.state = State::Prompt;
+                prompts.batch.members.push(Member::new(sequence, self.job.cancel().clone()));
+                prompts.numbers.push(self.number);
             }
-            None => Err(Error::Internal("a job goes on without ids to compute".into())),
+            Err(error) => self.fail(error),
         }
     }
 
     /// The sequence that decodes, for a pass.
     pub fn take_sequence(&mut self) -> Option<Sequence> {
-        match mem::replace(self, State::Unstarted) {
+        match std::mem::replace(&mut self.state, State::Ended) {
             State::Decode(sequence) => Some(sequence),
             other => {
-                *self = other;
+                self.state = other;
                 None
             }
         }
-    }
-}
-
-impl Active {
-    pub fn new(job: Box<dyn Job>, number: u64) -> Self {
-        Active { job, number, state: State::Unstarted, runtime: Duration::ZERO, prompt_time: Duration::ZERO }
-    }
-
-    pub fn decodes(&self) -> bool {
-        matches!(self.state, State::Decode(_))
     }
 }

@@ -1,8 +1,9 @@
 //! The jobs of the compute thread, and the choice of the next turn.
 //!
-//! Decoding jobs share passes. While there are prompts too, time is shared one to one between the passes and the turns of
-//! prompts, and a decoding job waits for one turn of a prompt at a time, or for as many as take no longer than a pass.
-//! Among prompts, the one that has had the least time comes first, and every eighth turn goes to the oldest one.
+//! Decoding jobs share passes, and so do short prompts that begin together. While there are prompts and decoding jobs, time
+//! is shared one to one between their turns, and a decoding job waits for one turn of a prompt at a time, or for as many
+//! as take no longer than a pass. Among prompts, those that have had the least time come first, and every eighth turn goes
+//! to the oldest ones.
 //!
 //! Decisions: docs/design/runtime.md
 
@@ -11,12 +12,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Job;
-use super::active::Active;
+use super::active::{Active, Prompts, State};
 use crate::error::Error;
 use crate::system::panic;
 
 /// Turns of prompts of which the oldest prompt gets one, however many short ones arrive.
 const OLDEST_GETS_ONE_OF: usize = 8;
+/// Tokens of prompts that share a pass. The unpacking of the weights costs as much as 10 tokens, so more would gain little,
+/// and each prompt waits for the others.
+const SHARED_TOKENS: usize = 128;
 
 /// The jobs that the thread has taken from the queue.
 #[derive(Default)]
@@ -24,25 +28,26 @@ pub(super) struct Jobs {
     /// The jobs of the current turn.
     pub(super) current: Vec<Active>,
     /// The other jobs with a slot, oldest first.
-    pub(super) active: VecDeque<Active>,
+    pub(super) active: Vec<Active>,
     /// Jobs that got a slot so far.
     admitted: u64,
     /// Jobs without a slot.
     pub(super) waiting: VecDeque<Box<dyn Job>>,
+    /// Prompts between two of their turns.
+    prompts: Vec<Prompts>,
+    /// Turns of prompts so far.
+    prompt_turns: usize,
     /// The virtual runtime of the decoding job that was chosen last.
     clock: Duration,
     shares: Shares,
-    /// Turns of prompts so far.
-    prompt_turns: usize,
 }
 
 /// What the current jobs do in the next turn.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
     /// The job is cancelled. It ends.
     End,
-    /// A layer of a prompt.
-    Prompt,
+    /// A layer of their prompts.
+    Prompt(Box<Prompts>),
     /// A decode pass.
     Decode,
 }
@@ -98,20 +103,17 @@ impl Jobs {
         while self.active.len() < slots
             && let Some(job) = self.waiting.pop_front()
         {
-            self.active.push_back(Active::new(job, self.admitted));
+            self.active.push(Active::new(job, self.admitted));
             self.admitted += 1;
         }
-        let is_ready = |decodes: bool| {
-            let ready = self.active.iter().enumerate().filter(move |(_, active)| active.decodes() == decodes);
-            ready.filter(|(_, active)| active.job.ready()).map(|(i, _)| i).collect::<Vec<_>>()
-        };
-        let (prompts, decoders) = (is_ready(false), is_ready(true));
+        let ready: Vec<usize> = (0..self.active.len()).filter(|&i| self.active[i].job.ready()).collect();
+        let (decoders, prompts): (Vec<_>, Vec<_>) =
+            ready.into_iter().partition(|&i| matches!(self.active[i].state, State::Decode(_)));
         if prompts.is_empty() || decoders.is_empty() {
             self.shares.forget();
         }
         if !prompts.is_empty() && (decoders.is_empty() || self.shares.prompt_is_next()) {
-            self.take_prompt(&prompts);
-            Some(Turn::Prompt)
+            Some(Turn::Prompt(Box::new(self.take_prompts(&prompts))))
         } else if !decoders.is_empty() {
             self.take_decoders(decoders, max_batch);
             Some(Turn::Decode)
@@ -125,16 +127,56 @@ impl Jobs {
             return self.waiting.remove(i).map(|job| Active::new(job, self.admitted));
         }
         let i = self.active.iter().position(|active| active.job.cancel().is_set())?;
-        self.active.remove(i)
+        let cancelled = self.active.remove(i);
+        self.drop_abandoned_prompts();
+        Some(cancelled)
     }
 
-    fn take_prompt(&mut self, ready: &[usize]) {
-        self.prompt_turns += 1;
-        let chosen = match self.prompt_turns.is_multiple_of(OLDEST_GETS_ONE_OF) {
-            true => ready.first().copied(),
-            false => ready.iter().copied().min_by_key(|&i| self.active[i].prompt_time),
+    /// Makes the jobs of the next prompts the current ones.
+    fn take_prompts(&mut self, ready: &[usize]) -> Prompts {
+        let under_way = |i: usize| {
+            let number = self.active[i].number;
+            self.prompts.iter().position(|prompts| prompts.numbers.contains(&number))
         };
-        self.current.extend(chosen.and_then(|i| self.active.remove(i)));
+        let time = |i: usize| under_way(i).map_or(Duration::ZERO, |prompts| self.prompts[prompts].time);
+        let least = ready.iter().copied().min_by_key(|&i| time(i)).unwrap_or(ready[0]);
+        let chosen = if (self.prompt_turns + 1).is_multiple_of(OLDEST_GETS_ONE_OF) { ready[0] } else { least };
+        let under_way = under_way(chosen);
+        self.prompt_turns += 1;
+        match under_way {
+            Some(prompts) => {
+                let prompts = self.prompts.swap_remove(prompts);
+                self.take(|active| prompts.numbers.contains(&active.number));
+                prompts
+            }
+            None => {
+                let numbers = self.new_prompts(chosen, ready);
+                self.take(|active| numbers.contains(&active.number));
+                Prompts::default()
+            }
+        }
+    }
+
+    /// The jobs that begin their prompts in one pass: the chosen one and, if it is short, other short ones.
+    fn new_prompts(&self, chosen: usize, ready: &[usize]) -> Vec<u64> {
+        let (first, model) = (&self.active[chosen], self.active[chosen].job.model());
+        let mut numbers = vec![first.number];
+        let Some(mut tokens) = first.job.shared_prompt() else { return numbers };
+        for other in ready.iter().map(|&i| &self.active[i]).filter(|other| other.number != first.number) {
+            let begins = matches!(other.state, State::Unstarted) && Arc::ptr_eq(other.job.model(), model);
+            let Some(more) = other.job.shared_prompt().filter(|_| begins) else { continue };
+            if tokens + more <= SHARED_TOKENS && numbers.len() < model.info().width {
+                tokens += more;
+                numbers.push(other.number);
+            }
+        }
+        numbers
+    }
+
+    /// Makes the jobs that `is_chosen` the current ones, oldest first.
+    fn take(&mut self, is_chosen: impl Fn(&Active) -> bool) {
+        let (chosen, others) = std::mem::take(&mut self.active).into_iter().partition(is_chosen);
+        (self.current, self.active) = (chosen, others);
     }
 
     /// The ready job with the least runtime, and those of the same model with the least after it.
@@ -145,45 +187,42 @@ impl Jobs {
         let info = model.info();
         ready.truncate(width(ready.len().min(max_batch).min(info.width), info.pass_costs));
         self.clock = self.clock.max(self.active[ready[0]].runtime);
-        ready.sort_unstable(); // a pass has its rows in the order of arrival
-        for i in ready.into_iter().rev() {
-            self.current.extend(self.active.remove(i));
-        }
-        self.current.reverse();
+        let numbers: Vec<u64> = ready.iter().map(|&i| self.active[i].number).collect();
+        self.take(|active| numbers.contains(&active.number));
         self.current.iter_mut().for_each(|active| active.runtime = active.runtime.max(self.clock));
     }
 
-    /// The current prompt has taken a turn of this length. If it ended, it stays current.
-    pub(super) fn put_back_prompt(&mut self, goes_on: bool, turn: Duration) {
+    /// The current jobs have taken a turn of this length with their prompts, of which `prompts` go on.
+    pub(super) fn put_back_prompts(&mut self, prompts: Vec<Prompts>, turn: Duration) {
         self.shares.add_prompt(turn);
-        if goes_on && let Some(mut active) = self.current.pop() {
-            active.prompt_time += turn;
-            self.put_back(active);
-        }
+        self.put_back(prompts.into_iter().map(|prompts| Prompts { time: prompts.time + turn, ..prompts }));
     }
 
-    /// The current jobs have taken a pass of this length. Each is charged an equal part. Those that ended stay current.
-    pub(super) fn put_back_decoders(&mut self, go_on: &[bool], pass: Duration) {
+    /// The current jobs have taken a pass of this length, which is charged to them in equal parts.
+    pub(super) fn put_back_decoders(&mut self, prompts: Vec<Prompts>, pass: Duration) {
         self.shares.add_pass(pass);
-        let part = pass / go_on.len().max(1) as u32;
-        let mut ended = Vec::new(); // they are dropped last: a drop that panics must not take the others along
-        for (mut active, &goes_on) in std::mem::take(&mut self.current).into_iter().zip(go_on) {
-            active.runtime += part;
-            if goes_on {
-                self.put_back(active);
-            } else {
-                ended.push(active);
-            }
-        }
-        self.current = ended;
+        let part = pass / self.current.len().max(1) as u32;
+        self.current.iter_mut().for_each(|active| active.runtime += part);
+        self.put_back(prompts.into_iter());
     }
-}
 
-impl Jobs {
-    /// Among the jobs with a slot, in the order of their arrival.
-    fn put_back(&mut self, active: Active) {
-        let place = self.active.partition_point(|other| other.number < active.number);
-        self.active.insert(place, active);
+    /// The current jobs that go on are among the others again, in the order of their arrival. Those that ended stay
+    /// current: they are dropped last, so that a drop that panics does not take the others along.
+    fn put_back(&mut self, prompts: impl Iterator<Item = Prompts>) {
+        let (alive, ended): (Vec<_>, _) = std::mem::take(&mut self.current).into_iter().partition(Active::is_alive);
+        self.current = ended;
+        for active in alive {
+            let place = self.active.partition_point(|other| other.number < active.number);
+            self.active.insert(place, active);
+        }
+        self.prompts.extend(prompts);
+        self.drop_abandoned_prompts();
+    }
+
+    /// Prompts whose jobs have all ended.
+    fn drop_abandoned_prompts(&mut self) {
+        let lives = |number: &u64| self.active.iter().any(|active| active.number == *number);
+        self.prompts.retain(|prompts| prompts.numbers.iter().any(lives));
     }
 
     /// Fails and drops every job. A panic of one does not reach the others.

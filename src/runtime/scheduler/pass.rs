@@ -1,115 +1,107 @@
-//! One turn of the compute thread: a layer of a prompt, or a decode pass of several jobs.
+//! One turn of the compute thread: a layer of prompts, or a decode pass.
 //!
 //! Decisions: docs/design/runtime.md
 
 use std::mem;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::active::{Active, State};
+use super::active::{Active, Prompts, State};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Member, Model, Phase, Sequence};
 use crate::system::sync::lock;
 use crate::system::{memory, panic};
 
-/// Takes a turn with the prompt of a job; false after the last one, and if it fails.
-pub fn prompt(active: &mut Active, start: Instant) -> bool {
-    panic::catch(|| prompt_turn(active, start)).unwrap_or_else(|error| {
-        active.job.fail(error);
-        false
-    })
-}
-
-fn prompt_turn(Active { job, state, .. }: &mut Active, start: Instant) -> Result<bool> {
-    let model = job.model().clone();
-    let mut batch = match mem::replace(state, State::Unstarted) {
-        State::Prompt(batch) => batch,
-        _ => match State::of(job.begin()?, job.cancel())? {
-            State::Prompt(batch) => batch,
-            _ => return Err(Error::Internal("a prompt has no ids to prefill".into())),
-        },
-    };
-    let pass_goes_on = model.forward(&mut batch)?;
-    if pass_goes_on || batch.logits(0).is_empty() {
-        job.turn(batch.computed(0), start.elapsed());
-    } else {
-        let Batch { members, logits, .. } = &mut batch;
-        let Member { sequence, logits: wanted, .. } = &mut members[0];
-        if !job.accept(sequence, &logits[wanted.clone()], start.elapsed())? {
-            return Ok(false);
-        }
+/// Takes a turn with prompts. New ones have no members yet. `jobs` are those of the members, but for cancelled ones. Returns
+/// the prompts that go on.
+pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, start: Instant) -> Vec<Prompts> {
+    let Some(first) = jobs.first() else { return Vec::new() };
+    let model = first.job.model().clone();
+    if prompts.numbers.is_empty() {
+        jobs.iter_mut().for_each(|active| active.begin(&mut prompts));
     }
-    let prefills = batch.members[0].sequence.phase() == Some(Phase::Prefill);
-    *state = if pass_goes_on || prefills && job.ready() {
-        State::Prompt(batch) // the next turn uses its memory
-    } else {
-        let Some(member) = batch.members.pop() else { return Err(Error::Internal("a batch lost its sequence".into())) };
-        State::of(member.sequence, job.cancel())?
+    if prompts.numbers.is_empty() {
+        return Vec::new(); // every job has failed
+    }
+    let shared = prompts.numbers.len() > 1;
+    let pass_goes_on = match panic::catch(|| model.forward(&mut prompts.batch)) {
+        Ok(pass_goes_on) => pass_goes_on,
+        Err(error) if shared && error != Error::Cancelled => return split(prompts),
+        Err(error) => {
+            jobs.iter_mut().for_each(|active| active.fail(error.clone()));
+            return Vec::new();
+        }
     };
-    Ok(true)
+    if pass_goes_on || !shared && prompts.batch.logits(0).is_empty() {
+        record_turn(jobs, &prompts, start.elapsed());
+        if pass_goes_on {
+            return vec![prompts];
+        }
+        let members = mem::take(&mut prompts.batch.members);
+        let going_on = jobs.iter_mut().zip(members.into_iter().map(|member| member.sequence));
+        return settle(going_on.filter(|(active, _)| active.is_alive()), prompts.batch, prompts.time);
+    }
+    let outcomes = prompts.batch.members.iter().map(logits_of).collect();
+    let going_on = deliver(model.as_ref(), jobs, &prompts.numbers, &mut prompts.batch, outcomes, start);
+    settle(going_on.into_iter(), prompts.batch, prompts.time)
 }
 
-/// Takes a decode pass with the jobs, which have the same model. The jobs then take their logits side by side. Whether
-/// each of them goes on.
-pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<bool> {
+/// Takes a decode pass with jobs of one model. Returns the prompts that follow from it: a sequence may outgrow its rope
+/// factors, and is computed anew.
+pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<Prompts> {
     let Some(first) = jobs.first() else { return Vec::new() };
     let model = first.job.model().clone();
     batch.pass = None;
     batch.members.clear();
-    let sequences = jobs.iter_mut().map(|active| (active.state.take_sequence(), active.job.cancel().clone()));
-    batch.members.extend(sequences.filter_map(|(sequence, cancel)| Some(Member::new(sequence?, cancel))));
-    debug_assert_eq!(batch.members.len(), jobs.len(), "each job has a sequence that decodes");
+    let mut numbers = Vec::new();
+    for active in jobs.iter_mut() {
+        if let Some(sequence) = active.take_sequence() {
+            numbers.push(active.number);
+            batch.members.push(Member::new(sequence, active.job.cancel().clone()));
+        }
+    }
     let outcomes = forward(model.as_ref(), batch);
-    let (logits, time) = (mem::take(&mut batch.logits), start.elapsed());
-    let outcomes = batch.members.drain(..).zip(outcomes);
-    let deliveries = jobs.iter_mut().zip(outcomes).map(|(active, (member, outcome))| {
-        Mutex::new(Delivery { active, sequence: Some(member.sequence), outcome, goes_on: false })
-    });
-    let deliveries: Vec<_> = deliveries.collect();
-    model.run(deliveries.len(), &|i| lock(&deliveries[i]).deliver(&logits, time));
-    let go_on = deliveries.iter().map(|delivery| lock(delivery).goes_on).collect();
-    drop(deliveries);
-    batch.logits = logits; // the memory is used again
-    go_on
+    let going_on = deliver(model.as_ref(), jobs, &numbers, batch, outcomes, start);
+    settle(going_on.into_iter(), Batch::default(), Duration::ZERO)
 }
 
-/// The logits of a job, or the error of its pass, on their way to the job.
-struct Delivery<'a> {
-    active: &'a mut Active,
-    sequence: Option<Sequence>,
-    outcome: Result<Range<usize>>,
-    goes_on: bool,
-}
-
-impl Delivery<'_> {
-    fn deliver(&mut self, logits: &[f32], time: Duration) {
-        let Active { job, state, .. } = &mut *self.active;
-        let Some(mut sequence) = self.sequence.take() else { return };
-        let outcome = mem::replace(&mut self.outcome, Ok(0..0));
-        let accepted = outcome.and_then(|range| {
-            panic::catch(|| {
-                let goes_on = job.accept(&mut sequence, &logits[range], time)?;
-                if goes_on {
-                    *state = State::of(sequence, job.cancel())?;
-                }
-                Ok(goes_on)
-            })
+/// Tells the jobs how far their prompts are.
+fn record_turn(jobs: &mut [Active], prompts: &Prompts, time: Duration) {
+    for active in jobs {
+        let Some(member) = prompts.numbers.iter().position(|&number| number == active.number) else { continue };
+        let recorded = panic::catch(|| {
+            active.job.turn(prompts.batch.computed(member), time);
+            Ok(())
         });
-        match accepted {
-            Ok(goes_on) => self.goes_on = goes_on,
-            Err(error) => job.fail(error),
+        if let Err(error) = recorded {
+            active.job.cancel().set(); // its rows leave the pass
+            active.fail(error);
         }
     }
 }
 
-/// The logits of each member, as ranges of the batch's. If a pass of several fails, each of them is computed alone, so that
-/// the error reaches the job that it belongs to and no other.
-fn forward(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
-    let logits_of = |member: &Member| match member.logits.is_empty() {
+/// Each prompt alone, to be computed from its start.
+fn split(prompts: Prompts) -> Vec<Prompts> {
+    let Prompts { batch, numbers, time } = prompts;
+    let alone = |(member, number)| {
+        let batch = Batch { members: vec![member], ..Batch::default() };
+        Prompts { batch, numbers: vec![number], time }
+    };
+    batch.members.into_iter().zip(numbers).map(alone).collect()
+}
+
+/// Of a member after a pass, as a range of the batch's logits.
+fn logits_of(member: &Member) -> Result<Range<usize>> {
+    match member.logits.is_empty() {
         true => Err(Error::Cancelled), // it left the pass
         false => Ok(member.logits.clone()),
-    };
+    }
+}
+
+/// A decode pass. If one of several members fails, each of them is computed alone, so that the error reaches the job that it
+/// belongs to and no other.
+fn forward(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
     match panic::catch(|| pass(model, batch)) {
         Ok(()) => batch.members.iter().map(logits_of).collect(),
         Err(error) if batch.members.len() == 1 || error == Error::Cancelled => {
@@ -145,4 +137,77 @@ fn alone(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
     }
     (batch.members, batch.logits) = (computed, logits);
     outcomes
+}
+
+/// The logits of a job, or the error of its pass, on their way to the job.
+struct Delivery<'a> {
+    active: &'a mut Active,
+    /// None once the job has ended.
+    sequence: Option<Sequence>,
+    outcome: Result<Range<usize>>,
+}
+
+impl Delivery<'_> {
+    fn deliver(&mut self, logits: &[f32], time: Duration) {
+        let (job, Some(mut sequence)) = (&mut self.active.job, self.sequence.take()) else { return };
+        let outcome = mem::replace(&mut self.outcome, Ok(0..0));
+        let accepted = outcome.and_then(|range| panic::catch(|| job.accept(&mut sequence, &logits[range], time)));
+        match accepted {
+            Ok(true) => self.sequence = Some(sequence),
+            Ok(false) => self.active.state = State::Ended,
+            Err(error) => self.active.fail(error),
+        }
+    }
+}
+
+/// Jobs and the sequences with which they go on.
+type GoingOn<'a> = Vec<(&'a mut Active, Sequence)>;
+
+/// Hands the logits of a pass to the jobs of its members, side by side.
+fn deliver<'a>(
+    model: &dyn Model,
+    jobs: &'a mut [Active],
+    numbers: &[u64],
+    batch: &mut Batch,
+    outcomes: Vec<Result<Range<usize>>>,
+    start: Instant,
+) -> GoingOn<'a> {
+    let (logits, time) = (mem::take(&mut batch.logits), start.elapsed());
+    let mut members: Vec<_> = numbers.iter().zip(batch.members.drain(..)).zip(outcomes).collect();
+    let delivery = |active: &'a mut Active| {
+        let member = members.iter().position(|((number, _), _)| **number == active.number)?;
+        let ((_, Member { sequence, .. }), outcome) = members.swap_remove(member);
+        Some(Mutex::new(Delivery { active, sequence: Some(sequence), outcome }))
+    };
+    let deliveries: Vec<_> = jobs.iter_mut().filter_map(delivery).collect();
+    model.run(deliveries.len(), &|i| lock(&deliveries[i]).deliver(&logits, time));
+    batch.logits = logits; // the memory is used again
+    let goes_on = |delivery: Mutex<Delivery<'a>>| {
+        let Delivery { active, sequence, .. } = delivery.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Some((active, sequence?))
+    };
+    deliveries.into_iter().filter_map(goes_on).collect()
+}
+
+/// Records what each sequence needs next. Returns those that are prefilled, the first of them with the memory of `batch`.
+fn settle<'a>(
+    going_on: impl Iterator<Item = (&'a mut Active, Sequence)>,
+    batch: Batch,
+    time: Duration,
+) -> Vec<Prompts> {
+    let (mut batch, mut prompts) = (Some(batch), Vec::new());
+    for (active, sequence) in going_on {
+        match sequence.phase() {
+            Some(Phase::Decode) => active.state = State::Decode(sequence),
+            Some(Phase::Prefill) => {
+                // A prompt that waits for its reader keeps no activations.
+                let mut batch = batch.take().filter(|_| active.job.ready()).unwrap_or_default();
+                batch.members.push(Member::new(sequence, active.job.cancel().clone()));
+                active.state = State::Prompt;
+                prompts.push(Prompts { batch, numbers: vec![active.number], time });
+            }
+            None => active.fail(Error::Internal("a job goes on without ids to compute".into())),
+        }
+    }
+    prompts
 }

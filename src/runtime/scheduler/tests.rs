@@ -11,6 +11,7 @@ struct Counter {
     name: char,
     model: Arc<dyn Model>,
     prompt: usize,
+    shares_prompt: bool,
     /// Ids that it takes after the prompt.
     left: usize,
     out: Sender<String>,
@@ -42,6 +43,10 @@ impl Job for Counter {
 
     fn model(&self) -> &Arc<dyn Model> {
         &self.model
+    }
+
+    fn shared_prompt(&self) -> Option<usize> {
+        self.shares_prompt.then_some(self.prompt)
     }
 
     fn begin(&mut self) -> Result<Sequence> {
@@ -89,7 +94,19 @@ impl Drop for Counter {
 fn job(name: char, left: usize, out: &Sender<String>) -> Box<Counter> {
     let (model, cancel, out, ready) =
         (Arc::new(Fake::default()), Cancel::default(), out.clone(), Arc::new(true.into()));
-    Box::new(Counter { name, model, prompt: 1, left, out, panics: &[], ready, gate: None, cancel, unread_since: None })
+    Box::new(Counter {
+        name,
+        model,
+        prompt: 1,
+        shares_prompt: false,
+        left,
+        out,
+        panics: &[],
+        ready,
+        gate: None,
+        cancel,
+        unread_since: None,
+    })
 }
 
 /// A job that is not ready.
@@ -248,17 +265,17 @@ impl Simulation {
         {
             let start = Instant::now();
             match turn {
-                Turn::End => self.jobs.current[0].job.fail(Error::Cancelled),
-                Turn::Prompt => {
-                    let goes_on = pass::prompt(&mut self.jobs.current[0], start);
+                Turn::End => self.jobs.current[0].fail(Error::Cancelled),
+                Turn::Prompt(prompts) => {
+                    let prompts = pass::prompt(&mut self.jobs.current, *prompts, start);
                     let names: String = self.results.try_iter().collect();
-                    self.jobs.put_back_prompt(goes_on, Duration::from_millis(length(&names)));
+                    self.jobs.put_back_prompts(prompts, Duration::from_millis(length(&names)));
                     taken.push(names);
                 }
                 Turn::Decode => {
-                    let go_on = pass::decode(&mut self.jobs.current, &mut self.batch, start);
+                    let prompts = pass::decode(&mut self.jobs.current, &mut self.batch, start);
                     let names = format!("({})", self.results.try_iter().collect::<String>());
-                    self.jobs.put_back_decoders(&go_on, Duration::from_millis(length(&names)));
+                    self.jobs.put_back_decoders(prompts, Duration::from_millis(length(&names)));
                     taken.push(names);
                 }
             }
@@ -383,6 +400,54 @@ fn a_short_prompt_overtakes_a_long_one_and_the_oldest_goes_on() {
 }
 
 #[test]
+fn short_prompts_that_begin_together_share_a_pass() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    let shared = |simulation: &Simulation, name, prompt| {
+        let mut job = simulation.job(name, prompt, 2);
+        job.shares_prompt = true;
+        job
+    };
+    for (name, prompt) in [('a', 50), ('b', 50), ('c', 50), ('d', 300), ('e', 20)] {
+        simulation.submit(shared(&simulation, name, prompt));
+    }
+    simulation.submit(simulation.job('x', 5, 2));
+    let first = simulation.run(1, |_| 1);
+    assert_eq!(first[0].len(), 3, "{first:?}");
+    let passes = lock(&simulation.model.passes);
+    let names: String = passes[0].iter().map(|&id| char::from_u32(id).unwrap()).collect();
+    assert_eq!(names, "abe", "the third has no room, the fourth is long, the last is computed alone");
+}
+
+#[test]
+fn of_prompts_that_share_a_pass_one_may_be_cancelled_and_one_may_panic() {
+    let start = |culprit: Option<&'static [&'static str]>| {
+        let mut simulation = Simulation::new(usize::MAX, 8);
+        let mut cancels = Vec::new();
+        for name in ['a', 'b', 'c'] {
+            let mut job = simulation.job(name, 3, 1);
+            job.shares_prompt = true;
+            job.panics = if name == 'b' { culprit.unwrap_or(&[]) } else { &[] };
+            cancels.push(job.cancel.clone());
+            simulation.submit(job);
+        }
+        (simulation, cancels)
+    };
+    let (mut simulation, cancels) = start(None);
+    assert_eq!(simulation.run(1, |_| 1), ["abc"]);
+    cancels[0].set();
+    assert_eq!(simulation.run(99, |_| 1), ["cancelledbc"]);
+    let (mut simulation, _) = start(Some(&["begin"]));
+    assert_eq!(simulation.run(99, |_| 1), ["internal error: begin of b panicsac", "ac"]);
+    // the pass itself panics: each is computed alone
+    let (mut simulation, _) = start(None);
+    simulation.run(1, |_| 1);
+    simulation.model.panics_at.store('b' as usize, SeqCst);
+    let turns = simulation.run(99, |_| 1);
+    assert!(turns.concat().contains("internal error: the pass over [98] panics"), "{turns:?}");
+    assert_eq!(["a", "c"].map(|name| turns.iter().filter(|turn| *turn == name).count()), [3, 3], "{turns:?}");
+}
+
+#[test]
 fn idle_time_earns_no_credit() {
     let mut simulation = Simulation::new(usize::MAX, 1);
     let late = simulation.job('i', 1, 100);
@@ -459,11 +524,10 @@ fn a_job_that_panics_as_it_is_dropped_leaves_the_others_of_its_pass() {
     }
     simulation.run(3, |_| 0);
     let jobs = &mut simulation.jobs;
-    assert_eq!(jobs.choose(8, 8), Some(Turn::Decode));
-    let go_on = pass::decode(&mut jobs.current, &mut simulation.batch, Instant::now());
-    assert_eq!(go_on, [false, true, true]);
+    assert!(matches!(jobs.choose(8, 8), Some(Turn::Decode)) && jobs.current.len() == 3);
+    let prompts = pass::decode(&mut jobs.current, &mut simulation.batch, Instant::now());
     let dropped = panic::catch(|| {
-        jobs.put_back_decoders(&go_on, Duration::ZERO);
+        jobs.put_back_decoders(prompts, Duration::ZERO);
         jobs.current.clear();
         Ok(())
     });
@@ -481,10 +545,11 @@ fn a_cancelled_job_of_a_pass_that_fails_is_not_computed_again() {
     }
     simulation.run(3, |_| 0);
     simulation.model.panics_at.store('p' as usize, SeqCst);
-    assert_eq!(simulation.jobs.choose(8, 8), Some(Turn::Decode));
+    assert!(matches!(simulation.jobs.choose(8, 8), Some(Turn::Decode)));
     cancel.set();
-    let go_on = pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
-    assert_eq!(go_on, [false, false, true]);
+    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
+    let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
+    assert_eq!(alive, [false, false, true]);
     let told: Vec<String> = simulation.results.try_iter().collect();
     assert!(told.contains(&Error::Cancelled.to_string()), "{told:?}");
     let passes = lock(&simulation.model.passes);
@@ -518,10 +583,11 @@ fn a_member_that_is_cancelled_within_a_pass_leaves_it_and_the_others_go_on() {
     simulation.submit(cancelled);
     simulation.submit(simulation.job('b', 1, 3));
     simulation.run(2, |_| 0);
-    assert_eq!(simulation.jobs.choose(8, 8), Some(Turn::Decode));
+    assert!(matches!(simulation.jobs.choose(8, 8), Some(Turn::Decode)));
     cancel.set();
-    let go_on = pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
-    assert_eq!(go_on, [false, true]);
+    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
+    let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
+    assert_eq!(alive, [false, true]);
     let told: Vec<String> = simulation.results.try_iter().collect();
     assert!(told.contains(&"b".to_owned()) && told.contains(&Error::Cancelled.to_string()), "{told:?}");
 }
@@ -545,12 +611,12 @@ fn the_busy_error_names_the_slots_and_their_ages() {
     assert!(simulation.jobs.timeout(UNREAD_LIMIT, at(15)) <= Some(Duration::from_secs(1)));
     let text = "2 slots are held by streams unread for 11 s and 17 s; read or close them";
     assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
-    simulation.jobs.active.pop_back();
+    simulation.jobs.active.pop();
     let text = "1 slot is held by a stream unread for 17 s; read it or close it";
     assert_eq!(busy(&simulation, 17), Some(Error::Busy(text.into())));
     let mut read = idle('r', &simulation.out);
     read.unread_since = None;
-    simulation.jobs.active.push_back(active::Active::new(read, 9));
+    simulation.jobs.active.push(active::Active::new(read, 9));
     assert_eq!(busy(&simulation, 99), None, "a reader waits for the second");
 }
 

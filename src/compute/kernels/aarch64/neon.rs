@@ -18,20 +18,24 @@
 //! Decisions: docs/design/kernels.md
 
 mod bytes;
+mod q8;
+mod super_block;
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::marker::PhantomData;
 
-use crate::compute::kernels::blocks::{self, Block, block, blocks, scales_and_mins};
+use crate::compute::kernels::blocks::{self, Block, block, blocks};
 use crate::compute::kernels::float::{Float, StoredBf16, StoredBlocks, StoredF16, StoredF32};
-use crate::compute::kernels::pack::{self, Q8Row, Q8Tile, RowBlock, SUPER, TILE, TileBlock, plain};
-use crate::compute::kernels::products::{self, Products};
+use crate::compute::kernels::pack::{self, RowBlock, SUPER, TILE, TileBlock, plain};
+use crate::compute::kernels::products::{self, Products, for_each_token};
 use crate::compute::kernels::simd::Simd;
 use crate::compute::kernels::{
-    Format, Kernel, KvPage, Line, Out, Phase, Query, Tile, Weights, attention, float, shapes,
+    Format, Kernel, KvPage, LINEAR_COSTS, Line, Out, Phase, Query, Tile, Weights, attention, float, shapes,
 };
 use bytes::Bytes;
+use q8::Q8Products;
+use super_block::SuperBlock;
 
 /// The kernel with NEON alone, which every aarch64 CPU has.
 #[derive(Copy, Clone)]
@@ -81,9 +85,29 @@ type DotQ8 = Q8Products<DotProd>;
 type I8mmKQuant<B> = KQuantProducts<I8mm, B>;
 type I8mmQ8 = Q8Products<I8mm>;
 
-kernel!(Base, "neon", "neon", float32x4_t, BaseKQuant, BaseQ8, pack::pack_row, pack::pack_tile::<4>);
-kernel!(DotProd, "neon", "neon,dotprod", float32x4_t, DotKQuant, DotQ8, pack::pack_row, pack::pack_tile::<4>);
-kernel!(I8mm, "neon", "neon,dotprod,i8mm", float32x4_t, I8mmKQuant, I8mmQ8, pack::pack_row, pack::pack_tile::<8>);
+kernel!(Base, "neon", "neon", float32x4_t, BaseKQuant, BaseQ8, pack::pack_row, pack::pack_tile::<4>, &LINEAR_COSTS);
+kernel!(
+    DotProd,
+    "neon",
+    "neon,dotprod",
+    float32x4_t,
+    DotKQuant,
+    DotQ8,
+    pack::pack_row,
+    pack::pack_tile::<4>,
+    &LINEAR_COSTS
+);
+kernel!(
+    I8mm,
+    "neon",
+    "neon,dotprod,i8mm",
+    float32x4_t,
+    I8mmKQuant,
+    I8mmQ8,
+    pack::pack_row,
+    pack::pack_tile::<8>,
+    &LINEAR_COSTS
+);
 
 #[inline]
 #[target_feature(enable = "neon")]
@@ -100,154 +124,6 @@ fn prefetch<B: Block>(block: &B) {
         let line = from.wrapping_add(64 * line);
         // SAFETY: the instruction changes no register and no memory; the address may be invalid.
         unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line.addr(), options(nomem, nostack, preserves_flags)) };
-    }
-}
-
-/// The scales of a super-block: `w = d * scale * q - dmin * min`.
-pub struct Scales {
-    /// Of groups `4 i .. 4 i + 4`.
-    scales: [int32x4_t; 4],
-    /// Of 8 groups.
-    mins: int16x8_t,
-    d: f32,
-    dmin: f32,
-}
-
-/// # Safety
-/// For the caller of any method: the instruction set is there, see [`Simd`].
-pub unsafe trait SuperBlock: Block {
-    /// 8, with mins, or 16, without them.
-    const GROUPS: usize;
-
-    unsafe fn scales(&self) -> Scales;
-
-    /// Weights `128 * i .. 128 * (i + 1)` as signed bytes.
-    ///
-    /// # Safety
-    /// `i` is 0 or 1.
-    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8];
-}
-
-#[inline]
-#[target_feature(enable = "neon")]
-fn unpack_scales(packed: &[u8; 12], d: blocks::Half, dmin: blocks::Half) -> Scales {
-    let (scales, mins) = scales_and_mins(packed);
-    let bytes_to_i16 = |bytes| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(bytes)));
-    let (scales, mins) = (bytes_to_i16(scales), bytes_to_i16(mins));
-    let zero = vdupq_n_s32(0);
-    let scales = [vmovl_s16(vget_low_s16(scales)), vmovl_high_s16(scales), zero, zero];
-    Scales { scales, mins, d: f32_of(d), dmin: f32_of(dmin) }
-}
-
-/// The low nibbles of `16 N` bytes, and the high nibbles.
-///
-/// # Safety
-/// The instruction set is there, see [`Simd`], and `qs` is valid for reading `16 N` bytes.
-#[inline(always)]
-unsafe fn nibbles<const N: usize>(qs: *const u8) -> ([uint8x16_t; N], [uint8x16_t; N]) {
-    // SAFETY: the contract of this function.
-    unsafe {
-        let (mut low, mut high) = ([vdupq_n_u8(0); N], [vdupq_n_u8(0); N]);
-        for i in 0..N {
-            let q = vld1q_u8(qs.add(16 * i));
-            (low[i], high[i]) = (vandq_u8(q, vdupq_n_u8(15)), vshrq_n_u8::<4>(q));
-        }
-        (low, high)
-    }
-}
-
-/// Each byte shifted left, or right if `by` is negative, and masked.
-#[inline]
-#[target_feature(enable = "neon")]
-fn shift_and_mask(bits: uint8x16_t, by: i8, mask: u8) -> uint8x16_t {
-    vandq_u8(vshlq_u8(bits, vdupq_n_s8(by)), vdupq_n_u8(mask))
-}
-
-// SAFETY: the methods read inside of the block.
-unsafe impl SuperBlock for blocks::Q4_K {
-    const GROUPS: usize = 8;
-
-    #[inline(always)]
-    unsafe fn scales(&self) -> Scales {
-        // SAFETY: the instruction set is there.
-        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
-    }
-
-    #[inline(always)]
-    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
-        // SAFETY: the contract of this method; `qs` has two halves of 64 bytes.
-        unsafe {
-            let (low, high) = nibbles::<4>(self.qs.as_ptr().add(64 * i));
-            let q = [low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]];
-            q.map(|q| vreinterpretq_s8_u8(q))
-        }
-    }
-}
-
-// SAFETY: the methods read inside of the block.
-unsafe impl SuperBlock for blocks::Q5_K {
-    const GROUPS: usize = 8;
-
-    #[inline(always)]
-    unsafe fn scales(&self) -> Scales {
-        // SAFETY: the instruction set is there.
-        unsafe { unpack_scales(&self.scales, self.d, self.dmin) }
-    }
-
-    #[inline(always)]
-    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
-        // SAFETY: the contract of this method; `qs` has two halves of 64 bytes, `qh` two of 16.
-        unsafe {
-            let (low, high) = nibbles::<4>(self.qs.as_ptr().add(64 * i));
-            let mut q = [low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]];
-            // Bit j of every byte is the fifth bit of a weight of group j.
-            let fifth = [vld1q_u8(self.qh.as_ptr()), vld1q_u8(self.qh.as_ptr().add(16))];
-            for group in 0..4 {
-                for side in 0..2 {
-                    let fifth = shift_and_mask(fifth[side], 4 - (4 * i + group) as i8, 16);
-                    q[2 * group + side] = vorrq_u8(q[2 * group + side], fifth);
-                }
-            }
-            q.map(|q| vreinterpretq_s8_u8(q))
-        }
-    }
-}
-
-// SAFETY: the methods read inside of the block.
-unsafe impl SuperBlock for blocks::Q6_K {
-    const GROUPS: usize = 16;
-
-    #[inline(always)]
-    unsafe fn scales(&self) -> Scales {
-        // SAFETY: the instruction set is there; the block has 16 scales.
-        unsafe {
-            let scales = vld1q_s8(self.scales.as_ptr());
-            let (a, b) = (vmovl_s8(vget_low_s8(scales)), vmovl_high_s8(scales));
-            let wide = |half| (vmovl_s16(vget_low_s16(half)), vmovl_high_s16(half));
-            let ((a, b), (c, d)) = (wide(a), wide(b));
-            Scales { scales: [a, b, c, d], mins: vdupq_n_s16(0), d: f32_of(self.d), dmin: 0.0 }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn quants(&self, i: usize) -> [int8x16_t; 8] {
-        // SAFETY: the contract of this method; `ql` has two halves of 64 bytes, `qh` two of 32.
-        unsafe {
-            let (low, high) = nibbles::<4>(self.ql.as_ptr().add(64 * i));
-            let q = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-            // Every byte has two bits for each of the four groups of 32.
-            let bits = [vld1q_u8(self.qh.as_ptr().add(32 * i)), vld1q_u8(self.qh.as_ptr().add(32 * i + 16))];
-            let mut signed = [vdupq_n_s8(0); 8];
-            for group in 0..4 {
-                for side in 0..2 {
-                    let bits = shift_and_mask(bits[side], 4 - 2 * group as i8, 48);
-                    let q = vreinterpretq_s8_u8(vorrq_u8(q[2 * group + side], bits));
-                    // w = d * scale * (q - 32)
-                    signed[2 * group + side] = vsubq_s8(q, vdupq_n_s8(32));
-                }
-            }
-            signed
-        }
     }
 }
 
@@ -308,7 +184,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
             let mut totals = [vdupq_n_s32(0); T];
             for half in 0..2 {
                 let q = block.quants(half);
-                for t in 0..T {
+                for_each_token!(T, t, {
                     let x = x[t].get_unchecked(step).q.as_ptr().add(128 * half);
                     let at = |j: usize| vld1q_s8(x.add(16 * j));
                     if B::GROUPS == 8 {
@@ -322,9 +198,9 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
                         let sum32 = reduce4([group(4), group(5), group(6), group(7)]);
                         totals[t] = vmlaq_s32(totals[t], sum32, w.scales[2 * half + 1]);
                     }
-                }
+                });
             }
-            for t in 0..T {
+            for_each_token!(T, t, {
                 let x = x[t].get_unchecked(step);
                 sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(totals[t]), w.d * x.d);
                 if B::GROUPS == 8 {
@@ -333,7 +209,7 @@ unsafe impl<D: Bytes, B: SuperBlock> Products for KQuantProducts<D, B> {
                     let mins = vmlal_high_s16(mins, w.mins, x_sums);
                     sums[t] = vfmsq_n_f32(sums[t], vcvtq_f32_s32(mins), w.dmin * x.d);
                 }
-            }
+            });
         }
     }
 
@@ -445,101 +321,6 @@ unsafe fn mins_step<const G: i32, const H: i32>(totals: &mut [int32x4_t; 8], min
             totals[2 * r] = vmlal_laneq_s16::<H>(low, vget_low_s16(h), mins[r]);
             let high = vmlal_high_laneq_s16::<G>(totals[2 * r + 1], g, mins[r]);
             totals[2 * r + 1] = vmlal_high_laneq_s16::<H>(high, h, mins[r]);
-        }
-    }
-}
-
-plain! {
-    /// 32 weights of one row.
-    #[repr(C, align(16))]
-    pub struct Q8Block {
-        q: [i8; 32],
-        d: f32,
-        unused: [u32; 3],
-    }
-}
-
-/// Products with blocks of `Q8_0`; `D` multiplies the bytes.
-pub struct Q8Products<D>(PhantomData<D>);
-
-// SAFETY: the methods access the blocks of their arguments, and what their contracts name.
-unsafe impl<D: Bytes> Products for Q8Products<D> {
-    type V = float32x4_t;
-    type Row = Q8Row;
-    type Tile = Q8Tile;
-    type Block = Q8Block;
-    type Sum = float32x4_t;
-    const ROW: usize = 32;
-    const STEP: usize = 32;
-    const BLOCK: usize = 32;
-    const ROWS: usize = 4;
-    const TILES: usize = 1;
-
-    #[inline(always)]
-    unsafe fn zero() -> Self::Sum {
-        // SAFETY: the instruction set is there.
-        unsafe { vdupq_n_f32(0.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn accumulate<const T: usize>(
-        weights: Weights<'_>,
-        step: usize,
-        x: [&[Q8Row]; T],
-        sums: &mut [Self::Sum; T],
-    ) {
-        // SAFETY: the contract of this method: the row has a block `step`, and so has every `x`.
-        unsafe {
-            let block = block::<blocks::Q8_0>(weights.bytes, step);
-            prefetch(block);
-            let q = [vld1q_s8(block.qs.as_ptr()), vld1q_s8(block.qs.as_ptr().add(16))];
-            let d = f32_of(block.d);
-            for t in 0..T {
-                let x = x[t].get_unchecked(step);
-                let sum32 = D::dot(q, [vld1q_s8(x.q.as_ptr()), vld1q_s8(x.q.as_ptr().add(16))]);
-                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(sum32), d * x.d);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn reduce(sum: Self::Sum) -> f32 {
-        // SAFETY: the instruction set is there.
-        unsafe { sum.reduce_sum() }
-    }
-
-    #[inline(always)]
-    unsafe fn unpack(weights: Weights<'_>, to: *mut Q8Block, stride: usize) {
-        // SAFETY: the contract of this method: there is room for block `i` of the row.
-        unsafe {
-            for (i, block) in blocks::<blocks::Q8_0>(weights.bytes).iter().enumerate() {
-                prefetch(block);
-                let to = to.add(i * stride);
-                ((*to).q, (*to).d) = (block.qs, f32_of(block.d));
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply<const T: usize>(rows: *const Q8Block, x: [&Q8Tile; T], out: *mut f32, stride: usize) {
-        // SAFETY: the contract of this method: 4 blocks at `rows`, 4 rows of 16 sums at `out` for each tile.
-        unsafe {
-            for t in 0..T {
-                for half in 0..2 {
-                    let q = x[t].q.as_ptr().cast::<i8>().add(8 * D::RUN * half);
-                    let w = [0, 1, 2, 3].map(|r| (&raw const (*rows.add(r)).q).cast::<i8>());
-                    // 16 bits hold 2 * 128 * 127.
-                    let sums32 = D::by_row(D::multiply::<2>(w, q, 32));
-                    for r in 0..4 {
-                        for v in 0..2 {
-                            let dx = vld1q_f32(x[t].d.as_ptr().add(8 * half + 4 * v));
-                            let out = out.add(t * stride + r * TILE + 8 * half + 4 * v);
-                            let d = vmulq_n_f32(dx, (*rows.add(r)).d);
-                            vst1q_f32(out, vfmaq_f32(vld1q_f32(out), vcvtq_f32_s32(sums32[2 * r + v]), d));
-                        }
-                    }
-                }
-            }
         }
     }
 }

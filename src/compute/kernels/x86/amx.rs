@@ -78,6 +78,10 @@ impl<T: Tiles> Kernel for Amx<T> {
         }
     }
 
+    fn decode_costs(&self) -> &'static [f32; 16] {
+        self.0.decode_costs()
+    }
+
     fn matmul(&self, weights: Weights<'_>, phase: Phase, x: &[Line], tokens: usize, out: &mut Out<'_>) {
         if in_tiles(weights.format, phase) {
             shapes::matmul(self, weights, phase, x, tokens);

@@ -19,14 +19,26 @@ plain! {
     #[repr(C, align(64))]
     pub struct InterleavedRow {
         pub q: [[i8; 64]; 4],
-        /// With 16 groups, by lane: the difference between products with `weight - 32` and with `weight`.
-        pub starts: [i32; 16],
+        pub starts: Starts,
         pub sums: Sums,
         /// dx
         pub d: f32,
         unused: [u32; 7],
     }
 }
+
+/// By lane.
+#[derive(Copy, Clone)]
+#[repr(C)]
+pub union Starts {
+    /// With 8 groups: `dx * sum of q` in the first lane of each group, 0 in the second.
+    pub of_8: [f32; 16],
+    /// With 16 groups: the difference between products with `weight - 32` and with `weight`.
+    pub of_16: [i32; 16],
+}
+// SAFETY: either field is numbers and fills the union.
+unsafe impl Plain for Starts {}
+const _: () = assert!(size_of::<Starts>() == size_of::<[f32; 16]>() && size_of::<Starts>() == size_of::<[i32; 16]>());
 
 /// Of each group, in order, for the mins.
 #[derive(Copy, Clone)]
@@ -63,21 +75,24 @@ pub fn pack_row(format: Format, x: &[f32], row: &mut [Line]) {
         let d = pack::quantize(x, &mut q);
         block.d = d;
         if groups == 8 {
-            let mut sums = [0f32; 8];
+            let (mut sums, mut starts) = ([0f32; 8], [0f32; 16]);
             for (group, q) in q.as_chunks::<32>().0.iter().enumerate() {
                 interleave_quants::<8>(q, group, &mut block.q);
                 sums[group] = d * pack::sum(q) as f32;
+                starts[lane(8, group)] = sums[group];
             }
+            block.starts = Starts { of_8: starts };
             block.sums = Sums { of_8: sums };
         } else {
-            let mut sums = [0i16; 16];
+            let (mut sums, mut starts) = ([0i16; 16], [0i32; 16]);
             for (group, q) in q.as_chunks::<16>().0.iter().enumerate() {
                 let lane = lane(16, group);
                 interleave_quants::<4>(q, lane, &mut block.q);
                 let sum = pack::sum(q);
-                block.starts[lane] = -32 * sum;
+                starts[lane] = -32 * sum;
                 sums[group] = sum as i16;
             }
+            block.starts = Starts { of_16: starts };
             block.sums = Sums { of_16: sums };
         }
     }

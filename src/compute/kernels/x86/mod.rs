@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use super::blocks::{self, Block};
 
 pub use amx::Amx;
-pub use avx2::Avx2;
+pub use avx2::avx2;
 pub use avx512::Avx512;
 
 /// A half float as f32. The move into the register is ours: it writes the whole register, while the compiler's choice,
