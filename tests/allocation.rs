@@ -182,8 +182,8 @@ fn pass(model: &Runner<Phi3>, batch: &mut Batch) -> Result<()> {
     std::thread::scope(|scope| scope.spawn(forward).join().unwrap())
 }
 
-/// Every large allocation of a pass over three sequences is refused once. Then the same pass has its usual results. One
-/// of the sequences has to copy a column, one needs a new column, and one may be cancelled.
+/// Every large allocation of a pass over three sequences is refused once. Then the same pass has its usual results. Of
+/// sequences that decode, one needs a new column, and the others have to copy one. One of the three may be cancelled.
 fn a_refused_allocation_in_a_shared_pass_changes_no_sequence() {
     let shape = Shape { hidden: 1024, feed_forward: 4096, n_head: 8, n_head_kv: 8, n_vocab: 2048, context: 1024 };
     let model = load(shape, kernels::available().pop().unwrap(), 2);
@@ -195,12 +195,17 @@ fn a_refused_allocation_in_a_shared_pass_changes_no_sequence() {
     });
     let (go, stop) = (Cancel::default(), Cancel::default());
     stop.set();
-    for cancels in [[&go, &go, &go], [&go, &stop, &go]] {
+    let all = [Phase::Decode, Phase::Prefill].map(|phase| [[&go, &go, &go], [&go, &stop, &go]].map(|c| (phase, c)));
+    for (phase, cancels) in all.into_iter().flatten() {
         let batch = || {
             let mut batch = Batch::default();
-            batch.members.extend(prompts.iter().zip(cancels).map(|(prompt, cancel)| fork(prompt, cancel)));
-            for member in &mut batch.members {
-                model.append(&mut member.sequence, &[5], Phase::Decode, Want::Last).unwrap();
+            for (prompt, cancel) in prompts.iter().zip(cancels) {
+                let (mut member, ids) = match phase {
+                    Phase::Decode => (fork(prompt, cancel), &[5][..]),
+                    Phase::Prefill => (fork(&model.sequence().unwrap(), cancel), &prompt.ids[..15]),
+                };
+                model.append(&mut member.sequence, ids, phase, Want::Last).unwrap();
+                batch.members.push(member);
             }
             batch
         };
@@ -221,10 +226,10 @@ fn a_refused_allocation_in_a_shared_pass_changes_no_sequence() {
                 Ok(()) if all_granted => break,
                 other => panic!("allocation {refused}: {other:?}"),
             }
-            assert!(results(&batch) == results(&usual), "after allocation {refused} was refused");
+            assert!(results(&batch) == results(&usual), "{phase:?}, after allocation {refused} was refused");
             refused += 1;
         }
-        assert!(refused > 5, "{refused} large allocations");
+        assert!(refused > 5, "{phase:?}: {refused} large allocations");
     }
 }
 

@@ -65,8 +65,9 @@ pub trait Model: Send + Sync {
     fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
 
     /// Takes a turn with a batch whose members have ids to compute: a whole decode pass, or one layer of prompts. A prompt is
-    /// alone in its batch, or short and wants the logits of its last id. True if the pass goes on. At its end the members have the logits that they want
-    /// of the pass. After an error each sequence is as it was before the pass.
+    /// alone in its batch, or short and wants the logits of its last id. True if the pass goes on. At its end the members
+    /// have the logits that they want of the pass. After an error each sequence is as it was before the pass, but for
+    /// those that are cancelled.
     fn forward(&self, batch: &mut Batch) -> Result<bool>;
 
     /// Calls `task(i)` once for each i in 0..tasks, on all threads of the model. A task must not compute.

@@ -195,11 +195,12 @@ impl<A: Architecture> Runner<A> {
             return Ok(()); // the whole pass ends
         };
         let mut after = self.activations(left)?;
+        let kept = pass.rows.iter().zip(&go_on).filter(|(_, goes_on)| **goes_on).map(|(rows, _)| rows.clone());
+        copy_rows(&before.x, kept, &after.x)?;
         let mut end = 0;
         pass.cancels.clear();
         for ((member, rows), goes_on) in batch.members.iter_mut().zip(&mut pass.rows).zip(go_on) {
             if goes_on {
-                after.x.slice_set(&before.x.narrow(0, rows.start, rows.len())?, 0, end)?;
                 self.add_angles(&mut after.angles, &member.sequence, rows.len())?;
                 pass.cancels.push(member.cancel.clone());
                 *rows = end..end + rows.len();
@@ -231,8 +232,8 @@ impl<A: Architecture> Runner<A> {
         let x = if count == x.dim(0)? {
             &*x
         } else {
-            let parts = wanted.iter().filter(|rows| !rows.is_empty()).map(|rows| x.narrow(0, rows.start, rows.len()));
-            some = Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+            some = zeros(count, self.shared.hidden, &self.backend, "hidden states")?;
+            copy_rows(x, wanted.iter().cloned(), &some)?;
             &some
         };
         let n_vocab = self.shared.n_vocab;
@@ -344,6 +345,17 @@ fn zeros(rows: usize, features: usize, backend: &Backend, what: &str) -> Result<
     let length = rows.saturating_mul(features);
     let values = memory::filled(0f32, length, format_args!("{rows} tokens of {features} {what}"))?;
     Ok(Tensor::from_vec(values, (rows, features), backend.device())?)
+}
+
+/// Copies parts of the rows of `from` to `to`, one after the other. Candle's `cat` would abort the process if the system
+/// refused the memory of its result.
+fn copy_rows(from: &Tensor, parts: impl Iterator<Item = Range<usize>>, to: &Tensor) -> Result<()> {
+    let mut end = 0;
+    for rows in parts.filter(|rows| !rows.is_empty()) {
+        to.slice_set(&from.narrow(0, rows.start, rows.len())?, 0, end)?;
+        end += rows.len();
+    }
+    Ok(())
 }
 
 /// A norm whose weight is a one-dimensional tensor of the file.

@@ -46,7 +46,7 @@ impl Work for Scores {
         let rows = logits.len() / n_vocab;
         let ids = &self.ids[self.next..self.next + rows];
         let entries: Vec<Mutex<Option<TokenLogprob>>> = ids.iter().map(|_| Mutex::default()).collect();
-        // A prompt is alone in its pass, so that the pool is free.
+        // It shares no pass, so this is not a task of the pool, which must not call the pool.
         self.model.run(rows, &|row| {
             let distribution = Distribution::new(&logits[row * n_vocab..][..n_vocab]);
             *lock(&entries[row]) = Some(distribution.entry(ids[row], self.top));

@@ -1,10 +1,10 @@
 //! Attention on the CPU, and the writes to the columns of a layer.
 //!
-//! Each row of a pass attends to the columns of its own sequence. The context is divided into blocks of 1024 positions that start at multiples of it. Each block gives a partial
-//! softmax for each query, and the partials are merged in the order of the blocks. If there are tasks enough for all
-//! threads, a thread walks through the blocks with some of the tasks of a KV head, which share each block while it is in
-//! the cache. Else blocks are computed side by side. Both give the same bits, and the partials that are held at a time do
-//! not grow with the context.
+//! Each row of a pass attends to the columns of its own sequence. The context is divided into blocks of 1024 positions that
+//! start at multiples of 1024. Each block gives a partial softmax for each query, and the partials are merged in the order
+//! of the blocks. If there are tasks enough for all threads, a thread walks through the blocks with some of the tasks of a
+//! KV head, which share each block while it is in the cache. Else blocks are computed side by side. Both give the same
+//! bits, and the partials that are held at a time do not grow with the context.
 //!
 //! Decisions: docs/design/kv.md
 
@@ -123,8 +123,8 @@ impl SoftmaxPartial {
     const EMPTY: Self = SoftmaxPartial { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// The division of the queries of a segment into tasks: a few query heads of one KV head at a few tokens. Tasks of the same heads are
-/// neighbours.
+/// The division of the queries of a segment into tasks: a few query heads of one KV head at a few tokens. Tasks of the same
+/// heads are neighbours.
 #[derive(Copy, Clone)]
 struct Tasks {
     rows: usize,

@@ -206,9 +206,12 @@ impl Jobs {
         self.put_back(prompts.into_iter());
     }
 
-    /// The current jobs that go on are among the others again, in the order of their arrival.
+    /// The current jobs that go on are among the others again, in the order of their arrival. Those that ended stay
+    /// current: they are dropped last, so that a drop that panics does not take the others along.
     fn put_back(&mut self, prompts: impl Iterator<Item = Prompts>) {
-        for active in std::mem::take(&mut self.current).into_iter().filter(Active::is_alive) {
+        let (alive, ended): (Vec<_>, _) = std::mem::take(&mut self.current).into_iter().partition(Active::is_alive);
+        self.current = ended;
+        for active in alive {
             let place = self.active.partition_point(|other| other.number < active.number);
             self.active.insert(place, active);
         }

@@ -514,6 +514,27 @@ fn memory_that_one_job_of_a_shared_pass_lacks_ends_that_job_alone() {
 }
 
 #[test]
+fn a_job_that_panics_as_it_is_dropped_leaves_the_others_of_its_pass() {
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    let mut culprit = simulation.job('p', 1, 2);
+    culprit.panics = &["drop"];
+    simulation.submit(culprit);
+    for name in ['a', 'b'] {
+        simulation.submit(simulation.job(name, 1, 9));
+    }
+    simulation.run(3, |_| 0);
+    let jobs = &mut simulation.jobs;
+    assert!(matches!(jobs.choose(8, 8), Some(Turn::Decode)) && jobs.current.len() == 3);
+    let prompts = pass::decode(&mut jobs.current, &mut simulation.batch, Instant::now());
+    let dropped = panic::catch(|| {
+        jobs.put_back_decoders(prompts, Duration::ZERO);
+        jobs.current.clear();
+        Ok(())
+    });
+    assert!(dropped.is_err() && jobs.active.len() == 2, "the others are there, to go on or to be told of the panic");
+}
+
+#[test]
 fn a_cancelled_job_of_a_pass_that_fails_is_not_computed_again() {
     let mut simulation = Simulation::new(usize::MAX, 8);
     let cancelled = simulation.job('x', 1, 3);
