@@ -116,6 +116,7 @@ impl Setup {
             n_vocab: tokenizer.n_vocab(),
             context_length: 1000,
             width: 8,
+            shared_tokens: 128,
             pass_costs: &[1.0],
         };
         let (script, passes, failure) = (script.to_vec(), Arc::default(), None);

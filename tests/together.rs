@@ -77,6 +77,7 @@ impl Scripted {
             n_vocab: tokenizer.n_vocab(),
             context_length: 1000,
             width: 16,
+            shared_tokens: 128,
             pass_costs: &[1.0],
         };
         Scripted {

@@ -90,6 +90,7 @@ impl Baseline {
             n_vocab: config.n_vocab,
             context_length: config.context_length,
             width: 1,
+            shared_tokens: 0,
             pass_costs: &[1.0],
         };
         Ok(Baseline { config, info, weights: Mutex::new(weights), cached: AtomicUsize::new(0), taken: Arc::default() })

@@ -33,6 +33,7 @@ impl Default for Fake {
             n_vocab: 1,
             context_length: 1000,
             width: usize::MAX,
+            shared_tokens: 128,
             pass_costs: &[1.0],
         };
         let never = || AtomicUsize::new(usize::MAX);

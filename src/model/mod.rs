@@ -38,8 +38,10 @@ pub struct Info {
     pub n_vocab: usize,
     /// The context length of the file.
     pub context_length: usize,
-    /// Sequences of a decode pass at most.
+    /// Sequences of a pass at most.
     pub width: usize,
+    /// Tokens of prompts that share a pass at most.
+    pub shared_tokens: usize,
     /// The time of a decode pass over 1, 2, ... rows, in passes over one row.
     pub pass_costs: &'static [f32],
 }

@@ -31,6 +31,9 @@ use crate::system::{memory, panic};
 
 /// Rows of a decode pass at most, one of each sequence.
 const WIDTH: usize = 16;
+/// Tokens of prompts that share a pass at most. The unpacking of the weights costs as much as 10 tokens, so more would gain
+/// little, and each prompt waits for the others.
+const SHARED_TOKENS: usize = 128;
 
 /// The layers of a model.
 pub trait Architecture: Send + Sync + 'static {
@@ -74,6 +77,7 @@ impl<A: Architecture> Runner<A> {
     pub fn new(layers: A, shared: Shared, gguf: &Gguf, backend: Backend) -> Self {
         let weights = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
         let &Shared { n_vocab, context_length, kv_type, n_head_kv, head_dim, sizes, .. } = &shared;
+        let chunks = Chunks::new(sizes, weights);
         let info = Info {
             engine: "native",
             kernel: backend.kernel_name(),
@@ -87,6 +91,7 @@ impl<A: Architecture> Runner<A> {
             n_vocab,
             context_length,
             width: WIDTH,
+            shared_tokens: SHARED_TOKENS.min(chunks.length(0, false)),
             pass_costs: backend.decode_costs(),
         };
         let device = match &backend {
@@ -94,7 +99,7 @@ impl<A: Architecture> Runner<A> {
             Backend::Candle(device) => Some(device.clone()),
         };
         let kv = KvShape { n_layers: layers.n_layers(), n_head_kv, head_dim, kv_type, device };
-        Runner { layers, info, kv, chunks: Chunks::new(sizes, weights), shared, backend }
+        Runner { layers, info, kv, chunks, shared, backend }
     }
 
     /// The next rows of each member, with memory for them.

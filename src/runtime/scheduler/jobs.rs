@@ -18,9 +18,6 @@ use crate::system::panic;
 
 /// Turns of prompts of which the oldest prompt gets one, however many short ones arrive.
 const OLDEST_GETS_ONE_OF: usize = 8;
-/// Tokens of prompts that share a pass. The unpacking of the weights costs as much as 10 tokens, so more would gain little,
-/// and each prompt waits for the others.
-const SHARED_TOKENS: usize = 128;
 
 /// The jobs that the thread has taken from the queue.
 #[derive(Default)]
@@ -165,7 +162,7 @@ impl Jobs {
         for other in ready.iter().map(|&i| &self.active[i]).filter(|other| other.number != first.number) {
             let begins = matches!(other.state, State::Unstarted) && Arc::ptr_eq(other.job.model(), model);
             let Some(more) = other.job.shared_prompt().filter(|_| begins) else { continue };
-            if tokens + more <= SHARED_TOKENS && numbers.len() < model.info().width {
+            if tokens + more <= model.info().shared_tokens && numbers.len() < model.info().width {
                 tokens += more;
                 numbers.push(other.number);
             }
