@@ -109,15 +109,11 @@ impl Setup {
         let tokenizer = Arc::new(Tokenizer::from_gguf(&Gguf::open(&path, true).unwrap()).unwrap());
         let info = Info {
             engine: "scripted",
-            kernel: "none",
-            device: "cpu",
-            n_threads: 1,
             file: "the script".into(),
             n_vocab: tokenizer.n_vocab(),
-            context_length: 1000,
             width: 8,
             shared_tokens: 128,
-            pass_costs: &[1.0],
+            ..Info::default()
         };
         let (script, passes, failure) = (script.to_vec(), Arc::default(), None);
         let model =

@@ -70,15 +70,11 @@ impl Scripted {
     fn new(tokenizer: &Tokenizer, slots: usize, max_batch: usize) -> Self {
         let info = Info {
             engine: "scripted",
-            kernel: "none",
-            device: "cpu",
-            n_threads: 1,
             file: "the script".into(),
             n_vocab: tokenizer.n_vocab(),
-            context_length: 1000,
             width: 16,
             shared_tokens: 128,
-            pass_costs: &[1.0],
+            ..Info::default()
         };
         Scripted {
             info,

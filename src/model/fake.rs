@@ -26,15 +26,11 @@ impl Default for Fake {
     fn default() -> Self {
         let info = Info {
             engine: "fake",
-            kernel: "none",
-            device: "cpu",
-            n_threads: 1,
             file: "fake".into(),
             n_vocab: 1,
-            context_length: 1000,
             width: usize::MAX,
             shared_tokens: 128,
-            pass_costs: &[1.0],
+            ..Info::default()
         };
         let never = || AtomicUsize::new(usize::MAX);
         Fake { info, passes: Mutex::default(), panics_at: never(), too_large_at: never() }

@@ -46,6 +46,24 @@ pub struct Info {
     pub pass_costs: &'static [f32],
 }
 
+/// Of a model that computes nothing: one row in a pass.
+impl Default for Info {
+    fn default() -> Self {
+        Info {
+            engine: "none",
+            kernel: "none",
+            device: "cpu",
+            n_threads: 1,
+            file: String::new(),
+            n_vocab: 1,
+            context_length: 1000,
+            width: 1,
+            shared_tokens: 0,
+            pass_costs: &[1.0],
+        }
+    }
+}
+
 /// Loaded weights, shared by any number of sequences.
 pub trait Model: Send + Sync {
     fn info(&self) -> &Info;
