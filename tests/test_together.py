@@ -43,6 +43,9 @@ TEXTS: tuple[Any, ...] = (
 )
 CASES = int(os.environ.get("TOGETHER_CASES", "1"))
 FIRST = int(os.environ.get("TOGETHER_FIRST", "0"))
+MODEL = os.environ.get("TOGETHER_MODEL")
+WAIT = 60 * HANG if MODEL else HANG
+"""Seconds after which a wait counts as a hang: a large model takes minutes for a case."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ class Pieces:
         with self._changed:
             self._busy -= 1
             self._changed.notify_all()
-            assert self._changed.wait_for(lambda: self._read >= number or self._busy == 0, HANG), "hangs"
+            assert self._changed.wait_for(lambda: self._read >= number or self._busy == 0, WAIT), "hangs"
             self._busy += 1
 
     def enter(self) -> None:
@@ -242,7 +245,7 @@ class Case:
         for thread in threads:
             thread.start()
         for thread in itertools.chain(threads, self._others):
-            thread.join(2 * HANG)
+            thread.join(2 * WAIT)
             assert not thread.is_alive(), "hangs"
         for error in self._errors:
             raise error
@@ -432,8 +435,7 @@ def test_calls_together_are_those_of_each_alone(file: str, kernel: str, kv_cache
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_model_of_your_own(kernel: str, kv_cache: str) -> None:
-    path = os.environ.get("TOGETHER_MODEL")
-    if not path:
+    if not MODEL:
         pytest.skip("TOGETHER_MODEL names no file")
     limits = Limits(int(os.environ.get("TOGETHER_PROMPT", "300")), int(os.environ.get("TOGETHER_TOKENS", "40")))
-    run(Path(path).name, Path(path), kernel, kv_cache, limits)
+    run(Path(MODEL).name, Path(MODEL), kernel, kv_cache, limits)
