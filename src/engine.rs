@@ -11,8 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::compute::bandwidth;
 use crate::compute::kernels::{self, Kernel};
-use crate::compute::ops::Backend;
-use crate::compute::ops::KvType;
+use crate::compute::ops::{Backend, KvType};
 use crate::compute::pool::{self, Pool};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
