@@ -9,12 +9,12 @@ use std::sync::{Arc, LazyLock};
 
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::{Backend, KvType};
-use candle_phi::compute::pool::{Pool};
-use candle_phi::system::sync::{Cancel};
+use candle_phi::compute::pool::Pool;
 use candle_phi::error::Result;
 use candle_phi::files::gguf::{Gguf, Value};
 use candle_phi::model::phi3::Phi3;
 use candle_phi::model::{self, Model, Phase, Want};
+use candle_phi::system::sync::Cancel;
 use candle_phi::text::chat::{Message, Template};
 use candle_phi::text::tokenizer::{Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
