@@ -46,9 +46,14 @@ class Reader(threading.Thread):
     def run(self) -> None:
         try:
             for chunk in self.stream:
-                self.arrivals += [time.perf_counter()] * len(chunk.token_ids)
+                self._arrived(len(chunk.token_ids), time.perf_counter())
         except BaseException as error:
             self._error = error
+
+    def _arrived(self, tokens: int, now: float) -> None:
+        """Tokens without text of their own ride on the next chunk: each of them took a pass."""
+        before = self.arrivals[-1] if self.arrivals else now
+        self.arrivals += [before + (now - before) * i / tokens for i in range(1, tokens + 1)]
 
     def end(self) -> None:
         """Waits for the end of the stream, and raises the error that ended it."""

@@ -14,7 +14,7 @@ use candle_phi::error::Error;
 use candle_phi::files::gguf::Gguf;
 use candle_phi::model::phi3::Phi3;
 use candle_phi::model::runner::Runner;
-use candle_phi::model::{self, Batch, Member, Model, Phase, Want};
+use candle_phi::model::{self, Batch, Buffers, Member, Model, Phase, Want};
 use candle_phi::system::sync::Cancel;
 use random::Random;
 
@@ -155,6 +155,34 @@ fn prompts_that_share_a_pass_have_the_bits_that_each_has_alone() {
             }
         }
     }
+}
+
+#[test]
+fn prompts_that_take_turns_compute_in_the_same_buffers() {
+    let model = load("plain", cpu(kernels::available().pop().unwrap(), 2), KvType::F16);
+    let prompts: [Vec<u32>; 2] = [90, 40].map(|n| (0..n).map(|i| (i * 7) % 60).collect());
+    let alone = |prompt: &Vec<u32>| Script { prompt: prompt.clone(), ids: Vec::new() }.alone(&model).remove(0);
+    let mut batches: Vec<Batch> = prompts
+        .iter()
+        .map(|prompt| {
+            let mut batch = model::single(&model, &Cancel::default()).unwrap();
+            model.append(&mut batch.members[0].sequence, prompt, Phase::Prefill, Want::Last).unwrap();
+            batch
+        })
+        .collect();
+    let mut buffers = Buffers::default();
+    let mut under_way = vec![true; 2];
+    while under_way.contains(&true) {
+        for (batch, under_way) in batches.iter_mut().zip(&mut under_way).filter(|(_, under_way)| **under_way) {
+            batch.buffers = std::mem::take(&mut buffers);
+            *under_way = model.forward(batch).unwrap();
+            buffers = std::mem::take(&mut batch.buffers);
+        }
+    }
+    for (batch, prompt) in batches.iter().zip(&prompts) {
+        assert!(bits(batch.logits(0)) == alone(prompt), "{} tokens", prompt.len());
+    }
+    assert_eq!(buffers.0[0].dim(0).unwrap(), 90, "those of the longer one");
 }
 
 /// The path that CUDA and Metal take, on the CPU: Candle's own products may round by the number of rows.

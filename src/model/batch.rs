@@ -18,6 +18,7 @@ pub struct Batch {
     /// The pass, between two of its turns.
     pub pass: Option<Pass>,
     pub activations: Option<Activations>,
+    pub buffers: Buffers,
     /// (rows, n_vocab) of the last pass.
     pub logits: Vec<f32>,
 }
@@ -62,13 +63,16 @@ pub struct Pass {
     pub n_layers: usize,
 }
 
-/// The results of the operations of a pass. Passes of the same number of rows use the same memory.
+/// What a pass has between two layers. Passes of the same number of rows use the same memory.
 pub struct Activations {
     /// (rows, hidden)
     pub x: Tensor,
     pub angles: Angles,
-    /// (rows, features), as the architecture asks for them.
-    pub buffers: Vec<Tensor>,
     /// (rows, n_vocab); no rows before the first head.
     pub logits: Tensor,
 }
+
+/// The memory that a layer computes in, as the architecture asks for it: (rows, features) each, for at least the rows of a
+/// pass. Nothing in it is needed between two layers, so that several batches may use one.
+#[derive(Default)]
+pub struct Buffers(pub Vec<Tensor>);

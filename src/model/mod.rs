@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::system::memory;
 use crate::system::sync::Cancel;
 
-pub use batch::{Batch, Member};
+pub use batch::{Batch, Buffers, Member};
 pub use sequence::{Sequence, Want};
 
 /// Facts about a loaded model.

@@ -7,6 +7,8 @@
 
 mod config;
 
+use candle_core::Tensor;
+
 use super::batch::Activations;
 use super::rope::Rope;
 use super::runner::{Architecture, Runner, Shared, norm};
@@ -90,10 +92,17 @@ impl Architecture for Phi3 {
         ]
     }
 
-    fn layer(&self, i: usize, pass: &mut Activations, segments: &mut [Segment<'_>], ops: Ops<'_>) -> Result<()> {
+    fn layer(
+        &self,
+        i: usize,
+        pass: &mut Activations,
+        buffers: &mut [Tensor],
+        segments: &mut [Segment<'_>],
+        ops: Ops<'_>,
+    ) -> Result<()> {
         let (layer, shape) = (&self.layers[i], self.attention);
-        let Activations { x, angles, buffers, .. } = pass;
-        let [qkv, heads, gate_up] = &mut buffers[..] else { unreachable!("they are those of `buffers`") };
+        let Activations { x, angles, .. } = pass;
+        let [qkv, heads, gate_up] = buffers else { unreachable!("they are those of `buffers`") };
         ops.norm_linear(x, &layer.attn_norm, &layer.attn_qkv, qkv)?;
         ops.rope(angles, shape, qkv)?;
         ops.append(qkv, shape, i, segments)?;

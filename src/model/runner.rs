@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Storage, Tensor};
 
-use super::batch::{Activations, Batch, Member, Pass};
+use super::batch::{Activations, Batch, Buffers, Member, Pass};
 use super::chunks::{self, Chunks, Sizes};
 use super::rope::Rope;
 use super::sequence::{Sequence, Want};
@@ -43,7 +43,14 @@ pub trait Architecture: Send + Sync + 'static {
     fn buffers(&self) -> Vec<(usize, &'static str)>;
 
     /// Computes layer `i`: `pass.x` becomes its result, and the keys and values of the rows go to the segments.
-    fn layer(&self, i: usize, pass: &mut Activations, segments: &mut [Segment<'_>], ops: Ops<'_>) -> Result<()>;
+    fn layer(
+        &self,
+        i: usize,
+        pass: &mut Activations,
+        buffers: &mut [Tensor],
+        segments: &mut [Segment<'_>],
+        ops: Ops<'_>,
+    ) -> Result<()>;
 }
 
 /// The parts of a model that every architecture has.
@@ -159,13 +166,22 @@ impl<A: Architecture> Runner<A> {
     }
 
     fn activations(&self, rows: usize) -> Result<Activations> {
-        let buffer = |(features, what)| zeros(rows, features, &self.backend, what);
         Ok(Activations {
-            x: buffer((self.shared.hidden, "hidden states"))?,
+            x: zeros(rows, self.shared.hidden, &self.backend, "hidden states")?,
             angles: Angles::default(),
-            buffers: self.layers.buffers().into_iter().map(buffer).collect::<Result<_>>()?,
             logits: zeros(0, self.shared.n_vocab, &self.backend, "logits")?,
         })
+    }
+
+    /// The buffers of a layer of `rows` rows, which are parts of larger ones.
+    fn buffers(&self, buffers: &mut Buffers, rows: usize) -> Result<Vec<Tensor>> {
+        let held = buffers.0.first().map_or(Ok(0), |buffer| buffer.dim(0))?;
+        if held < rows {
+            buffers.0.clear(); // frees the old ones first
+            let buffer = |(features, what)| zeros(rows, features, &self.backend, what);
+            buffers.0 = self.layers.buffers().into_iter().map(buffer).collect::<Result<_>>()?;
+        }
+        Ok(buffers.0.iter().map(|buffer| buffer.narrow(0, 0, rows)).collect::<candle_core::Result<_>>()?)
     }
 
     fn embed(&self, members: &[Member], pass: &Pass, activations: &mut Activations, ops: Ops<'_>) -> Result<()> {
@@ -269,15 +285,16 @@ impl<A: Architecture> Runner<A> {
         while pass.layers < pass.n_layers {
             self.release_cancelled(batch, &mut pass)?;
             let ops = self.backend.ops(pass.phase, &pass.cancels);
-            let Batch { members, activations: Some(activations), .. } = batch else {
+            let Batch { members, activations: Some(activations), buffers, .. } = batch else {
                 return Err(Error::Internal("a batch lost the activations of its pass".into()));
             };
+            let mut buffers = self.buffers(buffers, activations.x.dim(0)?)?;
             if pass.layers == 0 {
                 self.embed(members, &pass, activations, ops)?;
             }
             let rows = members.iter_mut().zip(&pass.rows).filter(|(_, rows)| !rows.is_empty());
             let mut segments: Vec<_> = rows.map(|(m, rows)| m.sequence.kv.segment(rows.clone())).collect();
-            self.layers.layer(pass.layers, activations, &mut segments, ops)?;
+            self.layers.layer(pass.layers, activations, &mut buffers, &mut segments, ops)?;
             ops.check()?;
             pass.layers += 1;
             if pass.phase == Phase::Prefill && pass.layers < pass.n_layers {

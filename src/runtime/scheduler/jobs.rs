@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::Job;
 use super::active::{Active, Prompts, State};
 use crate::error::Error;
+use crate::model::{Batch, Buffers};
 use crate::system::panic;
 
 /// Turns of prompts of which the oldest prompt gets one, however many short ones arrive.
@@ -32,6 +33,8 @@ pub(super) struct Jobs {
     pub(super) waiting: VecDeque<Box<dyn Job>>,
     /// Prompts between two of their turns.
     prompts: Vec<Prompts>,
+    /// The memory that the layers of prompts compute in, one after the other. Without prompts it is freed.
+    buffers: Buffers,
     /// Turns of prompts so far.
     prompt_turns: usize,
     /// The virtual runtime of the decoding job that was chosen last.
@@ -142,14 +145,16 @@ impl Jobs {
         self.prompt_turns += 1;
         match under_way {
             Some(prompts) => {
-                let prompts = self.prompts.swap_remove(prompts);
+                let mut prompts = self.prompts.swap_remove(prompts);
                 self.take(|active| prompts.numbers.contains(&active.number));
+                prompts.batch.buffers = std::mem::take(&mut self.buffers);
                 prompts
             }
             None => {
                 let numbers = self.new_prompts(chosen, ready);
                 self.take(|active| numbers.contains(&active.number));
-                Prompts::default()
+                let batch = Batch { buffers: std::mem::take(&mut self.buffers), ..Batch::default() };
+                Prompts { batch, ..Prompts::default() }
             }
         }
     }
@@ -212,7 +217,12 @@ impl Jobs {
             let place = self.active.partition_point(|other| other.number < active.number);
             self.active.insert(place, active);
         }
-        self.prompts.extend(prompts);
+        for mut prompts in prompts {
+            if !prompts.batch.buffers.0.is_empty() {
+                self.buffers = std::mem::take(&mut prompts.batch.buffers);
+            }
+            self.prompts.push(prompts);
+        }
         self.drop_abandoned_prompts();
     }
 
@@ -220,6 +230,9 @@ impl Jobs {
     fn drop_abandoned_prompts(&mut self) {
         let lives = |number: &u64| self.active.iter().any(|active| active.number == *number);
         self.prompts.retain(|prompts| prompts.numbers.iter().any(lives));
+        if self.prompts.is_empty() {
+            self.buffers = Buffers::default();
+        }
     }
 
     /// Fails and drops every job. A panic of one does not reach the others.
