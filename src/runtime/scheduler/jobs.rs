@@ -2,8 +2,8 @@
 //!
 //! Decoding jobs share passes, and so do short prompts that begin together. While there are prompts and decoding jobs, time
 //! is shared one to one between their turns, and a decoding job waits for one turn of a prompt at a time, or for as many
-//! as take no longer than a pass. Among prompts, those that have had the least time come first, and every eighth turn goes
-//! to the oldest ones.
+//! as take no longer than a pass. Among prompts, those that have had the least time come first, and an eighth of the time
+//! goes to the oldest ones.
 //!
 //! Decisions: docs/design/runtime.md
 
@@ -17,8 +17,8 @@ use crate::error::Error;
 use crate::model::{Batch, Buffers};
 use crate::system::panic;
 
-/// Turns of prompts of which the oldest prompt gets one, however many short ones arrive.
-const OLDEST_GETS_ONE_OF: usize = 8;
+/// The oldest prompt gets this part of the time of prompts, however many short ones arrive.
+const PART_OF_OLDEST: u32 = 8;
 
 /// The jobs that the thread has taken from the queue.
 #[derive(Default)]
@@ -35,8 +35,7 @@ pub(super) struct Jobs {
     prompts: Vec<Prompts>,
     /// The memory that the layers of prompts compute in, one after the other. Without prompts it is freed.
     buffers: Buffers,
-    /// Turns of prompts so far.
-    prompt_turns: usize,
+    oldest: Oldest,
     /// The virtual runtime of the decoding job that was chosen last.
     clock: Duration,
     shares: Shares,
@@ -62,6 +61,31 @@ struct Shares {
     since_pass: Duration,
     last_turn: Duration,
     last_pass: Duration,
+}
+
+/// The time of the oldest prompt among the others.
+#[derive(Default)]
+struct Oldest {
+    /// Whether the current turn is its own.
+    now: bool,
+    last_turn: Duration,
+    /// The time of the others that it has not had its part of.
+    others: Duration,
+}
+
+impl Oldest {
+    fn is_next(&self) -> bool {
+        self.others >= self.last_turn * (PART_OF_OLDEST - 1)
+    }
+
+    fn add(&mut self, turn: Duration) {
+        if self.now {
+            self.last_turn = turn;
+            self.others = self.others.saturating_sub(turn * (PART_OF_OLDEST - 1));
+        } else {
+            self.others += turn;
+        }
+    }
 }
 
 impl Shares {
@@ -140,9 +164,9 @@ impl Jobs {
         };
         let time = |i: usize| under_way(i).map_or(Duration::ZERO, |prompts| self.prompts[prompts].time);
         let least = ready.iter().copied().min_by_key(|&i| time(i)).unwrap_or(ready[0]);
-        let chosen = if (self.prompt_turns + 1).is_multiple_of(OLDEST_GETS_ONE_OF) { ready[0] } else { least };
+        let chosen = if self.oldest.is_next() { ready[0] } else { least };
         let under_way = under_way(chosen);
-        self.prompt_turns += 1;
+        self.oldest.now = chosen == ready[0];
         match under_way {
             Some(prompts) => {
                 let mut prompts = self.prompts.swap_remove(prompts);
@@ -197,6 +221,7 @@ impl Jobs {
     /// The current jobs have taken a turn of this length with their prompts, of which `prompts` go on.
     pub(super) fn put_back_prompts(&mut self, prompts: Vec<Prompts>, turn: Duration) {
         self.shares.add_prompt(turn);
+        self.oldest.add(turn);
         self.put_back(prompts.into_iter().map(|prompts| Prompts { time: prompts.time + turn, ..prompts }));
     }
 

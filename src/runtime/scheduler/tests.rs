@@ -396,7 +396,14 @@ fn a_short_prompt_overtakes_a_long_one_and_the_oldest_goes_on() {
         simulation.submit(simulation.job('s', 20, 1));
     }
     let turns = simulation.run(800, |_| 10);
-    assert_eq!(counts(&turns)["l"], 100, "every eighth turn");
+    assert_eq!(counts(&turns)["l"], 100, "an eighth of the time");
+    // turns of 230 and 14 ms: a short prompt waits for one long turn, not for one in eight
+    let mut simulation = Simulation::new(usize::MAX, 8);
+    simulation.submit(simulation.job('l', 3000, 1));
+    simulation.run(40, |_| 230);
+    simulation.submit(simulation.job('s', 32, 1));
+    let turns = simulation.run(32, |turn| if turn == "l" { 230 } else { 14 });
+    assert_eq!(turns, ["s"; 32]);
 }
 
 #[test]
