@@ -551,7 +551,7 @@ fn progress_goes_through_the_phases() {
     assert_eq!(of(Reported::Wait)[0], (0, None));
     let (prefill, decode) = (of(Reported::Prefill), of(Reported::Decode));
     assert_eq!(prefill.last(), Some(&(40, Some(40))));
-    assert!(prefill.len() > 2 && prefill.is_sorted() && prefill[0].0 < 40, "{prefill:?}");
+    assert!(prefill.len() > 1 && prefill.is_sorted() && prefill[0].0 < 40, "{prefill:?}"); // reports may be 75 ms apart
     assert_eq!(decode.last(), Some(&(12, Some(12))));
     assert!(decode.len() > 1 && decode.is_sorted(), "{decode:?}");
     assert!(seen.is_sorted_by_key(|p| p.phase), "{seen:?}");
