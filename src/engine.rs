@@ -230,11 +230,7 @@ impl Engine {
     pub fn logits(&self, ids: Vec<u32>, want: Want) -> Result<Stream<Logits>> {
         let parts = self.parts()?;
         self.check_ids(&ids)?;
-        if ids.len() > self.info.n_ctx {
-            return Err(Error::ContextLength { prompt_tokens: ids.len(), n_ctx: self.info.n_ctx });
-        }
-        parts.model.check_length(ids.len())?;
-        parts.gguf.check_length()?;
+        self.check_length(&parts, ids.len())?;
         Ok(Stream::new(Logits::new(parts.model.clone(), ids, want)?, self.scheduler.clone(), None))
     }
 
@@ -255,11 +251,7 @@ impl Engine {
             };
             return Err(Error::option("start", problem));
         }
-        if ids.len() > self.info.n_ctx {
-            return Err(Error::ContextLength { prompt_tokens: ids.len(), n_ctx: self.info.n_ctx });
-        }
-        parts.model.check_length(ids.len())?;
-        parts.gguf.check_length()?;
+        self.check_length(&parts, ids.len())?;
         Ok(Stream::new(Scores::new(parts.model.clone(), ids, start, top), self.scheduler.clone(), None))
     }
 
@@ -281,6 +273,15 @@ impl Engine {
     pub fn bytes_per_token(&self, positions: usize) -> Result<(usize, usize)> {
         let parts = self.parts()?;
         Ok((bandwidth::weight_bytes(&parts.gguf), parts.model.kv_bytes(positions)))
+    }
+
+    /// Whether `tokens` can be computed without any after them.
+    fn check_length(&self, parts: &Parts, tokens: usize) -> Result<()> {
+        if tokens > self.info.n_ctx {
+            return Err(Error::ContextLength { prompt_tokens: tokens, n_ctx: self.info.n_ctx });
+        }
+        parts.model.check_length(tokens)?;
+        parts.gguf.check_length()
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {

@@ -8,7 +8,6 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_phi::compute::ops::{KvShape, KvType};
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::table::Table;
@@ -54,9 +53,7 @@ impl Model for Scripted {
     }
 
     fn sequence(&self) -> Result<Sequence> {
-        let (kv_type, device) = (KvType::F32, None);
-        let shape = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
-        Ok(Sequence::new(Table::new(&shape, None)))
+        Ok(Sequence::new(Table::without_layers()))
     }
 
     fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()> {

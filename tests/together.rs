@@ -13,7 +13,6 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_phi::compute::ops::{KvShape, KvType};
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::table::Table;
@@ -191,9 +190,7 @@ impl Model for Scripted {
         // Prompts that are cancelled stay in their pass up to the next layer: of n, n - 1 stay with the last one, whose pass
         // waits for that of n - 1 new ones.
         assert!(before < self.slots * (self.slots + 1) / 2, "{before} sequences and {} slots", self.slots);
-        let (kv_type, device) = (KvType::F32, None);
-        let shape = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
-        let mut sequence = Sequence::new(Table::new(&shape, None));
+        let mut sequence = Sequence::new(Table::without_layers());
         sequence.held = Some(Box::new(Counted(self.sequences.clone())));
         Ok(sequence)
     }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::compute::kernels::PAGE;
-use crate::compute::ops::{Column, KvShape, Segment};
+use crate::compute::ops::{Column, KvShape, KvType, Segment};
 use crate::error::Result;
 
 /// Columns of consecutive positions. Positions below `len` are computed and do not change.
@@ -25,6 +25,12 @@ pub struct Table {
 impl Table {
     pub fn new(shape: &KvShape, window: Option<usize>) -> Self {
         Table { shape: shape.clone(), window, columns: VecDeque::new(), spare: Vec::new(), len: 0 }
+    }
+
+    /// A table that counts positions and holds nothing, for an engine that keeps its keys and values itself.
+    pub fn without_layers() -> Self {
+        let (kv_type, device) = (KvType::F32, None);
+        Table::new(&KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device }, None)
     }
 
     /// Computed positions, those behind the window included.
@@ -134,7 +140,6 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compute::ops::KvType;
 
     const COLUMN_BYTES: u64 = 2 * 2 * 2 * PAGE as u64;
 

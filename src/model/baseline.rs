@@ -17,7 +17,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_phi3::ModelWeights;
 
 use crate::compute::kernels;
-use crate::compute::ops::{KvShape, KvType};
+use crate::compute::ops::KvType;
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
 use crate::kv::table::Table;
@@ -184,9 +184,7 @@ impl Model for Baseline {
                 "engine 'candle' has 1 slot, and a stream holds it: finish or close that stream first".into(),
             ));
         }
-        let (kv_type, device) = (KvType::F32, None);
-        let none = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
-        let mut sequence = Sequence::new(Table::new(&none, None));
+        let mut sequence = Sequence::new(Table::without_layers());
         sequence.held = Some(Box::new(Slot(self.taken.clone())));
         Ok(sequence)
     }

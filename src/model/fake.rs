@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use super::batch::Pass;
 use super::{Batch, Info, Model, Phase, Sequence, Want};
-use crate::compute::ops::{KvShape, KvType};
 use crate::error::{Error, Result};
 use crate::kv::table::Table;
 use crate::system::sync::lock;
@@ -55,9 +54,7 @@ impl Model for Fake {
     }
 
     fn sequence(&self) -> Result<Sequence> {
-        let (kv_type, device) = (KvType::F32, None);
-        let shape = KvShape { n_layers: 0, n_head_kv: 0, head_dim: 0, kv_type, device };
-        Ok(Sequence::new(Table::new(&shape, None)))
+        Ok(Sequence::new(Table::without_layers()))
     }
 
     fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
