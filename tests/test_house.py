@@ -104,6 +104,7 @@ def test_python_modules_import_only_downwards() -> None:
         "memory",
         "locations",
         "messages",
+        "prompts",
         "results",
         "stream",
         "aio",

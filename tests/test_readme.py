@@ -18,6 +18,7 @@ import pytest
 
 import candle_phi
 from candle_phi import AsyncStream, Phi, Stream, hub
+from candle_phi.prompts import Prompting
 from candle_phi.scores import Scoring
 from conftest import HAIKU, HANG, ROOT
 from fake_hub import FakeHub
@@ -92,7 +93,7 @@ def test_the_downloads(server: FakeHub, phi: Phi) -> None:
     assert names["path"].is_file()
 
 
-@pytest.mark.parametrize(("thing", "count"), [(Phi, 7), (Scoring, 3), (Stream, 1), (AsyncStream, 1)])
+@pytest.mark.parametrize(("thing", "count"), [(Phi, 4), (Prompting, 3), (Scoring, 3), (Stream, 1), (AsyncStream, 1)])
 def test_the_examples_of_docstrings_print_what_they_show(phi: Phi, thing: type, count: int) -> None:
     names = {"Phi": Phi, "phi": phi, "asyncio": asyncio}
     found = doctest.DocTestFinder().find(thing, thing.__name__, globs=names)

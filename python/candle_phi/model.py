@@ -3,10 +3,9 @@
 
 import functools
 import inspect
-import logging
 import os
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Never, Self, SupportsIndex, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Never, Self, Unpack, overload
 
 from . import _engine, aio, hub, memory, options
 from .aio import AsyncStream
@@ -14,10 +13,11 @@ from .errors import ModelNotFoundError, missing_attribute
 from .keywords import GenerationOptions, ModelOptions
 from .locations import check_file, is_repository, tokenizer_path
 from .many import AsyncResults, Batch, Results, several
-from .messages import Message, Prompt, are_ids, items, token_ids, turns
+from .messages import Prompt
 from .metadata import Metadata
 from .options import Device, Engine, KvCache, OptionValueError
 from .progress import OnProgress, progress_callback, token_callback, wait_for
+from .prompts import Prompting
 from .results import Result
 from .scores import Scoring
 from .signatures import adds_options, same_options, takes_path, takes_prompt, takes_prompts
@@ -25,7 +25,7 @@ from .stream import Stream
 
 _DEMO = "phi3-demo-q4_k_m.gguf"
 
-_LATER = (*("accepts", "adapters", "cache_info", "chat", "count_tokens", "load_chat", "warm"),)
+_LATER = ("accepts", "adapters", "cache_info", "chat", "count_tokens", "load_chat", "warm")
 """Methods and attributes that a later version has."""
 
 _FOREIGN = {
@@ -51,9 +51,6 @@ _FOREIGN = {
 }
 """Other libraries' methods and attributes, each with what to use here."""
 
-_logger = logging.getLogger("candle_phi")
-_logger.addHandler(logging.NullHandler())  # if the application has no handler, a warning would go to stderr
-
 
 class _Recipe(NamedTuple):
     """How to open a model again."""
@@ -63,7 +60,7 @@ class _Recipe(NamedTuple):
     options: dict[str, Any]
 
 
-class Phi(Scoring):
+class Phi(Prompting, Scoring):
     """An open Phi-3-family model. Any number of threads and streams may share one.
 
     >>> with Phi.demo() as phi:
@@ -528,62 +525,6 @@ class Phi(Scoring):
         several(prompts, "amap")
         return AsyncResults(self._batch("amap", **options), prompts)
 
-    def render(self, messages: str | Iterable[Message]) -> str:
-        """Applies the chat template: returns the exact text that messages become. A str is one user turn.
-
-        >>> print(phi.render([{"role": "user", "content": "Hello!"}]), end="")
-        <|user|>
-        Hello!<|end|>
-        <|assistant|>
-
-        Raises:
-            ClosedError: the model is closed.
-            TypeError, ValueError: a message that is not valid. Its index is named.
-        """
-        return self._model.render(turns(messages))
-
-    def tokenize(
-        self, prompt: str | Iterable[Message], *, parse_special: bool = False, add_bos: bool = False
-    ) -> list[int]:
-        """The token ids of a text without the chat template, or of messages, exactly as `stream` reads them.
-
-        >>> phi.tokenize("ice hockey")
-        [299, 312]
-
-        Args:
-            prompt: a str or messages.
-            parse_special: read special tokens in a str as tokens. False reads them as text.
-            add_bos: put the beginning-of-text token before a str.
-
-        Raises:
-            ClosedError: the model is closed.
-            TypeError, ValueError: an option or a message that is not valid.
-        """
-        options.checked(options.PROMPT, {"parse_special": parse_special, "add_bos": add_bos})
-        if isinstance(prompt, str):
-            return self._model.tokenize_text(options.encodable("the text", prompt), bool(parse_special), add_bos)
-        if parse_special or add_bos:
-            name = "parse_special" if parse_special else "add_bos"
-            raise OptionValueError(name, "is for a str; messages have the special tokens of their template")
-        return self._model.tokenize_messages(turns(prompt))
-
-    def detokenize(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
-        """The text of token ids.
-
-        >>> phi.detokenize([299, 312])
-        'ice hockey'
-
-        Args:
-            ids: token ids.
-            skip_special: leave special tokens out. False writes their names.
-
-        Raises:
-            ClosedError: the model is closed.
-            TypeError, ValueError: an id that is not an int or is outside the vocabulary.
-        """
-        options.flag("skip_special", skip_special)
-        return self._model.detokenize(token_ids(ids, self.n_vocab), skip_special)
-
     def close(self) -> None:
         """Ends every stream and closes the file. Readers get `ClosedError`. Safe from any thread, repeatedly."""
         self._model.close()
@@ -651,28 +592,6 @@ class Phi(Scoring):
     def _member(self, prompt: object, call: options.Generation, given: Mapping[str, object]) -> Stream:
         """The stream of a prompt of `map`. `given`: the options as the caller gave them."""
         return self._stream(prompt, call, whole=True)
-
-    def _prompt_ids(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
-        """The token ids of a prompt."""
-        if raw:
-            if not isinstance(prompt, str):
-                raise TypeError(f"raw=True needs a str as the prompt, not {type(prompt).__name__}")
-            ids = self._model.tokenize_text(
-                options.encodable("the prompt", prompt), parse_special is not False, add_bos
-            )
-            if not ids:
-                raise ValueError("the raw prompt has no tokens")
-            return ids
-        if isinstance(prompt, str) and ("<|user|>" in prompt or "<|assistant|>" in prompt):
-            _logger.warning(
-                "the prompt has <|user|> or <|assistant|> as plain text; %s reads them as special tokens",
-                options.Option("raw", "True"),
-            )
-        if not isinstance(prompt, str):
-            prompt = items(prompt)  # once: it may be a generator
-            if are_ids(prompt):
-                return token_ids(prompt, self.n_vocab)
-        return self._model.tokenize_messages(turns(prompt))
 
 
 _DEFAULTS: dict[str, object] = {
