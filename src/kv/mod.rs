@@ -1,3 +1,4 @@
 //! Keys and values of computed positions, by sequence. It may use `compute`, which stores and reads them.
 
+pub mod file;
 pub mod table;
