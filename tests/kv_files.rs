@@ -252,6 +252,7 @@ fn a_damaged_column_is_named_and_the_others_are_good() {
     fs::write(&path, bytes).unwrap();
     let file = KvFile::open(&path).unwrap();
     assert!(file.column(0, &shape).is_ok() && file.column(2, &shape).is_ok());
-    let message = format!("{}: damaged: the checksum of column 1, positions 128 to 255, does not match", path.display());
+    let message =
+        format!("{}: damaged: the checksum of column 1, positions 128 to 255, does not match", path.display());
     assert_eq!(file.column(1, &shape).map(drop), Err(Error::InvalidModel(message)));
 }

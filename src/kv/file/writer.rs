@@ -83,9 +83,10 @@ fn validate(contents: &Contents<'_>) -> Result<()> {
     let alike = columns.iter().all(|column| {
         let other = column.shape();
         shape.parts() == other.parts()
-            && shape.parts().iter().all(|&part| {
-                (shape.dims(part), shape.element(part)) == (other.dims(part), other.element(part))
-            })
+            && shape
+                .parts()
+                .iter()
+                .all(|&part| (shape.dims(part), shape.element(part)) == (other.dims(part), other.element(part)))
     });
     if !follow || !reach || !alike || column_bytes(shape) == 0 {
         let starts: Vec<usize> = columns.iter().map(|column| column.start()).collect();
