@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use candle_phi::compute::kernels::{KvSlice, PAGE};
@@ -255,4 +256,240 @@ fn a_damaged_column_is_named_and_the_others_are_good() {
     let message =
         format!("{}: damaged: the checksum of column 1, positions 128 to 255, does not match", path.display());
     assert_eq!(file.column(1, &shape).map(drop), Err(Error::InvalidModel(message)));
+}
+
+#[test]
+fn a_hostile_header_is_refused_whatever_it_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let (shape, chat) = small();
+    chat.write(&path).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let size = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let json = str::from_utf8(&bytes[8..8 + size]).unwrap().trim_end();
+    let with_header = |json: &str| [&(json.len() as u64).to_le_bytes(), json.as_bytes(), &bytes[8 + size..]].concat();
+    let refuse = |bytes: Vec<u8>, what: &str| {
+        fs::write(&path, bytes).unwrap();
+        assert_refused(&path, &shape, what);
+    };
+    for size in [0, 1, 8 << 20, u64::MAX, u64::MAX - 7, 1 << 63] {
+        refuse([&size.to_le_bytes(), &bytes[8..]].concat(), &format!("a header of {size} bytes"));
+    }
+    refuse(with_header(&"[".repeat(100_000)), "brackets");
+    refuse(with_header("{}"), "no tensors");
+    refuse(with_header(r#"{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}"#), "another safetensors file");
+    let mut random = random::Random::new(3);
+    let numbers =
+        ["0", "1", "64", "127", "4294967296", "18446744073709551615", "9223372036854775807", "-1", "1e9", "null"];
+    for _ in 0..2000 {
+        // One of the numbers becomes another one.
+        let digits: Vec<usize> = json.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
+        let at = digits[random.below(digits.len())];
+        let is_digit = |i: usize| json.as_bytes()[i].is_ascii_digit();
+        let from = (0..=at).rev().take_while(|&i| is_digit(i)).last().unwrap();
+        let to = (at..json.len()).find(|&i| !is_digit(i)).unwrap();
+        let number = numbers[random.below(numbers.len())];
+        if number != &json[from..to] {
+            let changed = format!("{}{number}{}", &json[..from], &json[to..]);
+            refuse(with_header(&changed), &changed);
+        }
+    }
+}
+
+#[test]
+fn what_is_no_file_of_a_chat_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (shape, chat) = small();
+    let missing = read(&folder.path().join("b"), &shape).unwrap_err();
+    assert!(matches!(&missing, Error::ModelNotFound(message) if message.ends_with("b: no such file")), "{missing}");
+    assert_refused(folder.path(), &shape, "a folder");
+    let path = folder.path().join("a");
+    chat.write(&path).unwrap();
+    let mut later = fs::read(&path).unwrap();
+    let version = br#"kv_version":"1"#;
+    let at = later.windows(version.len()).position(|bytes| bytes == version).unwrap();
+    later[at + version.len() - 1] = b'2';
+    fs::write(&path, later).unwrap();
+    let error = read(&path, &shape).unwrap_err();
+    assert!(matches!(&error, Error::UnsupportedModel(message) if message.contains("version 2")), "{error}");
+}
+
+/// The error of a save, which leaves no file behind.
+fn refused(chat: &Chat, path: &Path, kind: std::io::ErrorKind, what: &str) {
+    let entries = || fs::read_dir(path.parent().unwrap()).map_or(0, Iterator::count);
+    let before = entries();
+    match chat.write(path) {
+        Err(Error::File { message, kind: found }) => {
+            assert!(found == kind && message.contains(what), "{message} ({found:?})");
+            assert!(message.starts_with(&path.display().to_string()), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(entries(), before);
+}
+
+#[test]
+fn a_target_that_cannot_be_replaced_is_an_error() {
+    use std::io::ErrorKind;
+    let folder = tempfile::tempdir().unwrap();
+    let (_, chat) = small();
+    refused(&chat, folder.path(), ErrorKind::IsADirectory, "this is a folder");
+    refused(&chat, &folder.path().join("no/a"), ErrorKind::NotFound, "no is not a folder");
+    let path = folder.path().join("a");
+    fs::write(&path, "old").unwrap();
+    refused(&chat, &path.join("b"), ErrorKind::NotADirectory, "a is not a folder");
+    let mut permissions = fs::metadata(&path).unwrap().permissions();
+    permissions.set_readonly(true);
+    fs::set_permissions(&path, permissions).unwrap();
+    refused(&chat, &path, ErrorKind::PermissionDenied, "read-only");
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_symbolic_link_leads_to_the_target_and_a_file_is_its_owners() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let folder = tempfile::tempdir().unwrap();
+    let (_, chat) = small();
+    let (link, target) = (folder.path().join("link"), folder.path().join("target"));
+    symlink(&target, &link).unwrap();
+    refused(&chat, &link, std::io::ErrorKind::NotFound, "a symbolic link");
+    fs::write(&target, "old").unwrap();
+    chat.write(&link).unwrap();
+    assert!(link.is_symlink() && !target.is_symlink());
+    assert_eq!(KvFile::open(&target).unwrap().ids(), &chat.ids[..]);
+    assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_save_that_is_cancelled_leaves_the_old_file() {
+    use candle_phi::system::task::BackgroundTask;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let (shape, chat) = small();
+    chat.write(&path).unwrap();
+    let sound = fs::read(&path).unwrap();
+    let (send, receive) = std::sync::mpsc::channel();
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    let target = path.clone();
+    let save = BackgroundTask::start(move |task| {
+        let _ = gate.recv();
+        let other = Chat::new(&shape, 0, 3, 9);
+        send.send(write(&target, &other.contents(), task)).unwrap();
+        Ok(())
+    });
+    save.unwrap().cancel();
+    drop(go);
+    assert_eq!(receive.recv().unwrap(), Err(Error::Cancelled));
+    assert_eq!(fs::read(&path).unwrap(), sound);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn two_writers_at_once_leave_one_whole_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let shape = shape(KvType::F32, 2, 2, 32);
+    let chats = [1, 2].map(|seed| Chat::new(&shape, 0, PAGE + seed as usize * 20, seed));
+    chats[0].write(&path).unwrap();
+    std::thread::scope(|scope| {
+        for chat in &chats {
+            scope.spawn(|| (0..20).map(|_| chat.write(&path).unwrap()).max());
+        }
+        for _ in 0..40 {
+            let (ids, columns) = read(&path, &shape).unwrap();
+            let chat = chats.iter().find(|chat| chat.ids == ids).expect("one of the two");
+            let positions = chat.computed - PAGE;
+            let before = bits(&chat.columns[0], &shape, PAGE);
+            assert!(positions > 0 && columns[0] == before);
+        }
+    });
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// The shape of what child processes save: 1 MiB a column.
+fn child_shape() -> KvShape {
+    shape(KvType::F16, 8, 4, 64)
+}
+
+/// This program, which runs the test `child` alone.
+#[cfg(unix)]
+fn start_child(before: &str, task: &str, path: &Path) -> Command {
+    let mut command = Command::new("sh");
+    let program = std::env::current_exe().unwrap();
+    command.arg("-c").arg(format!("{before} exec \"$0\" --exact child --ignored --nocapture")).arg(program);
+    command.env("KV_FILES_CHILD", task).env("KV_FILES_PATH", path).stdout(Stdio::null());
+    command
+}
+
+#[test]
+#[ignore = "the process that other tests start"]
+fn child() {
+    let (Ok(task), Some(path)) = (std::env::var("KV_FILES_CHILD"), std::env::var_os("KV_FILES_PATH")) else { return };
+    let path = Path::new(&path);
+    let shape = child_shape();
+    match task.as_str() {
+        "save" => {
+            let chat = Chat::new(&shape, 0, 8 * PAGE, 2);
+            for _ in 0..2000 {
+                chat.write(path).unwrap();
+            }
+        }
+        "save without space" => {
+            let error = Chat::new(&shape, 0, 8 * PAGE, 2).write(path).unwrap_err();
+            assert!(matches!(&error, Error::File { message, .. } if message.contains("not saved: ")), "{error}");
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_an_error_and_leaves_the_old_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let shape = child_shape();
+    let chat = Chat::new(&shape, 0, PAGE + 1, 1);
+    chat.write(&path).unwrap();
+    let before = read(&path, &shape).unwrap();
+    // A limit of 2 MiB (4096 blocks) stands for the disk: a write beyond it is refused when the file is half written.
+    let status = start_child("trap '' XFSZ; ulimit -f 4096;", "save without space", &path).status().unwrap();
+    assert!(status.success());
+    assert_eq!(read(&path, &shape).unwrap(), before);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_writer_that_is_killed_leaves_a_whole_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let shape = child_shape();
+    let old = Chat::new(&shape, 0, PAGE + 1, 1);
+    let new = Chat::new(&shape, 0, 8 * PAGE, 2);
+    let size = new.write(&path).unwrap();
+    let sound_new = read(&path, &shape).unwrap();
+    old.write(&path).unwrap();
+    let sound_old = read(&path, &shape).unwrap();
+    let unfinished = || {
+        let entries = fs::read_dir(folder.path()).unwrap().flatten();
+        let sizes = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".incomplete"));
+        sizes.filter_map(|entry| Some(entry.metadata().ok()?.len())).max()
+    };
+    let mut left = 0;
+    for point in 0..20 {
+        old.write(&path).unwrap();
+        assert_eq!(unfinished(), None, "what the killed one left is removed");
+        let mut writer = start_child("", "save", &path).spawn().unwrap();
+        while unfinished().is_none_or(|length| length < size * point / 20) {
+            assert!(writer.try_wait().unwrap().is_none(), "the writer has ended");
+            std::thread::yield_now();
+        }
+        writer.kill().unwrap();
+        writer.wait().unwrap();
+        left += u32::from(unfinished().is_some());
+        let found = read(&path, &shape).unwrap();
+        assert!(found == sound_old || found == sound_new, "killed at {point}/20");
+    }
+    assert!(left > 0, "no writer was killed while it wrote");
 }

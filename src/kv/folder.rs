@@ -35,6 +35,8 @@ use room::Room;
 
 /// The largest folder, in bytes: 400 columns of Phi-3-mini in f16.
 pub const LIMIT: u64 = 20_000_000_000;
+/// Bytes of a file around its column, at most, if the fingerprint is short.
+const HEADER: u64 = 8192;
 /// The name of the text that has the hash of the positions before a column.
 const PARENT: &str = "parent";
 /// Files that are opened to find the longest common prefix, the last used ones.
@@ -211,7 +213,7 @@ impl Files {
         if path.exists() {
             return Ok(None);
         }
-        room.make((PAGE * self.shape.position_bytes()) as u64)?;
+        room.make((PAGE * self.shape.position_bytes()) as u64 + HEADER)?;
         let contents = Contents {
             fingerprint: &self.fingerprint,
             start: parent.positions,

@@ -1,4 +1,5 @@
 //! Columns with random keys and values, for tests of their files.
+#![allow(dead_code)] // each test uses a part of it
 
 use std::collections::VecDeque;
 use std::sync::Arc;
