@@ -74,7 +74,7 @@ impl NewFile {
         fs::rename(&self.path, &self.target).map_err(|error| {
             if cfg!(windows) && self.target.exists() {
                 let message = format!(
-                    "{}: not saved: Windows replaces no file that is in use ({error}); close what was loaded from it, or \
+                    "{}: not saved: Windows cannot replace a file that is in use ({error}); close what was loaded from it, or \
                      save under another name",
                     self.target.display()
                 );

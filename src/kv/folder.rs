@@ -52,10 +52,12 @@ pub struct Key {
 impl Key {
     /// No positions.
     pub fn root(fingerprint: &str, root: &Root) -> Self {
-        let Root { long, scope } = root;
-        // With their lengths, two texts have one reading.
-        let text = format!("1 {} {fingerprint} {long} {} {scope}", fingerprint.len(), scope.len());
-        Key { hash: Sha256::digest(text).into(), positions: 0 }
+        let mut hash = Sha256::new_with_prefix([1, u8::from(root.long)]); // the version of the chain
+        for text in [fingerprint, &root.scope] {
+            hash.update((text.len() as u64).to_le_bytes()); // so that two texts have one reading
+            hash.update(text);
+        }
+        Key { hash: hash.finalize().into(), positions: 0 }
     }
 
     /// These positions and those of `ids`.

@@ -80,7 +80,7 @@ impl Layout {
         let promised = data.checked_add(tensors.data_len()).map(|end| end as u64);
         if promised != Some(length) {
             let promised = promised.map_or("too many".to_owned(), |end| end.to_string());
-            return Err(format!("its header is that of {promised} bytes, and the file has {length}"));
+            return Err(format!("its header describes {promised} bytes, and the file has {length}"));
         }
         let mut text = |name: &str| texts.remove(name).ok_or_else(|| format!("its header has no `{name}`"));
         let (fingerprint, layout) = (text(FINGERPRINT_KEY)?, text(LAYOUT_KEY)?);
