@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::path::Path;
+#[cfg(unix)]
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use candle_core::{DType, Device, Tensor};
 use candle_phi::compute::kernels::{KvSlice, PAGE};
 use candle_phi::compute::ops::{Column, KvShape, KvType, Segment};
 use candle_phi::error::{Error, Result};
@@ -176,6 +178,30 @@ fn a_mapped_column_is_used_where_it_lies_and_never_written() {
         assert!(table.segment(0..2 * PAGE).pieces(layer).all(|piece| piece.is_ok()));
     }
     assert_eq!(fs::read(&path).unwrap(), saved);
+}
+
+#[test]
+fn a_device_of_candle_gets_a_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    for kv_type in [KvType::F16, KvType::F32] {
+        let kernels = shape(kv_type, 2, 2, 32);
+        let candle = KvShape { device: Some(Device::Cpu), ..kernels.clone() };
+        let chat = Chat::new(&candle, 0, PAGE + 6, 3);
+        chat.write(&path).unwrap();
+        let file = KvFile::open(&path).unwrap();
+        let column = file.column(1, &candle).unwrap();
+        assert!(!column.is_mapped() && file.column(1, &kernels).is_err(), "keys of the kernels lie in another order");
+        let numbers = |column: &Column, layer: usize, first: usize, n: usize| {
+            let block = column.layer(layer);
+            let part = |x: &Tensor| x.narrow(1, first, n).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+            [&block.k, &block.v].map(|x| part(x.tensor().unwrap()).to_vec1::<f32>().unwrap()).concat()
+        };
+        for layer in 0..2 {
+            assert_eq!(numbers(&column, layer, 0, 5), numbers(&chat.columns[1], layer, 0, 5));
+            assert!(numbers(&column, layer, 5, PAGE - 5).iter().all(|&x| x == 0.0));
+        }
+    }
 }
 
 #[test]

@@ -206,6 +206,17 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_the_disk_has_no_room_for_is_not_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("chat");
+        let error = NewFile::create(&target, u64::MAX / 2).map(drop).unwrap_err();
+        let Error::File { message, kind: ErrorKind::StorageFull } = error else { panic!("{error}") };
+        let start = format!("{}: not saved: the file takes 9.22 EB, and the disk has ", target.display());
+        assert!(message.starts_with(&start), "{message}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn what_a_killed_writer_left_is_removed_and_what_is_written_is_kept() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("chat");

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use candle_core::Tensor;
 use candle_phi::compute::kernels::{KvSlice, PAGE};
 use candle_phi::compute::ops::{Column, KvBuffer, KvShape, KvType, Segment};
 use half::f16;
@@ -32,7 +33,13 @@ pub fn columns(shape: &KvShape, first: usize, computed: usize, seed: u64) -> Vec
                         q.iter_mut().for_each(|x| *x = random.bits() as i8);
                         scales.iter_mut().for_each(|x| *x = half(&mut random));
                     }
-                    _ => unreachable!("the kernels compute"),
+                    KvBuffer::Candle(x) => {
+                        let numbers: Vec<f32> = (0..x.elem_count()).map(|_| half(&mut random).to_f32()).collect();
+                        let numbers =
+                            Tensor::from_vec(numbers, x.shape(), x.device()).and_then(|new| new.to_dtype(x.dtype()));
+                        x.slice_set(&numbers.unwrap(), 0, 0).unwrap();
+                    }
+                    KvBuffer::Mapped(_) => unreachable!("they are new"),
                 }
             }
         }
