@@ -180,6 +180,36 @@ fn a_mapped_column_is_used_where_it_lies_and_never_written() {
     assert_eq!(fs::read(&path).unwrap(), saved);
 }
 
+/// The value of a line of a map of this process, in kB: of all maps of the file.
+#[cfg(target_os = "linux")]
+fn mapped_kilobytes(path: &Path, name: &str) -> u64 {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut is_of_file = false;
+    let mut sum = 0;
+    for line in maps.lines() {
+        match line.strip_prefix(name).and_then(|line| line.strip_prefix(':')) {
+            Some(value) if is_of_file => sum += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap(),
+            _ if line.contains('/') => is_of_file = line.ends_with(path.to_str().unwrap()),
+            _ => {}
+        }
+    }
+    sum
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_memory_of_a_mapped_column_is_the_page_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().canonicalize().unwrap().join("a");
+    let shape = child_shape();
+    Chat::new(&shape, 0, 4 * PAGE + 1, 3).write(&path).unwrap();
+    let file = KvFile::open(&path).unwrap();
+    let columns: Vec<Column> = (0..4).map(|number| file.column(number, &shape).unwrap()).collect();
+    assert_eq!(bits(&columns[3], &shape, PAGE).len(), 2 * 8 * 4 * 64 * PAGE);
+    assert!(mapped_kilobytes(&path, "Rss") >= 4 * 1024, "{} kB", mapped_kilobytes(&path, "Rss"));
+    assert_eq!(mapped_kilobytes(&path, "Anonymous"), 0, "pages of its own");
+}
+
 #[test]
 fn a_device_of_candle_gets_a_copy() {
     let folder = tempfile::tempdir().unwrap();
