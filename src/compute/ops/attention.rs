@@ -78,6 +78,7 @@ impl<'a> Heads<'a> {
             KvBuffer::F16(x) => Heads::F16(Disjoint::new(x), heads),
             KvBuffer::F32(x) => Heads::F32(Disjoint::new(x), heads),
             KvBuffer::Q8 { q, scales } => Heads::Q8 { q: Disjoint::new(q), scales: Disjoint::new(scales), heads },
+            KvBuffer::Mapped(_) => bail!("a KV block of a file passed to a kernel that writes"),
             KvBuffer::Candle(_) => bail!("a KV block of Candle passed to a kernel"),
         })
     }
