@@ -315,6 +315,7 @@ impl Plan {
             stop: [vec![], vec!["e".into(), "st".into()]][random.below(2)].clone(),
             ignore_eos: random.below(3) == 0,
             top_logprobs: [None, Some(0), Some(3)][random.below(3)],
+            ..Request::default()
         };
         Plan { request, reader, fault }
     }

@@ -29,7 +29,7 @@ use crate::kv::table::Table;
 use crate::system::sync::Cancel;
 use crate::system::{memory, panic};
 
-/// Rows of a decode pass at most, one of each sequence.
+/// Rows of a decode pass at most: one of each sequence, and those of drafts.
 const WIDTH: usize = 16;
 /// Tokens of prompts that share a pass at most. The unpacking of the weights costs as much as 10 tokens, so more would gain
 /// little, and each prompt waits for the others.
@@ -348,6 +348,10 @@ impl<A: Architecture> Model for Runner<A> {
             sequence.long = long;
         }
         Ok(())
+    }
+
+    fn room(&self, sequence: &Sequence) -> usize {
+        self.shared.rope.room(sequence.ids.len())
     }
 
     fn forward(&self, batch: &mut Batch) -> Result<bool> {

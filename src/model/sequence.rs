@@ -61,9 +61,21 @@ impl Sequence {
 
     /// Records appended ids. The memory for them is there.
     pub fn append(&mut self, ids: &[u32], phase: Phase, want: Want) {
-        let from = self.ids.len();
+        let (from, before) = (self.ids.len(), self.phase());
         self.ids.extend_from_slice(ids);
-        self.decode_from = if phase == Phase::Decode { from } else { self.ids.len() };
+        match (phase, before) {
+            (Phase::Prefill, _) => self.decode_from = self.ids.len(),
+            (Phase::Decode, Some(Phase::Decode)) => {} // ids before them are decoded too
+            (Phase::Decode, _) => self.decode_from = from,
+        }
         self.logits_from = from + want.first(ids.len());
+    }
+
+    /// Forgets the ids from index `len` on, and what was computed of them.
+    pub fn truncate(&mut self, len: usize) {
+        self.ids.truncate(len);
+        self.kv.truncate(len);
+        self.decode_from = self.decode_from.min(len);
+        self.logits_from = self.logits_from.min(len);
     }
 }

@@ -144,7 +144,7 @@ impl<T> Outbox<T> {
                 state.first_token.get_or_insert(elapsed);
             }
             let (item, end) = match step {
-                Step::More(item) => (item, None),
+                Step::More(item) | Step::Again(item) => (item, None),
                 Step::End(item, reason) => (item, Some(reason)),
             };
             if state.finish.is_none() {

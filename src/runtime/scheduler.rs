@@ -9,6 +9,7 @@
 //! Decisions: docs/design/runtime.md
 
 mod active;
+mod drafts;
 mod jobs;
 mod pass;
 
@@ -17,10 +18,12 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Batch, Model, Sequence};
+use crate::runtime::draft::survival::Survival;
 use crate::system::fork::ForkGuard;
 use crate::system::panic;
 use crate::system::sync::{Cancel, lock};
 
+use drafts::DraftRows;
 use jobs::{Jobs, Turn};
 
 /// A stream that is unread for this long no longer keeps others waiting for its slot: they fail with `Error::Busy`.
@@ -47,6 +50,16 @@ pub trait Job: Send {
 
     /// Takes the logits that the sequence wanted of a pass; false after the last ones.
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool>;
+
+    /// As `Work::draft`.
+    fn draft(&mut self, _sequence: &Sequence, _most: usize, _survival: &mut Survival) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// As `Work::extend`.
+    fn extend(&mut self, _sequence: &mut Sequence, _n: usize) -> Result<()> {
+        Ok(())
+    }
 
     /// Tells the reader that the job will not be finished. May be called again.
     fn fail(&mut self, error: Error);
@@ -199,6 +212,7 @@ impl Shared {
     /// Takes turns until the model is closed.
     fn run(&self, jobs: &mut Jobs) {
         let mut batch = Batch::default(); // decode passes keep their memory
+        let mut rows = DraftRows::default();
         while let Some(turn) = self.next(jobs) {
             let start = Instant::now();
             match turn {
@@ -208,7 +222,7 @@ impl Shared {
                     jobs.put_back_prompts(prompts, start.elapsed());
                 }
                 Turn::Decode => {
-                    let prompts = pass::decode(&mut jobs.current, &mut batch, start);
+                    let prompts = pass::decode(&mut jobs.current, &mut batch, &mut rows, start);
                     jobs.put_back_decoders(prompts, start.elapsed());
                 }
             }

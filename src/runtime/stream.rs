@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Model, Sequence};
+use crate::runtime::draft::survival::Survival;
 use crate::runtime::generation::Generation;
 use crate::runtime::outbox::{Hook, Outbox, Timings};
 use crate::runtime::scheduler::{Job, Scheduler};
@@ -211,13 +212,30 @@ impl<W: Work> Job for StreamJob<W> {
     }
 
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool> {
-        let start = Instant::now();
-        let computed = sequence.kv.len();
-        let step = self.work.accept(sequence, logits)?;
+        let (computed, mut start) = (sequence.kv.len(), Instant::now());
+        let mut step = self.work.accept(sequence, logits)?;
         self.record(computed, time + start.elapsed());
         self.status.decode_passes += usize::from(self.status.generated > 0);
-        self.status.generated = self.work.generated();
-        Ok(self.outbox.deliver(step, self.status, self.submitted.elapsed()))
+        loop {
+            let again = matches!(step, Step::Again(_));
+            self.status.generated = self.work.generated();
+            (self.status.drafted, self.status.accepted) = self.work.drafted();
+            let goes_on = self.outbox.deliver(step, self.status, self.submitted.elapsed());
+            if !goes_on || !again {
+                return Ok(goes_on);
+            }
+            start = Instant::now();
+            step = self.work.accept(sequence, logits)?;
+            self.record(computed, start.elapsed());
+        }
+    }
+
+    fn draft(&mut self, sequence: &Sequence, most: usize, survival: &mut Survival) -> Vec<f32> {
+        self.work.draft(sequence, most, survival)
+    }
+
+    fn extend(&mut self, sequence: &mut Sequence, n: usize) -> Result<()> {
+        self.work.extend(sequence, n)
     }
 
     fn fail(&mut self, error: Error) {

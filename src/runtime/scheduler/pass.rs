@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::active::{Active, Prompts, State};
+use super::drafts::{self, DraftRows};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Member, Model, Phase, Sequence};
 use crate::system::sync::lock;
@@ -49,7 +50,7 @@ pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, start: Instant) -> Vec<
 
 /// Takes a decode pass with jobs of one model. Returns the prompts that follow from it: a sequence may outgrow its rope
 /// factors, and is computed anew.
-pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<Prompts> {
+pub fn decode(jobs: &mut [Active], batch: &mut Batch, drafts: &mut DraftRows, start: Instant) -> Vec<Prompts> {
     let Some(first) = jobs.first() else { return Vec::new() };
     let model = first.job.model().clone();
     batch.pass = None;
@@ -61,7 +62,8 @@ pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<Pro
             batch.members.push(Member::new(sequence, active.job.cancel().clone()));
         }
     }
-    let outcomes = forward(model.as_ref(), batch);
+    drafts.add(model.as_ref(), jobs, &numbers, &mut batch.members);
+    let outcomes = forward(model.as_ref(), batch, drafts);
     let going_on = deliver(model.as_ref(), jobs, &numbers, batch, outcomes, start);
     settle(going_on.into_iter(), Batch::default(), Duration::ZERO)
 }
@@ -99,16 +101,21 @@ fn logits_of(member: &Member) -> Result<Range<usize>> {
     }
 }
 
-/// A decode pass. If one of several members fails, each of them is computed alone, so that the error reaches the job that it
-/// belongs to and no other.
-fn forward(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
-    match panic::catch(|| pass(model, batch)) {
-        Ok(()) => batch.members.iter().map(logits_of).collect(),
-        Err(error) if batch.members.len() == 1 || error == Error::Cancelled => {
-            batch.members.iter().map(|_| Err(error.clone())).collect()
-        }
-        Err(_) => alone(model, batch),
+/// A decode pass. If it fails, each member is computed alone and without drafts, so that the error reaches the job that it
+/// belongs to and no other, and drafts are no reason for one.
+fn forward(model: &dyn Model, batch: &mut Batch, drafts: &mut DraftRows) -> Vec<Result<Range<usize>>> {
+    let (rows, start) = (drafts::rows(&batch.members), Instant::now());
+    let Err(error) = panic::catch(|| pass(model, batch)) else {
+        drafts.record(&batch.members, rows, start.elapsed());
+        return batch.members.iter().map(logits_of).collect();
+    };
+    let cancelled = error == Error::Cancelled;
+    let withdrawn =
+        batch.members.iter_mut().filter(|_| !cancelled).map(drafts::withdraw).filter(|drafts| *drafts).count();
+    if cancelled || batch.members.len() == 1 && withdrawn == 0 {
+        return batch.members.iter().map(|_| Err(error.clone())).collect();
     }
+    alone(model, batch)
 }
 
 fn pass(model: &dyn Model, batch: &mut Batch) -> Result<()> {
