@@ -47,9 +47,8 @@ impl Table {
         self.columns.front().map_or(self.len, |column| column.start())
     }
 
-    /// The first position that a query at position `len` sees.
     fn first_seen(&self, len: usize) -> usize {
-        self.window.map_or(0, |window| (len + 1).saturating_sub(window))
+        first_seen(self.window, len)
     }
 
     /// Bytes of the columns that `positions` more would add.
@@ -126,8 +125,26 @@ impl Table {
 
     /// The same positions for another sequence, without a copy.
     pub fn fork(&self) -> Self {
-        let computed = self.columns.iter().take_while(|column| column.start() < self.len);
-        Table { columns: computed.cloned().collect(), spare: Vec::new(), shape: self.shape.clone(), ..*self }
+        Table { columns: self.columns().cloned().collect(), spare: Vec::new(), shape: self.shape.clone(), ..*self }
+    }
+
+    /// The columns with computed positions, oldest first.
+    pub fn columns(&self) -> impl Iterator<Item = &Arc<Column>> {
+        self.columns.iter().take_while(|column| column.start() < self.len)
+    }
+
+    /// Takes consecutive columns in which the positions below `len` are computed, in place of its own.
+    pub fn adopt(&mut self, columns: VecDeque<Arc<Column>>, len: usize) {
+        self.clear();
+        (self.columns, self.len) = (columns, len);
+    }
+
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    pub fn window(&self) -> Option<usize> {
+        self.window
     }
 
     /// Forgets every position and keeps the memory.
@@ -135,6 +152,11 @@ impl Table {
         self.spare.extend(self.columns.drain(..).filter_map(Arc::into_inner));
         self.len = 0;
     }
+}
+
+/// The first position that a query at position `len` sees.
+pub fn first_seen(window: Option<usize>, len: usize) -> usize {
+    window.map_or(0, |window| (len + 1).saturating_sub(window))
 }
 
 #[cfg(test)]
