@@ -174,7 +174,7 @@ impl Scripted {
         }
         logits.clear();
         for (Member { sequence, logits: wanted, .. }, left) in members.iter_mut().zip(left) {
-            assert!(sequence.decodes() && (self.max_batch > 1 || self.slots > 1 || sequence.left() == 1));
+            assert!(left || sequence.decodes());
             let from = logits.len();
             while !left && sequence.left() > 0 {
                 sequence.kv.commit(1);
