@@ -15,6 +15,7 @@ use crate::compute::ops::{Backend, KvType};
 use crate::compute::pool::{self, Pool};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
+use crate::kv::tree::Holder;
 use crate::model::baseline::Baseline;
 use crate::model::phi3::Phi3;
 use crate::model::{self, Model, Want};
@@ -26,7 +27,6 @@ use crate::runtime::prompt::Prompt;
 use crate::runtime::scheduler::{self, Scheduler};
 use crate::runtime::scores::Scores;
 use crate::runtime::stream::{Stream, TextStream};
-use crate::kv::tree::Holder;
 use crate::system::fork::ForkGuard;
 use crate::system::memory;
 use crate::system::sync::{Cancel, drop_in_background, in_background, lock};
@@ -209,7 +209,8 @@ impl Engine {
         for known in [text, text.trim_end()] {
             let Some(rest) = rendered.text.strip_prefix(known) else { continue };
             let user = rendered.user.iter().filter(|range| range.end > known.len());
-            let user: Vec<_> = user.map(|range| range.start.saturating_sub(known.len())..range.end - known.len()).collect();
+            let user: Vec<_> =
+                user.map(|range| range.start.saturating_sub(known.len())..range.end - known.len()).collect();
             let more = parts.tokenizer.encode(rest, Special::Outside(&user))?;
             // Other tokens could depend on the text before them.
             if more.first().is_some_and(|&id| parts.tokenizer.is_added(id)) {
@@ -298,7 +299,11 @@ impl Engine {
         self.parts()?;
         let life = Arc::new(());
         self.prefixes().add_chat(&life);
-        Ok(Chat { life: Mutex::new(Some(life)), prefixes: self.prefixes().clone(), fork_guard: self.scheduler.fork_guard() })
+        Ok(Chat {
+            life: Mutex::new(Some(life)),
+            prefixes: self.prefixes().clone(),
+            fork_guard: self.scheduler.fork_guard(),
+        })
     }
 
     /// Bytes per second at which `n_threads` threads read the weights. Takes about a second.

@@ -13,6 +13,7 @@ use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::table::Table;
 use candle_phi::model::{Batch, Info, Member, Model, Phase, Sequence, Want};
 use candle_phi::runtime::generation::{Generation, Request};
+use candle_phi::runtime::prompt::Prompt;
 use candle_phi::runtime::sampling::Sampling;
 use candle_phi::runtime::scheduler::Scheduler;
 use candle_phi::runtime::stream::{Stream, TextStream};
@@ -159,7 +160,7 @@ impl Setup {
     fn stream_until(mut self, deadline: Option<Instant>, change: impl FnOnce(&mut Request)) -> TextStream {
         let mut request = self.request();
         change(&mut request);
-        self.model.prompt = request.prompt.len();
+        self.model.prompt = request.prompt.ids.len();
         TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler, deadline)
     }
 }
@@ -422,6 +423,10 @@ impl Work for Heavy {
     type Item = ();
 
     fn model(&self) -> &Arc<dyn Model> {
+        unreachable!("its time is over before the first read")
+    }
+
+    fn prompt(&self) -> &Prompt {
         unreachable!("its time is over before the first read")
     }
 

@@ -113,7 +113,7 @@ impl Table {
         if len >= self.len {
             return;
         }
-        if self.start() > self.first_seen(len) {
+        if !self.columns.is_empty() && self.start() > self.first_seen(len) {
             return self.clear();
         }
         while self.columns.back().is_some_and(|column| column.start() >= len) {
@@ -295,6 +295,14 @@ mod tests {
         assert_eq!((table.len(), starts(&table)), (PAGE, vec![0]));
         fill(&mut table, 1);
         assert_eq!(starts(&table), [0, PAGE]);
+    }
+
+    #[test]
+    fn truncation_of_a_table_without_layers_counts() {
+        let mut table = Table::without_layers();
+        table.commit(20);
+        table.truncate(17);
+        assert_eq!(table.len(), 17);
     }
 
     #[test]

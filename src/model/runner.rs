@@ -30,7 +30,7 @@ use crate::kv::table::Table;
 use crate::system::sync::Cancel;
 use crate::system::{memory, panic};
 
-/// Rows of a decode pass at most, one of each sequence.
+/// Rows of a decode pass at most: one of each sequence, and those of drafts.
 const WIDTH: usize = 16;
 /// Rows of a pass over ids that were decoded before: as many as the decode kernels multiply at once.
 const DECODED_ROWS: usize = 8;
@@ -361,6 +361,10 @@ impl<A: Architecture> Model for Runner<A> {
             sequence.restart(long, sequence.ids.len() - ids.len());
         }
         Ok(())
+    }
+
+    fn room(&self, sequence: &Sequence) -> usize {
+        self.shared.rope.room(sequence.ids.len())
     }
 
     fn forward(&self, batch: &mut Batch) -> Result<bool> {

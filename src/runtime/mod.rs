@@ -1,6 +1,7 @@
 //! Who computes when: the scheduler, the work of a stream, and the queue between that work and its reader. It may use
 //! `text` and `model`.
 
+pub mod draft;
 pub mod generation;
 pub mod logits;
 pub mod outbox;

@@ -58,6 +58,9 @@ pub struct Timings {
     pub first_token: Option<Duration>,
     /// Passes within `decode`.
     pub decode_passes: usize,
+    /// Drafts that were computed in those passes, and those of them that were accepted.
+    pub drafted: usize,
+    pub accepted: usize,
 }
 
 impl<T> State<T> {
@@ -144,7 +147,7 @@ impl<T> Outbox<T> {
                 state.first_token.get_or_insert(elapsed);
             }
             let (item, end) = match step {
-                Step::More(item) => (item, None),
+                Step::More(item) | Step::Again(item) => (item, None),
                 Step::End(item, reason) => (item, Some(reason)),
             };
             if state.finish.is_none() {
@@ -256,6 +259,8 @@ impl<T> Outbox<T> {
             decode: status.decode_time,
             first_token: state.first_token,
             decode_passes: status.decode_passes,
+            drafted: status.drafted,
+            accepted: status.accepted,
         }
     }
 

@@ -9,6 +9,7 @@
 //! Decisions: docs/design/runtime.md
 
 mod active;
+mod drafts;
 mod jobs;
 mod pass;
 
@@ -17,12 +18,14 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Batch, Model, Sequence};
+use crate::runtime::draft::survival::Survival;
 use crate::runtime::prefixes::Prefixes;
 use crate::runtime::prompt::Prompt;
 use crate::system::fork::ForkGuard;
 use crate::system::panic;
 use crate::system::sync::{Cancel, lock};
 
+use drafts::DraftRows;
 use jobs::{Jobs, Turn};
 
 /// A stream that is unread for this long no longer keeps others waiting for its slot: they fail with `Error::Busy`.
@@ -51,6 +54,16 @@ pub trait Job: Send {
 
     /// Takes the logits that the sequence wanted of a pass; false after the last ones.
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool>;
+
+    /// As `Work::draft`.
+    fn draft(&mut self, _sequence: &Sequence, _most: usize, _survival: &mut Survival) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// As `Work::extend`.
+    fn extend(&mut self, _sequence: &mut Sequence, _n: usize) -> Result<()> {
+        Ok(())
+    }
 
     /// The sequence is computed no further.
     fn leave(&self, sequence: &Sequence);
@@ -212,6 +225,7 @@ impl Shared {
     /// Takes turns until the model is closed.
     fn run(&self, jobs: &mut Jobs) {
         let mut batch = Batch::default(); // decode passes keep their memory
+        let mut rows = DraftRows::default();
         while let Some(turn) = self.next(jobs) {
             let start = Instant::now();
             match turn {
@@ -221,7 +235,7 @@ impl Shared {
                     jobs.put_back_prompts(prompts, start.elapsed());
                 }
                 Turn::Decode => {
-                    let prompts = pass::decode(&mut jobs.current, &mut batch, &self.prefixes, start);
+                    let prompts = pass::decode(&mut jobs.current, &mut batch, &mut rows, &self.prefixes, start);
                     jobs.put_back_decoders(prompts, start.elapsed());
                 }
             }

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
 use crate::compute::kernels::PAGE;
+use crate::error::{Error, Result};
 use crate::model::{Model, Sequence};
+use crate::runtime::draft::survival::Survival;
 use crate::runtime::generation::Generation;
 use crate::runtime::outbox::{Hook, Outbox, Timings};
 use crate::runtime::prefixes::Prefixes;
@@ -236,19 +237,41 @@ impl<W: Work> Job for StreamJob<W> {
     }
 
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool> {
-        let start = Instant::now();
-        let computed = sequence.kv.len();
-        self.keep(sequence);
-        let step = self.work.accept(sequence, logits)?;
-        if matches!(step, Step::End(..)) {
-            self.leave(sequence);
-        } else if sequence.kv.is_empty() {
-            self.held = self.prefixes.resume(sequence) / PAGE; // it took other rope factors
-        }
+        let (computed, mut start) = (sequence.kv.len(), Instant::now());
+        let mut step = self.work.accept(sequence, logits)?;
         self.record(computed, time + start.elapsed());
         self.status.decode_passes += usize::from(self.status.generated > 0);
-        self.status.generated = self.work.generated();
-        Ok(self.outbox.deliver(step, self.status, self.submitted.elapsed()))
+        loop {
+            let (again, ends) = (matches!(step, Step::Again(_)), matches!(step, Step::End(..)));
+            self.status.generated = self.work.generated();
+            (self.status.drafted, self.status.accepted) = self.work.drafted();
+            if ends {
+                self.leave(sequence); // before the reader sees the end, and may go on from it
+            }
+            if !self.outbox.deliver(step, self.status, self.submitted.elapsed()) {
+                return Ok(false);
+            }
+            if !again {
+                break;
+            }
+            start = Instant::now();
+            step = self.work.accept(sequence, logits)?;
+            self.record(computed, start.elapsed());
+        }
+        if sequence.kv.is_empty() {
+            self.held = self.prefixes.resume(sequence) / PAGE; // it took other rope factors
+        } else {
+            self.keep(sequence);
+        }
+        Ok(true)
+    }
+
+    fn draft(&mut self, sequence: &Sequence, most: usize, survival: &mut Survival) -> Vec<f32> {
+        self.work.draft(sequence, most, survival)
+    }
+
+    fn extend(&mut self, sequence: &mut Sequence, n: usize) -> Result<()> {
+        self.work.extend(sequence, n)
     }
 
     fn leave(&self, sequence: &Sequence) {

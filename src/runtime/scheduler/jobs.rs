@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use super::Job;
 use super::active::{Active, Prompts, State};
-use crate::error::Error;
 use crate::compute::kernels::PAGE;
+use crate::error::Error;
 use crate::model::{Batch, Buffers, Member};
 use crate::runtime::prefixes::Prefixes;
 use crate::system::panic;

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::active::{Active, Prompts, State};
+use super::drafts::{self, DraftRows};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Member, Model, Sequence};
 use crate::runtime::prefixes::Prefixes;
@@ -59,7 +60,13 @@ pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, prefixes: &Prefixes, st
 
 /// Takes a decode pass with jobs of one model. Returns the prompts that follow from it: a sequence may outgrow its rope
 /// factors, and is computed anew.
-pub fn decode(jobs: &mut [Active], batch: &mut Batch, prefixes: &Prefixes, start: Instant) -> Vec<Prompts> {
+pub fn decode(
+    jobs: &mut [Active],
+    batch: &mut Batch,
+    drafts: &mut DraftRows,
+    prefixes: &Prefixes,
+    start: Instant,
+) -> Vec<Prompts> {
     let Some(first) = jobs.first() else { return Vec::new() };
     let model = first.job.model().clone();
     batch.pass = None;
@@ -71,7 +78,8 @@ pub fn decode(jobs: &mut [Active], batch: &mut Batch, prefixes: &Prefixes, start
             batch.members.push(Member::new(sequence, active.job.cancel().clone()));
         }
     }
-    let outcomes = forward(model.as_ref(), batch, prefixes);
+    drafts.add(model.as_ref(), jobs, &numbers, &mut batch.members);
+    let outcomes = forward(model.as_ref(), batch, drafts, prefixes);
     let going_on = deliver(model.as_ref(), jobs, &numbers, batch, outcomes, start);
     settle(going_on.into_iter(), Batch::default(), Duration::ZERO)
 }
@@ -109,20 +117,30 @@ fn logits_of(member: &Member) -> Result<Range<usize>> {
     }
 }
 
-/// A decode pass. If one of several members fails, each of them is computed alone, so that the error reaches the job that it
-/// belongs to and no other.
-fn forward(model: &dyn Model, batch: &mut Batch, prefixes: &Prefixes) -> Vec<Result<Range<usize>>> {
+/// A decode pass. If it fails, each member is computed alone and without drafts, so that the error reaches the job that it
+/// belongs to and no other, and drafts are no reason for one.
+fn forward(
+    model: &dyn Model,
+    batch: &mut Batch,
+    drafts: &mut DraftRows,
+    prefixes: &Prefixes,
+) -> Vec<Result<Range<usize>>> {
+    let (rows, start) = (drafts::rows(&batch.members), Instant::now());
     let outcome = match panic::catch(|| pass(model, batch)) {
         Err(Error::Memory(_)) if prefixes.give_way() => panic::catch(|| pass(model, batch)),
         outcome => outcome,
     };
-    match outcome {
-        Ok(()) => batch.members.iter().map(logits_of).collect(),
-        Err(error) if batch.members.len() == 1 || error == Error::Cancelled => {
-            batch.members.iter().map(|_| Err(error.clone())).collect()
-        }
-        Err(_) => alone(model, batch),
+    let Err(error) = outcome else {
+        drafts.record(&batch.members, rows, start.elapsed());
+        return batch.members.iter().map(logits_of).collect();
+    };
+    let cancelled = error == Error::Cancelled;
+    let withdrawn =
+        batch.members.iter_mut().filter(|_| !cancelled).map(drafts::withdraw).filter(|drafts| *drafts).count();
+    if cancelled || batch.members.len() == 1 && withdrawn == 0 {
+        return batch.members.iter().map(|_| Err(error.clone())).collect();
     }
+    alone(model, batch)
 }
 
 fn pass(model: &dyn Model, batch: &mut Batch) -> Result<()> {

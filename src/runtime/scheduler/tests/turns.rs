@@ -51,7 +51,13 @@ impl Simulation {
                     taken.push(names);
                 }
                 Turn::Decode => {
-                    let prompts = pass::decode(&mut self.jobs.current, &mut self.batch, &Prefixes::default(), start);
+                    let prompts = pass::decode(
+                        &mut self.jobs.current,
+                        &mut self.batch,
+                        &mut DraftRows::default(),
+                        &Prefixes::default(),
+                        start,
+                    );
                     let names = format!("({})", self.results.try_iter().collect::<String>());
                     self.jobs.put_back_decoders(prompts, Duration::from_millis(length(&names)));
                     taken.push(names);
@@ -310,7 +316,13 @@ fn a_job_that_panics_as_it_is_dropped_leaves_the_others_of_its_pass() {
     simulation.run(3, |_| 0);
     let jobs = &mut simulation.jobs;
     assert!(matches!(jobs.choose(8, 8, &Prefixes::default()), Some(Turn::Decode)) && jobs.current.len() == 3);
-    let prompts = pass::decode(&mut jobs.current, &mut simulation.batch, &Prefixes::default(), Instant::now());
+    let prompts = pass::decode(
+        &mut jobs.current,
+        &mut simulation.batch,
+        &mut DraftRows::default(),
+        &Prefixes::default(),
+        Instant::now(),
+    );
     let dropped = panic::catch(|| {
         jobs.put_back_decoders(prompts, Duration::ZERO);
         jobs.current.clear();
@@ -332,7 +344,13 @@ fn a_cancelled_job_of_a_pass_that_fails_is_not_computed_again() {
     simulation.model.panics_at.store('p' as usize, SeqCst);
     assert!(matches!(simulation.jobs.choose(8, 8, &Prefixes::default()), Some(Turn::Decode)));
     cancel.set();
-    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, &Prefixes::default(), Instant::now());
+    pass::decode(
+        &mut simulation.jobs.current,
+        &mut simulation.batch,
+        &mut DraftRows::default(),
+        &Prefixes::default(),
+        Instant::now(),
+    );
     let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
     assert_eq!(alive, [false, false, true]);
     let told: Vec<String> = simulation.results.try_iter().collect();
@@ -370,7 +388,13 @@ fn a_member_that_is_cancelled_within_a_pass_leaves_it_and_the_others_go_on() {
     simulation.run(2, |_| 0);
     assert!(matches!(simulation.jobs.choose(8, 8, &Prefixes::default()), Some(Turn::Decode)));
     cancel.set();
-    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, &Prefixes::default(), Instant::now());
+    pass::decode(
+        &mut simulation.jobs.current,
+        &mut simulation.batch,
+        &mut DraftRows::default(),
+        &Prefixes::default(),
+        Instant::now(),
+    );
     let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
     assert_eq!(alive, [false, true]);
     let told: Vec<String> = simulation.results.try_iter().collect();
