@@ -8,6 +8,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::kv::phases::Phases;
 use crate::runtime::work::{FinishReason, Status, Step};
 use crate::system::sync::{Cancel, lock};
 use crate::system::task::{Phase, Progress};
@@ -37,6 +38,8 @@ struct State<T> {
     error: Option<Error>,
     /// None until the first step.
     status: Option<Status>,
+    /// The phases of the computed ids, once all are.
+    phases: Option<Phases>,
     queue: Duration,
     first_token: Option<Duration>,
     /// Threads inside `wait`.
@@ -105,6 +108,7 @@ impl<T> Outbox<T> {
             end_read: false,
             error: None,
             status: None,
+            phases: None,
             queue: Duration::ZERO,
             first_token: None,
             readers: 0,
@@ -137,6 +141,11 @@ impl<T> Outbox<T> {
     /// Records the start of the first step.
     pub fn begin(&self, queue: Duration, status: Status) {
         self.change(|state| (state.queue, state.status) = (queue, Some(status)));
+    }
+
+    /// Records how the ids of the sequence were computed.
+    pub fn leave(&self, phases: Phases) {
+        lock(&self.state).phases = Some(phases);
     }
 
     /// Records a step; false after the last one. `elapsed`: since the first read.
@@ -248,6 +257,11 @@ impl<T> Outbox<T> {
 
     pub fn ids(&self) -> Vec<u32> {
         lock(&self.state).ids.clone()
+    }
+
+    /// None before the end, and after one without it.
+    pub fn phases(&self) -> Option<Phases> {
+        lock(&self.state).phases.clone()
     }
 
     pub fn timings(&self) -> Timings {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::compute::kernels::PAGE;
 use crate::error::{Error, Result};
+use crate::kv::phases::Phases;
 use crate::model::{Model, Sequence};
 use crate::runtime::draft::survival::Survival;
 use crate::runtime::generation::Generation;
@@ -156,6 +157,12 @@ impl<W: Work> Stream<W> {
         Ok(self.outbox.ids())
     }
 
+    /// The phases of the ids whose keys and values are computed, at the end of the work.
+    pub fn phases(&self) -> Result<Option<Phases>> {
+        self.scheduler.fork_guard().check()?;
+        Ok(self.outbox.phases())
+    }
+
     pub fn timings(&self) -> Result<Timings> {
         self.scheduler.fork_guard().check()?;
         Ok(self.outbox.timings())
@@ -276,6 +283,9 @@ impl<W: Work> Job for StreamJob<W> {
 
     fn leave(&self, sequence: &Sequence) {
         self.prefixes.keep(sequence, &self.work.prompt().holder, true);
+        let mut phases = sequence.phases.clone();
+        phases.truncate(sequence.kv.len());
+        self.outbox.leave(phases);
     }
 
     fn fail(&mut self, error: Error) {
