@@ -149,7 +149,7 @@ impl Setup {
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let short = || self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
         let prompt = self.prompt.clone().unwrap_or_else(short);
-        Request { prompt, max_tokens: 500, limited: true, sampling, ..Request::default() }
+        Request { prompt: prompt.into(), max_tokens: 500, limited: true, sampling, ..Request::default() }
     }
 
     fn stream(self, change: impl FnOnce(&mut Request)) -> TextStream {
@@ -460,7 +460,7 @@ fn dropping_unstarted_work_keeps_no_other_thread_waiting() {
 
 #[test]
 fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let first = Setup::sibling(&scheduler, &"word ".repeat(90)).stream_until(in_ms(500), |_| {});
     first.next().unwrap();
     assert_eq!(read(&Setup::sibling(&scheduler, "next").stream(|_| {})).unwrap().0, "next", "no BusyError");
@@ -468,7 +468,7 @@ fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
 
 #[test]
 fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let setup = |text: &str| Setup::sibling(&scheduler, text);
     let complete = setup("ab").stream(|_| {});
     complete.next().unwrap();
@@ -566,7 +566,7 @@ fn a_wait_returns_though_there_is_nothing_to_read() {
 
 #[test]
 fn closing_reaches_a_stream_that_waits_for_a_slot_and_calls_its_hook() {
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let holder = Setup::sibling(&scheduler, "never ends").stream(|request| request.ignore_eos = true);
     holder.next().unwrap();
     let waiting = Setup::sibling(&scheduler, "waiting").stream(|_| {});

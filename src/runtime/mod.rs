@@ -4,6 +4,9 @@
 pub mod generation;
 pub mod logits;
 pub mod outbox;
+pub mod prefill;
+pub mod prefixes;
+pub mod prompt;
 pub mod ready;
 pub mod sampling;
 pub mod scheduler;

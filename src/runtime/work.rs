@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::model::{Model, Sequence};
+use crate::runtime::prompt::Prompt;
 
 /// Work as a stream sees it.
 pub trait Work: Send + 'static {
@@ -16,6 +17,8 @@ pub trait Work: Send + 'static {
     /// The model that computes its logits.
     fn model(&self) -> &Arc<dyn Model>;
 
+    fn prompt(&self) -> &Prompt;
+
     /// Whether the prompt may share a pass with others. It then wants the logits of its last id alone.
     fn shares_prompt(&self) -> bool {
         false
@@ -24,7 +27,7 @@ pub trait Work: Send + 'static {
     /// The sequence, with the prompt appended. Called once, before the others.
     fn begin(&mut self) -> Result<Sequence>;
 
-    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), and appends what is wanted next, unless it ends.
+    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), or none of the last one, and appends what is wanted next, unless it ends.
     /// It is not called again after `End` or an error.
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Self::Item>>;
 
@@ -80,7 +83,9 @@ impl FinishReason {
 pub struct Status {
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Prompt tokens that are computed.
+    /// Those of them whose keys and values were held.
+    pub cached: usize,
+    /// Prompt tokens that are computed or were held.
     pub prefilled: usize,
     pub generated: usize,
     /// `max_tokens` if the caller set it.
