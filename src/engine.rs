@@ -2,12 +2,14 @@
 //!
 //! Decisions: docs/design/engine.md
 
+mod chats;
+mod fingerprints;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use sha2::{Digest, Sha256};
 
 use crate::compute::bandwidth;
 use crate::compute::kernels::{self, Kernel};
@@ -15,7 +17,7 @@ use crate::compute::ops::{Backend, KvType};
 use crate::compute::pool::{self, Pool};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
-use crate::kv::tree::Holder;
+use crate::kv::folder::Folder;
 use crate::model::baseline::Baseline;
 use crate::model::phi3::Phi3;
 use crate::model::{self, Model, Want};
@@ -27,12 +29,13 @@ use crate::runtime::prompt::Prompt;
 use crate::runtime::scheduler::{self, Scheduler};
 use crate::runtime::scores::Scores;
 use crate::runtime::stream::{Stream, TextStream};
-use crate::system::fork::ForkGuard;
 use crate::system::memory;
-use crate::system::sync::{Cancel, drop_in_background, in_background, lock};
+use crate::system::sync::{Cancel, drop_in_background, lock};
 use crate::system::task::{Phase, Task};
 use crate::text::chat::{Message, Template};
 use crate::text::tokenizer::{Special, Tokenizer};
+
+pub use chats::{Chat, Continuation, SavedChat};
 
 /// Options of loading, with the names and defaults of the Python API.
 #[derive(Clone, Debug)]
@@ -112,6 +115,8 @@ pub struct Parts {
     pub tokenizer: Arc<Tokenizer>,
     template: Template,
     model: Arc<dyn Model>,
+    /// Decides the bits of keys and values.
+    kv_fingerprint: String,
 }
 
 impl Engine {
@@ -154,16 +159,17 @@ impl Engine {
             kernel: model.info().kernel,
             n_threads: model.info().n_threads,
             speculate: options.speculate,
-            system_fingerprint: fingerprint(&gguf, model.as_ref(), &options.kv_cache),
+            system_fingerprint: fingerprints::of_text(&gguf, model.as_ref(), &options.kv_cache),
         };
         task.check()?;
         let size = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
         task.report(Phase::Load, size, Some(size));
         // Candle has one cache, beside the weights.
         let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
-        let prefixes = Arc::new(Prefixes::new(options.prefix_cache));
+        let fingerprint = fingerprints::of_kv(&gguf, model.as_ref(), &options.kv_cache);
+        let prefixes = Arc::new(Prefixes::new(options.prefix_cache, folder(model.as_ref(), options, &fingerprint)?));
         let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX), options.max_batch, prefixes);
-        let parts = Parts { gguf, tokenizer, template, model };
+        let parts = Parts { gguf, tokenizer, template, model, kv_fingerprint: fingerprint };
         Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }
 
@@ -197,29 +203,6 @@ impl Engine {
         let parts = self.parts()?;
         let prompt = parts.template.render(messages)?;
         parts.tokenizer.encode(&prompt.text, Special::Outside(&prompt.user))
-    }
-
-    /// The ids of a conversation that goes on. `ids` are those of its beginning, whose text is `text`: the last rendering
-    /// and the answer to it. They are kept as they are, so that an answer is never tokenized again. If the rendering does
-    /// not begin with that text, as many of them are kept as are its first ids.
-    pub fn continue_messages(&self, messages: &[Message], text: &str, ids: &[u32]) -> Result<Continuation> {
-        let parts = self.parts()?;
-        let rendered = parts.template.render(messages)?;
-        // Some templates strip messages.
-        for known in [text, text.trim_end()] {
-            let Some(rest) = rendered.text.strip_prefix(known) else { continue };
-            let user = rendered.user.iter().filter(|range| range.end > known.len());
-            let user: Vec<_> =
-                user.map(|range| range.start.saturating_sub(known.len())..range.end - known.len()).collect();
-            let more = parts.tokenizer.encode(rest, Special::Outside(&user))?;
-            // Other tokens could depend on the text before them.
-            if more.first().is_some_and(|&id| parts.tokenizer.is_added(id)) {
-                return Ok(Continuation { text: rendered.text, ids: [ids, &more].concat(), kept: ids.len() });
-            }
-        }
-        let all = parts.tokenizer.encode(&rendered.text, Special::Outside(&rendered.user))?;
-        let kept = all.iter().zip(ids).take_while(|(a, b)| a == b).count();
-        Ok(Continuation { text: rendered.text, ids: all, kept })
     }
 
     /// The ids of a text without a template.
@@ -292,18 +275,6 @@ impl Engine {
     pub fn cache_info(&self) -> Result<prefixes::Info> {
         self.parts()?;
         Ok(self.prefixes().info())
-    }
-
-    /// Begins to hold keys and values for a chat.
-    pub fn chat(&self) -> Result<Chat> {
-        self.parts()?;
-        let life = Arc::new(());
-        self.prefixes().add_chat(&life);
-        Ok(Chat {
-            life: Mutex::new(Some(life)),
-            prefixes: self.prefixes().clone(),
-            fork_guard: self.scheduler.fork_guard(),
-        })
     }
 
     /// Bytes per second at which `n_threads` threads read the weights. Takes about a second.
@@ -381,48 +352,6 @@ impl Drop for Engine {
     }
 }
 
-/// A conversation that goes on.
-pub struct Continuation {
-    pub text: String,
-    pub ids: Vec<u32>,
-    /// Of the ids that it began with.
-    pub kept: usize,
-}
-
-/// The life of a chat. While it is open, its keys and values are evicted last.
-pub struct Chat {
-    life: Mutex<Option<Arc<()>>>,
-    prefixes: Arc<Prefixes>,
-    fork_guard: ForkGuard,
-}
-
-impl Chat {
-    /// For the prompts of the chat.
-    pub fn holder(&self) -> Holder {
-        match &*lock(&self.life) {
-            Some(life) => Holder::Chat(Arc::downgrade(life)),
-            None => Holder::Anyone,
-        }
-    }
-
-    /// Frees what only this chat has a use for.
-    pub fn close(&self) {
-        if !self.fork_guard.is_forked() && lock(&self.life).take().is_some() {
-            self.prefixes.drop_ended_chats();
-        }
-    }
-}
-
-impl Drop for Chat {
-    /// Returns at once, as `Engine` does.
-    fn drop(&mut self) {
-        if !self.fork_guard.is_forked() && lock(&self.life).take().is_some() {
-            let prefixes = self.prefixes.clone();
-            in_background(move || prefixes.drop_ended_chats());
-        }
-    }
-}
-
 fn load_model(gguf: &Gguf, options: &LoadOptions, task: &Task) -> Result<Arc<dyn Model>> {
     let kv_type = KvType::named(&options.kv_cache)?;
     match options.engine.as_str() {
@@ -494,25 +423,17 @@ pub fn choose_kernel(name: Option<&str>) -> Result<Box<dyn Kernel>> {
     })
 }
 
-/// A hash of everything besides prompt, options and seed that decides the text: the file, this version, engine, kernel
-/// and KV type. Of the file it covers the size, the first bytes, which are the metadata, and the first bytes of each tensor.
-fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
-    const HEADER: usize = 1 << 16;
-    const SAMPLE: usize = 256;
-    let mut hash = Sha256::new();
-    for (_, bytes) in gguf.parts() {
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(&bytes[..bytes.len().min(HEADER)]);
+/// The folder of keys and values, if the caller gave one.
+fn folder(model: &dyn Model, options: &LoadOptions, fingerprint: &str) -> Result<Option<Folder>> {
+    let Some(path) = &options.prefix_cache_dir else { return Ok(None) };
+    let refused = |reason| Err(Error::option("prefix_cache_dir", reason));
+    if options.engine == "candle" {
+        return refused("cannot be used with engine 'candle', which holds no prefixes");
     }
-    for tensor in gguf.tensors() {
-        let bytes = tensor.bytes();
-        hash.update(&bytes[..bytes.len().min(SAMPLE)]);
+    if options.prefix_cache == Some(0) {
+        return refused("cannot be used with prefix_cache 0, which holds no prefixes");
     }
-    for text in [env!("CARGO_PKG_VERSION"), model.info().engine, model.info().kernel, model.info().device, kv_cache] {
-        hash.update(text);
-    }
-    let digits: String = hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    format!("phi_{digits}")
+    Ok(Some(Folder::open(path, fingerprint, model.sequence()?.kv.shape())?))
 }
 
 #[cfg(test)]

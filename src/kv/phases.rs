@@ -17,7 +17,7 @@ impl Phases {
         Phases { ends: vec![length] }
     }
 
-    /// The lengths of the runs, as `runs` gives them. None if their sum is no number of positions.
+    /// The lengths of the runs, as `runs` gives them. None if their sum is larger than any number of positions.
     pub fn from_runs(runs: &[usize]) -> Option<Self> {
         let end = |end: &mut usize, run: &usize| {
             *end = end.checked_add(*run).unwrap_or(usize::MAX);

@@ -11,10 +11,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 
+use super::file::KvFile;
 use super::phases::Phases;
 use super::table::first_seen;
 use crate::compute::kernels::PAGE;
-use crate::compute::ops::Column;
+use crate::compute::ops::{Column, KvShape};
+use crate::error::Result;
 
 /// Keys and values depend on what is computed before them, and on these.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -52,9 +54,9 @@ pub struct Hit {
     pub columns: VecDeque<Arc<Column>>,
 }
 
-#[derive(Default)]
 pub struct Tree {
     window: Option<usize>,
+    shape: KvShape,
     column_bytes: u64,
     nodes: Vec<Node>,
     /// Nodes that are in no use.
@@ -76,6 +78,8 @@ struct Node {
     /// Whether such an id is in it or before it.
     answered: bool,
     column: Option<Arc<Column>>,
+    /// The file that has the column too, and its number there.
+    file: Option<(Arc<KvFile>, usize)>,
     children: Vec<usize>,
     /// The clock at the last use.
     used: u64,
@@ -88,6 +92,10 @@ impl Node {
     fn common(&self, ids: &[u32], decoded: u128) -> usize {
         let same = self.ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
         same.min((self.decoded ^ decoded).trailing_zeros() as usize)
+    }
+
+    fn has_data(&self) -> bool {
+        self.column.is_some() || self.file.is_some()
     }
 
     /// What goes first when memory is short.
@@ -125,22 +133,25 @@ impl<'a> Path<'a> {
 }
 
 impl Tree {
-    /// `column_bytes`: of a column with all its layers.
-    pub fn new(window: Option<usize>, column_bytes: u64) -> Self {
-        Tree { window, column_bytes, ..Tree::default() }
+    /// Of a model whose columns have this shape.
+    pub fn new(window: Option<usize>, shape: KvShape) -> Self {
+        let column_bytes = (PAGE * shape.position_bytes()) as u64;
+        let (nodes, free, roots) = (Vec::new(), Vec::new(), HashMap::new());
+        Tree { window, shape, column_bytes, nodes, free, roots, clock: 0, held: 0 }
     }
 
-    /// The longest held prefix of at most `most` positions. None if no position is held.
-    pub fn find(&mut self, path: Path<'_>, most: usize) -> Option<Hit> {
+    /// The longest held prefix of at most `most` positions. None if no position is held. An error if a file of them is
+    /// damaged, which is then used no more.
+    pub fn find(&mut self, path: Path<'_>, most: usize) -> Result<Option<Hit>> {
         let most = most.min(path.ids.len());
-        let mut node = *self.roots.get(path.root)?;
+        let Some(&(mut node)) = self.roots.get(path.root) else { return Ok(None) };
         let (mut nodes, mut matched) = (Vec::new(), 0);
         for part in path.parts(most) {
             let common = |&child: &usize| self.nodes[child].common(part.ids, part.decoded);
-            let with_column = |child: &usize| self.nodes[*child].column.is_some();
+            let with_data = |child: &usize| self.nodes[*child].has_data();
             let children = &self.nodes[node].children;
             // A full column may lack its data and have children that a window needs.
-            let best = children.iter().copied().max_by_key(|child| (common(child), with_column(child)));
+            let best = children.iter().copied().max_by_key(|child| (common(child), with_data(child)));
             let Some((child, common)) = best.map(|child| (child, common(&child))).filter(|(_, common)| *common > 0)
             else {
                 break;
@@ -154,7 +165,7 @@ impl Tree {
         }
         let length = self.covered(&nodes, matched);
         if length == 0 {
-            return None;
+            return Ok(None);
         }
         let needed = first_seen(self.window, length) / PAGE..length.div_ceil(PAGE);
         self.clock += 1;
@@ -162,9 +173,27 @@ impl Tree {
         let mut columns = VecDeque::new();
         for &node in &nodes[needed] {
             self.nodes[node].used = clock;
-            columns.extend(self.nodes[node].column.clone());
+            columns.extend(self.column(node)?);
         }
-        Some(Hit { length, columns })
+        Ok(Some(Hit { length, columns }))
+    }
+
+    /// The column of a node, from its file if it is not at hand.
+    fn column(&mut self, node: usize) -> Result<Option<Arc<Column>>> {
+        let entry = &mut self.nodes[node];
+        if let (None, Some((file, number))) = (&entry.column, &entry.file) {
+            match file.column(*number, &self.shape) {
+                Ok(column) => {
+                    entry.column = Some(Arc::new(column));
+                    self.held += 1;
+                }
+                Err(error) => {
+                    entry.file = None;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(self.nodes[node].column.clone())
     }
 
     /// The most positions, of `matched`, whose needed columns are all held.
@@ -172,7 +201,7 @@ impl Tree {
         let mut length = matched;
         while length > 0 {
             let needed = first_seen(self.window, length) / PAGE..length.div_ceil(PAGE);
-            let Some(missing) = needed.rev().find(|&page| self.nodes[nodes[page]].column.is_none()) else { break };
+            let Some(missing) = needed.rev().find(|&page| !self.nodes[nodes[page]].has_data()) else { break };
             length = missing * PAGE; // every longer prefix needs that column
         }
         length
@@ -216,6 +245,19 @@ impl Tree {
                 entry.hold(holder);
             }
             node = child;
+        }
+    }
+
+    /// Holds the positions of a file that has the first ids of a path.
+    pub fn insert_file(&mut self, path: Path<'_>, file: &Arc<KvFile>, holder: &Holder) {
+        self.insert(path, file.computed(), [].iter(), holder);
+        let Some(mut node) = self.roots.get(path.root).copied() else { return };
+        for (number, part) in path.parts(file.computed().min(path.ids.len()).min(path.phases.len())).enumerate() {
+            node = self.child(node, &part);
+            let entry = &mut self.nodes[node];
+            if file.columns().contains(&number) && entry.ids.len() == part.ids.len() {
+                entry.file = Some((file.clone(), number));
+            }
         }
     }
 
@@ -273,7 +315,7 @@ impl Tree {
         if self.nodes[node].column.is_none() {
             return; // it went with a node before it
         }
-        if self.window.is_none() {
+        if self.window.is_none() && self.nodes[node].file.is_none() {
             return self.remove(node);
         }
         self.held -= usize::from(self.nodes[node].column.take().is_some());
@@ -285,7 +327,7 @@ impl Tree {
         let mut next = Some(node);
         while let Some(node) = next {
             let entry = &self.nodes[node];
-            if entry.parent.is_none() || entry.column.is_some() || !entry.children.is_empty() {
+            if entry.parent.is_none() || entry.has_data() || !entry.children.is_empty() {
                 return;
             }
             next = entry.parent;
@@ -318,9 +360,10 @@ impl Tree {
 
     /// Drops what is held for chats that have ended and is of no use for prompts: their answers, and what follows them.
     pub fn drop_ended_chats(&mut self) {
-        let ended = |node: &Node| node.answered && !node.chats.is_empty() && node.rank() == 0;
+        let ended = |node: &Node| !node.chats.is_empty() && node.rank() == 0;
+        self.nodes.iter_mut().filter(|node| ended(node)).for_each(|node| node.file = None);
         let mut idle = self.idle();
-        idle.retain(|&(.., place)| ended(&self.nodes[place]));
+        idle.retain(|&(.., place)| self.nodes[place].answered && ended(&self.nodes[place]));
         idle.sort_unstable_by_key(|&(_, _, last_first, _)| last_first);
         idle.into_iter().for_each(|(.., place)| self.evict(place));
     }
@@ -348,7 +391,7 @@ mod tests {
     use crate::compute::ops::{KvShape, KvType};
     use crate::kv::table::Table;
 
-    const COLUMN: u64 = 100;
+    const COLUMN: u64 = 2 * 2 * 2 * PAGE as u64;
 
     fn shape() -> KvShape {
         KvShape { n_layers: 1, n_head_kv: 1, head_dim: 2, kv_type: KvType::F16, device: None }
@@ -375,7 +418,7 @@ mod tests {
     }
 
     fn found(tree: &mut Tree, ids: &[u32], phases: &Phases) -> usize {
-        let hit = tree.find(Path { root: &root(""), ids, phases }, ids.len());
+        let hit = tree.find(Path { root: &root(""), ids, phases }, ids.len()).unwrap();
         let Some(hit) = hit else { return 0 };
         let starts: Vec<usize> = hit.columns.iter().map(|column| column.start()).collect();
         let first = first_seen(tree.window, hit.length) / PAGE;
@@ -385,7 +428,7 @@ mod tests {
     }
 
     fn tree(window: Option<usize>) -> Tree {
-        Tree::new(window, COLUMN)
+        Tree::new(window, shape())
     }
 
     #[test]
@@ -402,9 +445,12 @@ mod tests {
             assert_eq!(found(&mut tree, &other, &prefill), common);
         }
         let path = Path { root: &root(""), ids: &held, phases: &prefill };
-        assert_eq!(tree.find(path, 299).map(|hit| hit.length), Some(299));
-        assert!(tree.find(Path { root: &root("other"), ..path }, 300).is_none(), "another scope");
-        assert!(tree.find(Path { root: &Root { long: true, ..root("") }, ..path }, 300).is_none(), "other factors");
+        assert_eq!(tree.find(path, 299).unwrap().map(|hit| hit.length), Some(299));
+        assert!(tree.find(Path { root: &root("other"), ..path }, 300).unwrap().is_none(), "another scope");
+        assert!(
+            tree.find(Path { root: &Root { long: true, ..root("") }, ..path }, 300).unwrap().is_none(),
+            "other factors"
+        );
     }
 
     #[test]
@@ -440,7 +486,7 @@ mod tests {
         hold(&mut tree, &ids(300, 0), &prefill, &Holder::Anyone);
         assert_eq!((tree.idle_bytes(), tree.held_bytes()), (3 * COLUMN, 6 * COLUMN));
         for left in (0..3).rev() {
-            tree.trim(left * COLUMN + 99);
+            tree.trim(left * COLUMN + COLUMN - 1);
             assert_eq!(tree.idle_bytes(), left * COLUMN);
             assert_eq!(found(&mut tree, &ids(300, 0), &prefill), left as usize * PAGE, "the last positions go first");
         }
@@ -463,14 +509,8 @@ mod tests {
         assert_eq!(found(&mut tree, &held[2], &prefill), PAGE); // it was used after the last one
         for gone in [3, 2, 1, 0] {
             tree.trim(tree.held_bytes() - COLUMN);
-            let left: Vec<bool> = held.iter().map(|ids| found(&mut tree, ids, &prefill) > 0).collect();
-            let expected = [3, 2, 1, 0].map(|i| (i, !(gone..4).any(|g| [3, 2, 1, 0].contains(&g) && g == i)));
-            for (i, is_left) in expected {
-                assert_eq!(left[i], is_left, "{i} after {gone} went");
-            }
-            if gone == 3 {
-                found(&mut tree, &held[2], &prefill);
-            }
+            let left: Vec<usize> = (0..4).filter(|&i| found(&mut tree, &held[i], &prefill) > 0).collect();
+            assert_eq!(left, (0..gone).collect::<Vec<_>>());
         }
     }
 

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
 use super::{Chat, Logits, Scores, Stream, Task, Warm, detached};
-use crate::engine::{Continuation, Engine, LoadOptions};
+use crate::engine::{Continuation, Engine, LoadOptions, SavedChat};
 use crate::error::Error;
 use crate::files::gguf::Value;
 use crate::kv::phases::Phases;
@@ -200,6 +200,29 @@ impl Model {
         detached(py, || Ok(Warm { stream: self.0.prefill(prompt)?, length }))
     }
 
+    fn save_chat(
+        &self,
+        py: Python<'_>,
+        chat: &Chat,
+        ids: Vec<u32>,
+        runs: Vec<usize>,
+        path: PathBuf,
+        metadata: BTreeMap<String, String>,
+        kv: bool,
+    ) -> PyResult<Task> {
+        let phases = phases(&runs, ids.len())?;
+        let prompt = Prompt { ids, phases, holder: chat.0.holder(), ..Prompt::default() };
+        Task::start(detached(py, || self.0.save_chat(path, prompt, metadata, kv))?)
+    }
+
+    fn load_chat(&self, py: Python<'_>, path: PathBuf, chat: &Chat, strict: bool) -> PyResult<Task> {
+        let load = detached(py, || self.0.load_chat(path, chat.0.holder(), strict))?;
+        Task::start(move |task| {
+            let SavedChat { ids, runs, texts, note } = load(task)?;
+            Ok((ids, runs, texts, note))
+        })
+    }
+
     fn cache_info(&self, py: Python<'_>) -> PyResult<(u64, u64, usize, u64, u64, usize)> {
         let info = detached(py, || self.0.cache_info())?;
         Ok((info.bytes, info.limit, info.positions, info.hits, info.misses, info.chats))
@@ -248,8 +271,7 @@ impl Model {
         chat: Option<&Chat>,
         whole: bool,
     ) -> PyResult<Stream> {
-        let phases = Phases::from_runs(&runs.unwrap_or_default()).filter(|phases| phases.len() <= prompt.len());
-        let phases = phases.ok_or_else(|| Error::Value("the runs have more ids than the prompt".into()))?;
+        let phases = phases(&runs.unwrap_or_default(), prompt.len())?;
         let holder = chat.map(|chat| chat.0.holder()).unwrap_or_default();
         let scope = Arc::from(cache_scope.unwrap_or_default());
         let sampling = Sampling {
@@ -289,6 +311,12 @@ impl Model {
             Ok(Stream { stream, tokenizer, seed, prompt_tokens })
         })
     }
+}
+
+/// The phases of these runs, of at most `ids` ids.
+fn phases(runs: &[usize], ids: usize) -> Result<Phases, Error> {
+    let phases = Phases::from_runs(runs).filter(|phases| phases.len() <= ids);
+    phases.ok_or_else(|| Error::Value(format!("the runs {runs:?} have more than the {ids} ids")))
 }
 
 /// 32 bits are enough to tell runs apart and easy to pass back.

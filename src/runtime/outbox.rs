@@ -64,6 +64,8 @@ pub struct Timings {
     /// Drafts that were computed in those passes, and those of them that were accepted.
     pub drafted: usize,
     pub accepted: usize,
+    /// Positions of the prompt that were held.
+    pub cached: usize,
 }
 
 impl<T> State<T> {
@@ -275,6 +277,7 @@ impl<T> Outbox<T> {
             decode_passes: status.decode_passes,
             drafted: status.drafted,
             accepted: status.accepted,
+            cached: status.cached,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The prefixes of a model: what was computed once and is not computed again.
 //!
 //! A lock around the tree of columns, its budget, and counts. The budget is for columns that no sequence uses. It gives way
-//! when memory is short.
+//! when memory is short. A folder may have columns of other processes and of earlier ones.
 //!
 //! Decisions: docs/design/runtime.md
 
@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 
 use crate::compute::kernels::PAGE;
+use crate::error::Result;
+use crate::kv::file::KvFile;
+use crate::kv::folder::Folder;
+use crate::kv::phases::Phases;
 use crate::kv::tree::{Holder, Path, Root, Tree};
 use crate::model::Sequence;
 use crate::system::memory;
@@ -19,12 +23,16 @@ const PART: u64 = 8;
 const MOST: u64 = 2 << 30;
 /// Idle columns may take this part of the memory that would be free without them.
 const PART_OF_FREE: u64 = 2;
+/// The last column of a prompt goes to the folder if it has this number of ids: computing fewer takes less time than it
+/// takes to read a column.
+const LEAST_TAIL: usize = 16;
 
 /// Shared by the threads that open, read and compute a model.
 #[derive(Default)]
 pub struct Prefixes {
     /// Bytes. 0: nothing is held.
     limit: AtomicU64,
+    folder: Option<Folder>,
     state: Mutex<State>,
 }
 
@@ -53,9 +61,9 @@ pub struct Info {
 
 impl Prefixes {
     /// `limit`: bytes of columns that no sequence uses; 0: nothing is held. None: a part of the available memory.
-    pub fn new(limit: Option<u64>) -> Self {
+    pub fn new(limit: Option<u64>, folder: Option<Folder>) -> Self {
         let limit = limit.unwrap_or_else(|| memory::available().map_or(MOST, |available| (available / PART).min(MOST)));
-        Prefixes { limit: AtomicU64::new(limit), state: Mutex::default() }
+        Prefixes { limit: AtomicU64::new(limit), folder, state: Mutex::default() }
     }
 
     fn limit(&self) -> u64 {
@@ -72,42 +80,62 @@ impl Prefixes {
     }
 
     /// Gives a sequence without keys and values the longest prefix that is held: positions that get no logits. Returns
-    /// their number.
-    pub fn resume(&self, sequence: &mut Sequence) -> usize {
+    /// their number. An error if the file of a chat is damaged, which is then used no more.
+    pub fn resume(&self, sequence: &mut Sequence) -> Result<usize> {
         if !self.is_on_for(sequence) {
-            return 0;
+            return Ok(0);
         }
+        let (root, most) = (root(sequence), sequence.logits_from);
         let mut state = lock(&self.state);
-        let hit = state.tree(sequence).find(path(&root(sequence), sequence), sequence.logits_from);
+        let mut hit = state.tree(sequence).find(path(&root, sequence), most)?;
+        if let Some(folder) = &self.folder {
+            let known = hit.as_ref().map_or(0, |hit| hit.length);
+            if read(folder, state.tree(sequence), path(&root, sequence), known, most) {
+                hit = state.tree(sequence).find(path(&root, sequence), most)?;
+            }
+        }
         match hit {
             Some(hit) => {
                 state.hits += 1;
                 drop(state);
                 sequence.kv.adopt(hit.columns, hit.length);
-                hit.length
+                Ok(hit.length)
             }
             None => {
                 state.misses += 1;
-                0
+                Ok(0)
             }
         }
     }
 
-    /// Holds computed positions. `Holder::Anyone` has no use for decoded ones, nor for those after them. `ended`: the last
-    /// column too, which the sequence writes no more.
-    pub fn keep(&self, sequence: &Sequence, holder: &Holder, ended: bool) {
+    /// Holds computed positions. `Holder::Anyone` has no use for decoded ones, nor for those after them. `from`: full
+    /// columns that it has been called with. `ended`: the last column too, which the sequence writes no more.
+    pub fn keep(&self, sequence: &Sequence, holder: &Holder, from: usize, ended: bool) {
         if !self.is_on_for(sequence) {
             return;
         }
+        let prompt = sequence.kv.len().min(sequence.phases.prefilled());
         let length = match holder {
             Holder::Chat(_) => sequence.kv.len(),
-            Holder::Anyone | Holder::Pin => sequence.kv.len().min(sequence.phases.prefilled()),
+            Holder::Anyone | Holder::Pin => prompt,
         };
-        let length = if ended { length } else { length / PAGE * PAGE };
+        let (length, root) = (if ended { length } else { length / PAGE * PAGE }, root(sequence));
         let mut state = lock(&self.state);
         let tree = state.tree(sequence);
-        tree.insert(path(&root(sequence), sequence), length, sequence.kv.columns(), holder);
+        tree.insert(path(&root, sequence), length, sequence.kv.columns(), holder);
         self.trim(tree);
+        drop(state);
+        if let Some(folder) = &self.folder {
+            write(folder, sequence, from, prompt.min(length));
+        }
+    }
+
+    /// Holds the positions of a file, which begin as those of `sequence` do.
+    pub fn keep_file(&self, sequence: &Sequence, file: &Arc<KvFile>, holder: &Holder) {
+        if self.is_on_for(sequence) {
+            let root = root(sequence);
+            lock(&self.state).tree(sequence).insert_file(path(&root, sequence), file, holder);
+        }
     }
 
     /// Brings the idle columns within the budget.
@@ -156,12 +184,60 @@ impl Prefixes {
         let (bytes, positions) = state.tree.as_ref().map_or((0, 0), |tree| (tree.idle_bytes(), tree.positions()));
         Info { bytes, limit: self.limit(), positions, hits: state.hits, misses: state.misses, chats }
     }
+
+    /// Waits until the folder has what it was given, for at most this time.
+    pub fn flush(&self, most: std::time::Duration) -> bool {
+        self.folder.as_ref().is_none_or(|folder| folder.flush(most))
+    }
 }
 
 impl State {
     fn tree(&mut self, sequence: &Sequence) -> &mut Tree {
         let (window, shape) = (sequence.kv.window(), sequence.kv.shape());
-        self.tree.get_or_insert_with(|| Tree::new(window, (PAGE * shape.position_bytes()) as u64))
+        self.tree.get_or_insert_with(|| Tree::new(window, shape.clone()))
+    }
+}
+
+/// Adds to the tree what the folder has of a prompt beyond `known` positions. Returns whether that is anything.
+fn read(folder: &Folder, tree: &mut Tree, path: Path<'_>, known: usize, most: usize) -> bool {
+    let prompt = path.ids.len().min(path.phases.prefilled());
+    let (mut key, mut added) = (folder.root(path.root), false);
+    for start in (0..most.min(prompt)).step_by(PAGE) {
+        let ids = &path.ids[start..prompt.min(start + PAGE)];
+        let (held, is_full) = (known >= start + PAGE, ids.len() == PAGE);
+        if held {
+            key = key.child(ids);
+            continue;
+        }
+        if is_full && let Some((child, column)) = folder.find(&key, ids) {
+            tree.insert(path, start + PAGE, [Arc::new(column)].iter(), &Holder::Anyone);
+            (key, added) = (child, true);
+            continue;
+        }
+        let Some((tail, column)) = folder.tail(&key, ids) else { break };
+        if start + tail.iter().zip(ids).take_while(|(a, b)| a == b).count() > known {
+            let ids = [&path.ids[..start], &tail].concat();
+            let tail = Path { ids: &ids, phases: &Phases::prefill(ids.len()), ..path };
+            tree.insert(tail, ids.len(), [Arc::new(column)].iter(), &Holder::Anyone);
+            added = true;
+        }
+        break;
+    }
+    added
+}
+
+/// Gives the folder the columns of a prompt from number `from` on, up to `length` positions.
+fn write(folder: &Folder, sequence: &Sequence, from: usize, length: usize) {
+    let mut key = folder.root(&root(sequence));
+    let mut columns = sequence.kv.columns().peekable();
+    for (number, start) in (0..length).step_by(PAGE).enumerate() {
+        let ids = &sequence.ids[start..length.min(start + PAGE)];
+        while columns.next_if(|column| column.start() < start).is_some() {}
+        let column = columns.next_if(|column| column.start() == start);
+        if let Some(column) = column.filter(|_| number >= from && ids.len() >= LEAST_TAIL) {
+            folder.put(&key, ids, column.clone());
+        }
+        key = key.child(ids);
     }
 }
 

@@ -203,9 +203,10 @@ impl<W: Work> StreamJob<W> {
 
     /// Holds the full columns of a sequence.
     fn keep(&mut self, sequence: &Sequence) {
-        if sequence.kv.len() / PAGE != self.held {
-            self.held = sequence.kv.len() / PAGE;
-            self.prefixes.keep(sequence, &self.work.prompt().holder, false);
+        let full = sequence.kv.len() / PAGE;
+        if full != self.held {
+            self.prefixes.keep(sequence, &self.work.prompt().holder, self.held, false);
+            self.held = full;
         }
     }
 }
@@ -230,7 +231,7 @@ impl<W: Work> Job for StreamJob<W> {
     fn begin(&mut self) -> Result<Sequence> {
         let queue = self.submitted.elapsed();
         let mut sequence = self.work.begin()?;
-        self.status.cached = self.prefixes.resume(&mut sequence);
+        self.status.cached = self.prefixes.resume(&mut sequence)?;
         self.status.prefilled = self.status.cached;
         self.held = self.status.cached / PAGE;
         self.outbox.begin(queue, self.status);
@@ -266,7 +267,7 @@ impl<W: Work> Job for StreamJob<W> {
             self.record(computed, start.elapsed());
         }
         if sequence.kv.is_empty() {
-            self.held = self.prefixes.resume(sequence) / PAGE; // it took other rope factors
+            self.held = self.prefixes.resume(sequence)? / PAGE; // it took other rope factors
         } else {
             self.keep(sequence);
         }
@@ -282,7 +283,7 @@ impl<W: Work> Job for StreamJob<W> {
     }
 
     fn leave(&self, sequence: &Sequence) {
-        self.prefixes.keep(sequence, &self.work.prompt().holder, true);
+        self.prefixes.keep(sequence, &self.work.prompt().holder, self.held, true);
         let mut phases = sequence.phases.clone();
         phases.truncate(sequence.kv.len());
         self.outbox.leave(phases);

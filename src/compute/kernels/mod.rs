@@ -87,6 +87,9 @@ pub trait Kernel: Send + Sync {
     fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize);
 }
 
+/// A change of it says that the bits of keys and values have changed, so that those of files are computed anew.
+pub const NUMERICS: &str = "1";
+
 /// The costs of decode where they were not measured: as if each token had a pass.
 pub const LINEAR_COSTS: [f32; 16] =
     [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0];
