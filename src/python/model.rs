@@ -242,7 +242,7 @@ impl Model {
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
         presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout,
-        cache_scope, speculate, prediction, runs, chat, whole))]
+        cache_scope, speculate, prediction, replay, runs, chat, whole))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn stream(
         &self,
@@ -267,6 +267,7 @@ impl Model {
         cache_scope: Option<&str>,
         speculate: Option<bool>,
         prediction: Option<Vec<u32>>,
+        replay: Option<Vec<u32>>,
         runs: Option<Vec<usize>>,
         chat: Option<&Chat>,
         whole: bool,
@@ -301,6 +302,7 @@ impl Model {
                 top_logprobs,
                 speculate: speculate.unwrap_or(self.0.info.speculate),
                 prediction: prediction.unwrap_or_default(),
+                replay,
                 ..Request::default()
             };
             let stream = self.0.stream(request, max_tokens, timeout)?;
