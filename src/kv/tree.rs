@@ -378,9 +378,9 @@ impl Tree {
         self.idle().len() as u64 * self.column_bytes
     }
 
-    /// Positions whose columns are held.
+    /// Positions whose columns are held, in memory or in files of chats.
     pub fn positions(&self) -> usize {
-        self.nodes.iter().filter(|node| node.column.is_some()).map(|node| node.ids.len()).sum()
+        self.nodes.iter().filter(|node| node.has_data()).map(|node| node.ids.len()).sum()
     }
 }
 

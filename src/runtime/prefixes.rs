@@ -226,9 +226,10 @@ fn read(folder: &Folder, tree: &mut Tree, path: Path<'_>, known: usize, most: us
     added
 }
 
-/// Gives the folder the columns of a prompt from number `from` on, up to `length` positions.
+/// Gives the folder the columns of the first `length` positions, which are a prompt. It has had `from` columns of the
+/// sequence, or all full ones of the prompt.
 fn write(folder: &Folder, sequence: &Sequence, from: usize, length: usize) {
-    let mut key = folder.root(&root(sequence));
+    let (mut key, from) = (folder.root(&root(sequence)), from.min(length / PAGE));
     let mut columns = sequence.kv.columns().peekable();
     for (number, start) in (0..length).step_by(PAGE).enumerate() {
         let ids = &sequence.ids[start..length.min(start + PAGE)];
