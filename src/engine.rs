@@ -15,16 +15,21 @@ use crate::compute::ops::{Backend, KvType};
 use crate::compute::pool::{self, Pool};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
+use crate::kv::tree::Holder;
 use crate::model::baseline::Baseline;
 use crate::model::phi3::Phi3;
 use crate::model::{self, Model, Want};
 use crate::runtime::generation::{Generation, Request};
 use crate::runtime::logits::Logits;
+use crate::runtime::prefill::Prefill;
+use crate::runtime::prefixes::{self, Prefixes};
+use crate::runtime::prompt::Prompt;
 use crate::runtime::scheduler::{self, Scheduler};
 use crate::runtime::scores::Scores;
 use crate::runtime::stream::{Stream, TextStream};
+use crate::system::fork::ForkGuard;
 use crate::system::memory;
-use crate::system::sync::{Cancel, drop_in_background, lock};
+use crate::system::sync::{Cancel, drop_in_background, in_background, lock};
 use crate::system::task::{Phase, Task};
 use crate::text::chat::{Message, Template};
 use crate::text::tokenizer::{Special, Tokenizer};
@@ -46,6 +51,13 @@ pub struct LoadOptions {
     pub max_concurrent: Option<usize>,
     /// Streams that share a decode pass at most.
     pub max_batch: usize,
+    /// Bytes of keys and values that are held for later prompts; 0: none. None: an eighth of the available memory, at most
+    /// 2 GiB.
+    pub prefix_cache: Option<u64>,
+    /// A folder where keys and values of prompts are kept.
+    pub prefix_cache_dir: Option<PathBuf>,
+    /// Whether generations draft ids, unless they say otherwise.
+    pub speculate: bool,
 }
 
 impl Default for LoadOptions {
@@ -62,6 +74,9 @@ impl Default for LoadOptions {
             chat_template: None,
             max_concurrent: None,
             max_batch: scheduler::MAX_BATCH,
+            prefix_cache: None,
+            prefix_cache_dir: None,
+            speculate: true,
         }
     }
 }
@@ -86,6 +101,8 @@ pub struct Info {
     pub engine: &'static str,
     pub kernel: &'static str,
     pub n_threads: usize,
+    /// Whether generations draft ids by default.
+    pub speculate: bool,
     pub system_fingerprint: String,
 }
 
@@ -136,6 +153,7 @@ impl Engine {
             engine: model.info().engine,
             kernel: model.info().kernel,
             n_threads: model.info().n_threads,
+            speculate: options.speculate,
             system_fingerprint: fingerprint(&gguf, model.as_ref(), &options.kv_cache),
         };
         task.check()?;
@@ -143,7 +161,8 @@ impl Engine {
         task.report(Phase::Load, size, Some(size));
         // Candle has one cache, beside the weights.
         let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
-        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX), options.max_batch);
+        let prefixes = Arc::new(Prefixes::new(options.prefix_cache));
+        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX), options.max_batch, prefixes);
         let parts = Parts { gguf, tokenizer, template, model };
         Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }
@@ -161,7 +180,7 @@ impl Engine {
         }
         self.scheduler.close();
         let parts = lock(&self.parts).take();
-        drop(parts); // outside the lock: unmapping takes time
+        drop((parts, self.prefixes().close())); // outside the locks: unmapping takes time
     }
 
     pub fn is_closed(&self) -> bool {
@@ -178,6 +197,29 @@ impl Engine {
         let parts = self.parts()?;
         let prompt = parts.template.render(messages)?;
         parts.tokenizer.encode(&prompt.text, Special::Outside(&prompt.user))
+    }
+
+    /// The ids of a conversation that goes on. `ids` are those of its beginning, whose text is `text`: the last rendering
+    /// and the answer to it. They are kept as they are, so that an answer is never tokenized again. If the rendering does
+    /// not begin with that text, as many of them are kept as are its first ids.
+    pub fn continue_messages(&self, messages: &[Message], text: &str, ids: &[u32]) -> Result<Continuation> {
+        let parts = self.parts()?;
+        let rendered = parts.template.render(messages)?;
+        // Some templates strip messages.
+        for known in [text, text.trim_end()] {
+            let Some(rest) = rendered.text.strip_prefix(known) else { continue };
+            let user = rendered.user.iter().filter(|range| range.end > known.len());
+            let user: Vec<_> =
+                user.map(|range| range.start.saturating_sub(known.len())..range.end - known.len()).collect();
+            let more = parts.tokenizer.encode(rest, Special::Outside(&user))?;
+            // Other tokens could depend on the text before them.
+            if more.first().is_some_and(|&id| parts.tokenizer.is_added(id)) {
+                return Ok(Continuation { text: rendered.text, ids: [ids, &more].concat(), kept: ids.len() });
+            }
+        }
+        let all = parts.tokenizer.encode(&rendered.text, Special::Outside(&rendered.user))?;
+        let kept = all.iter().zip(ids).take_while(|(a, b)| a == b).count();
+        Ok(Continuation { text: rendered.text, ids: all, kept })
     }
 
     /// The ids of a text without a template.
@@ -210,14 +252,14 @@ impl Engine {
     ) -> Result<TextStream> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let parts = self.parts()?;
-        self.check_ids(&request.prompt)?;
-        let room = self.info.n_ctx.saturating_sub(request.prompt.len());
+        self.check_ids(&request.prompt.ids)?;
+        let room = self.info.n_ctx.saturating_sub(request.prompt.ids.len());
         if room == 0 {
-            return Err(Error::ContextLength { prompt_tokens: request.prompt.len(), n_ctx: self.info.n_ctx });
+            return Err(Error::ContextLength { prompt_tokens: request.prompt.ids.len(), n_ctx: self.info.n_ctx });
         }
         // Without `max_tokens`, an engine with a shorter limit raises when it reaches that limit.
         let asked = max_tokens.map_or(1, |n| n.min(room));
-        parts.model.check_length(request.prompt.len() + asked - 1)?;
+        parts.model.check_length(request.prompt.ids.len() + asked - 1)?;
         parts.gguf.check_length()?;
         request.max_tokens = max_tokens.unwrap_or(room).min(room);
         request.limited = max_tokens.is_some();
@@ -232,6 +274,36 @@ impl Engine {
         self.check_ids(&ids)?;
         self.check_length(&parts, ids.len())?;
         Ok(Stream::new(Logits::new(parts.model.clone(), ids, want)?, self.scheduler.clone(), None))
+    }
+
+    /// The keys and values of a prompt, which are held from then on: a stream of one item. It takes a slot.
+    pub fn prefill(&self, prompt: Prompt) -> Result<Stream<Prefill>> {
+        let parts = self.parts()?;
+        self.check_ids(&prompt.ids)?;
+        self.check_length(&parts, prompt.ids.len())?;
+        Ok(Stream::new(Prefill::new(parts.model.clone(), prompt), self.scheduler.clone(), None))
+    }
+
+    fn prefixes(&self) -> &Arc<Prefixes> {
+        self.scheduler.prefixes()
+    }
+
+    /// What is held of prompts and chats.
+    pub fn cache_info(&self) -> Result<prefixes::Info> {
+        self.parts()?;
+        Ok(self.prefixes().info())
+    }
+
+    /// Begins to hold keys and values for a chat.
+    pub fn chat(&self) -> Result<Chat> {
+        self.parts()?;
+        let life = Arc::new(());
+        self.prefixes().add_chat(&life);
+        Ok(Chat {
+            life: Mutex::new(Some(life)),
+            prefixes: self.prefixes().clone(),
+            fork_guard: self.scheduler.fork_guard(),
+        })
     }
 
     /// Bytes per second at which `n_threads` threads read the weights. Takes about a second.
@@ -304,7 +376,49 @@ impl Drop for Engine {
         if !self.scheduler.fork_guard().is_forked()
             && let Some(parts) = lock(&self.parts).take()
         {
-            drop_in_background(parts);
+            drop_in_background((parts, self.prefixes().close()));
+        }
+    }
+}
+
+/// A conversation that goes on.
+pub struct Continuation {
+    pub text: String,
+    pub ids: Vec<u32>,
+    /// Of the ids that it began with.
+    pub kept: usize,
+}
+
+/// The life of a chat. While it is open, its keys and values are evicted last.
+pub struct Chat {
+    life: Mutex<Option<Arc<()>>>,
+    prefixes: Arc<Prefixes>,
+    fork_guard: ForkGuard,
+}
+
+impl Chat {
+    /// For the prompts of the chat.
+    pub fn holder(&self) -> Holder {
+        match &*lock(&self.life) {
+            Some(life) => Holder::Chat(Arc::downgrade(life)),
+            None => Holder::Anyone,
+        }
+    }
+
+    /// Frees what only this chat has a use for.
+    pub fn close(&self) {
+        if !self.fork_guard.is_forked() && lock(&self.life).take().is_some() {
+            self.prefixes.drop_ended_chats();
+        }
+    }
+}
+
+impl Drop for Chat {
+    /// Returns at once, as `Engine` does.
+    fn drop(&mut self) {
+        if !self.fork_guard.is_forked() && lock(&self.life).take().is_some() {
+            let prefixes = self.prefixes.clone();
+            in_background(move || prefixes.drop_ended_chats());
         }
     }
 }
@@ -457,7 +571,7 @@ mod tests {
     #[test]
     fn a_stream_that_was_never_read_unmaps_on_another_thread() {
         let (engine, dropped_on) = engine();
-        let request = Request { prompt: vec![1], ..Request::default() };
+        let request = Request { prompt: vec![1].into(), ..Request::default() };
         let streams = [engine.stream(request.clone(), None, None), engine.stream(request, None, None)];
         engine.close();
         assert!(dropped_on.try_recv().is_err());

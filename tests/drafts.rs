@@ -159,7 +159,7 @@ fn prompt(n: usize) -> Vec<u32> {
 fn requests(model: &Arc<dyn Model>, length: usize) -> Vec<Request> {
     let stop_id = tokenizer().stop_ids()[0];
     let request = |sampling: Sampling| Request {
-        prompt: prompt(length),
+        prompt: prompt(length).into(),
         max_tokens: 26.min(model.info().context_length - length),
         sampling,
         seed: 5,
@@ -259,7 +259,7 @@ fn drafts_end_with_max_tokens_and_the_context() {
     }
     let length = model.info().context_length - 9;
     let request = Request { max_tokens: 9, ..requests(&model, 5)[0].clone() };
-    check(&model, &Request { prompt: prompt(length), ..request }, MOST, "the end of the context");
+    check(&model, &Request { prompt: prompt(length).into(), ..request }, MOST, "the end of the context");
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn a_model_drafts_for_another_one() {
             [("plain", KvType::F16), ("plain", KvType::Q8_0), ("gqa", KvType::F16), ("window", KvType::F16)]
         {
             let small = load(name, best(), kv_type);
-            let drafter = Box::new(ModelDrafter::new(small, &request.prompt).unwrap());
+            let drafter = Box::new(ModelDrafter::new(small, &request.prompt.ids).unwrap());
             let (found, drafted, accepted) = run(&model, &request, Some(drafter), 4);
             assert!(found == expected, "{name}: {request:?}");
             if (name, kv_type) == ("plain", KvType::F16) {
@@ -305,7 +305,7 @@ fn a_replay_says_the_given_ids_and_samples_all_the_same() {
     let stop_id = tokenizer().stop_ids()[0];
     let ids = [prompt(30), vec![stop_id, 40, 41]].concat();
     let request = Request {
-        prompt: [prompt(30), vec![3]].concat(),
+        prompt: [prompt(30), vec![3]].concat().into(),
         max_tokens: 50,
         replay: Some(ids.clone()),
         sampling: Sampling { repeat_penalty: 1.2, ..Sampling::default() },
@@ -382,7 +382,7 @@ fn read(stream: &TextStream) -> (Vec<Piece>, FinishReason) {
 fn check_streams(name: &str, refuses_drafts: bool) -> usize {
     let model = load(name, best(), KvType::F16);
     let free = Free::new(model.clone(), refuses_drafts);
-    let scheduler = Scheduler::new(usize::MAX, 8);
+    let scheduler = Scheduler::new(usize::MAX, 8, Arc::default());
     let expected: Vec<_> = requests(&model, 7).into_iter().map(|request| (alone(&model, &request), request)).collect();
     let streams = expected.iter().enumerate().map(|(i, (expected, request))| {
         let mut generation = Generation::new(free.clone(), tokenizer(), request.clone());
@@ -425,7 +425,7 @@ fn a_stream_counts_its_drafts() {
     let answer = alone(&model, &request).answer();
     let mut generation = Generation::new(Free::new(model, false), tokenizer(), request);
     generation.draft_with(Known::new(&answer, 0));
-    let stream = TextStream::new(generation, Scheduler::new(1, 1), None);
+    let stream = TextStream::new(generation, Scheduler::new(1, 1, Arc::default()), None);
     read(&stream);
     let timings = stream.timings().unwrap();
     assert!(timings.decode_passes < answer.len() / 4, "{} passes", timings.decode_passes);

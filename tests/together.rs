@@ -342,7 +342,7 @@ impl Plan {
             _ => Reader::Whole,
         };
         let request = Request {
-            prompt,
+            prompt: prompt.into(),
             max_tokens,
             limited: true,
             sampling,
@@ -433,7 +433,7 @@ fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 3] {
     let plans: Vec<Plan> = (0..2 + random.below(11)).map(|i| Plan::random(&mut random, i as u32, n_vocab)).collect();
     let faults = plans.iter().filter_map(|plan| {
         let (length, fault) = plan.fault?;
-        Some(((plan.request.prompt[0], length), fault))
+        Some(((plan.request.prompt.ids[0], length), fault))
     });
     let faults: HashMap<_, _> = faults.collect();
     let model = |slots, max_batch| {
@@ -441,11 +441,12 @@ fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 3] {
         model.faults = faults.clone();
         Arc::new(model)
     };
-    let alone = |plan: &Plan| Text::whole(&plan.stream(&model(1, 1), tokenizer, &Scheduler::new(1, 1), None));
+    let alone =
+        |plan: &Plan| Text::whole(&plan.stream(&model(1, 1), tokenizer, &Scheduler::new(1, 1, Arc::default()), None));
     let expected: Vec<Text> = plans.iter().map(alone).collect();
     let model = model(slots, max_batch);
 
-    let scheduler = Scheduler::new(slots, max_batch);
+    let scheduler = Scheduler::new(slots, max_batch, Arc::default());
     let (mut waiting, mut running) = ((0..plans.len()).collect::<Vec<_>>(), Vec::<Running>::new());
     let mut texts: Vec<Text> = plans.iter().map(|_| Text::default()).collect();
     while !waiting.is_empty() || !running.is_empty() {
@@ -518,7 +519,7 @@ fn a_slot_is_free_at_the_turn_after_an_end() {
     for decodes in [false, true] {
         for end in [End::Cancel, End::Drop, End::MaxTokens].into_iter().chain(faults) {
             let request = |first: u32, length: usize, max_tokens: usize| Request {
-                prompt: vec![first; length],
+                prompt: vec![first; length].into(),
                 max_tokens,
                 ignore_eos: true,
                 ..Request::default()
@@ -533,7 +534,7 @@ fn a_slot_is_free_at_the_turn_after_an_end() {
             if let End::Fault(fault) = end {
                 model.faults.insert((5, CHUNK + tokens - 1), fault);
             }
-            let (model, scheduler) = (Arc::new(model), Scheduler::new(1, 8));
+            let (model, scheduler) = (Arc::new(model), Scheduler::new(1, 8, Arc::default()));
             let stream = |request| {
                 let generation = Generation::new(model.clone(), tokenizer.clone(), request);
                 TextStream::new(generation, scheduler.clone(), None)

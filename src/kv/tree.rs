@@ -34,7 +34,7 @@ pub struct Path<'a> {
 }
 
 /// Whom positions are held for. It decides what is evicted first.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub enum Holder {
     /// The next prompt that begins with them.
     #[default]

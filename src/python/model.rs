@@ -2,17 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
-use super::{Logits, Scores, Stream, Task, detached};
-use crate::engine::{Engine, LoadOptions};
+use super::{Chat, Logits, Scores, Stream, Task, Warm, detached};
+use crate::engine::{Continuation, Engine, LoadOptions};
 use crate::error::Error;
 use crate::files::gguf::Value;
+use crate::kv::phases::Phases;
+use crate::kv::tree::Holder;
 use crate::model::Want;
 use crate::runtime::generation::Request;
+use crate::runtime::prompt::Prompt;
 use crate::runtime::sampling::Sampling;
 use crate::text::chat::Message;
 
@@ -23,7 +27,7 @@ pub struct Model(Engine);
 impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template,
-        max_concurrent, max_batch))]
+        max_concurrent, max_batch, prefix_cache, prefix_cache_dir, speculate))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn load(
         path: PathBuf,
@@ -38,6 +42,9 @@ impl Model {
         chat_template: Option<String>,
         max_concurrent: Option<usize>,
         max_batch: usize,
+        prefix_cache: Option<u64>,
+        prefix_cache_dir: Option<PathBuf>,
+        speculate: bool,
     ) -> PyResult<Task> {
         let options = LoadOptions {
             n_ctx,
@@ -51,6 +58,9 @@ impl Model {
             chat_template,
             max_concurrent,
             max_batch,
+            prefix_cache,
+            prefix_cache_dir,
+            speculate,
         };
         Task::start(move |task| Engine::load(&path, &options, task).map(Model))
     }
@@ -165,6 +175,36 @@ impl Model {
         })
     }
 
+    fn continue_messages(
+        &self,
+        py: Python<'_>,
+        messages: Vec<(String, String)>,
+        text: &str,
+        ids: Vec<u32>,
+    ) -> PyResult<(String, Vec<u32>, usize)> {
+        detached(py, || {
+            let Continuation { text, ids, kept } = self.0.continue_messages(&conversation(messages), text, &ids)?;
+            Ok((text, ids, kept))
+        })
+    }
+
+    fn chat(&self, py: Python<'_>) -> PyResult<Chat> {
+        detached(py, || self.0.chat().map(Chat))
+    }
+
+    #[pyo3(signature = (ids, *, pin, scope))]
+    fn warm(&self, py: Python<'_>, ids: Vec<u32>, pin: bool, scope: Option<&str>) -> PyResult<Warm> {
+        let holder = if pin { Holder::Pin } else { Holder::Anyone };
+        let (length, scope) = (ids.len(), Arc::from(scope.unwrap_or_default()));
+        let prompt = Prompt { ids, scope, holder, ..Prompt::default() };
+        detached(py, || Ok(Warm { stream: self.0.prefill(prompt)?, length }))
+    }
+
+    fn cache_info(&self, py: Python<'_>) -> PyResult<(u64, u64, usize, u64, u64, usize)> {
+        let info = detached(py, || self.0.cache_info())?;
+        Ok((info.bytes, info.limit, info.positions, info.hits, info.misses, info.chats))
+    }
+
     fn bandwidth(&self, py: Python<'_>) -> PyResult<f64> {
         detached(py, || self.0.bandwidth())
     }
@@ -179,7 +219,7 @@ impl Model {
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
         presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout,
-        whole))]
+        cache_scope, speculate, prediction, runs, chat, whole))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn stream(
         &self,
@@ -201,8 +241,17 @@ impl Model {
         logprobs: bool,
         top_logprobs: usize,
         timeout: Option<f64>,
+        cache_scope: Option<&str>,
+        speculate: Option<bool>,
+        prediction: Option<Vec<u32>>,
+        runs: Option<Vec<usize>>,
+        chat: Option<&Chat>,
         whole: bool,
     ) -> PyResult<Stream> {
+        let phases = Phases::from_runs(&runs.unwrap_or_default()).filter(|phases| phases.len() <= prompt.len());
+        let phases = phases.ok_or_else(|| Error::Value("the runs have more ids than the prompt".into()))?;
+        let holder = chat.map(|chat| chat.0.holder()).unwrap_or_default();
+        let scope = Arc::from(cache_scope.unwrap_or_default());
         let sampling = Sampling {
             temperature,
             top_k,
@@ -220,7 +269,18 @@ impl Model {
         let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         detached(py, || {
             let seed = seed.map_or_else(random_seed, Ok)?;
-            let request = Request { prompt, sampling, seed, stop, ignore_eos, top_logprobs, ..Request::default() };
+            let prompt = Prompt { ids: prompt, phases, scope, holder };
+            let request = Request {
+                prompt,
+                sampling,
+                seed,
+                stop,
+                ignore_eos,
+                top_logprobs,
+                speculate: speculate.unwrap_or(self.0.info.speculate),
+                prediction: prediction.unwrap_or_default(),
+                ..Request::default()
+            };
             let stream = self.0.stream(request, max_tokens, timeout)?;
             if whole {
                 stream.read_whole();

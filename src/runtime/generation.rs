@@ -9,6 +9,7 @@ use crate::model::{Model, Phase, Sequence, Want};
 use crate::runtime::draft::lookup::Lookup;
 use crate::runtime::draft::survival::Survival;
 use crate::runtime::draft::{Drafter, Drafts};
+use crate::runtime::prompt::Prompt;
 use crate::runtime::sampling::{Distribution, Sampler, Sampling, TokenLogprob};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::text::detokenizer::Detokenizer;
@@ -19,7 +20,7 @@ use crate::text::tokenizer::Tokenizer;
 #[derive(Clone, Debug, Default)]
 pub struct Request {
     /// At least one id, and fewer than the context holds.
-    pub prompt: Vec<u32>,
+    pub prompt: Prompt,
     /// The number of ids to generate at most: the context has room for the prompt and these.
     pub max_tokens: usize,
     /// True if the caller set that limit: progress then has a total.
@@ -68,9 +69,9 @@ pub struct Generation {
 
 impl Generation {
     pub fn new(model: Arc<dyn Model>, tokenizer: Arc<Tokenizer>, request: Request) -> Self {
-        let strip_leading_space = tokenizer.strips_leading_space_after(&request.prompt);
+        let strip_leading_space = tokenizer.strips_leading_space_after(&request.prompt.ids);
         let speculates = request.speculate && model.info().width > 1;
-        let lookup = speculates.then(|| Lookup::new(&request.prompt, &request.prediction).ok()).flatten();
+        let lookup = speculates.then(|| Lookup::new(&request.prompt.ids, &request.prediction).ok()).flatten();
         Generation {
             sampler: Sampler::new(request.sampling.clone(), request.seed, tokenizer.stop_ids()),
             detokenizer: Detokenizer::new(tokenizer.clone(), strip_leading_space),
@@ -153,14 +154,16 @@ impl Work for Generation {
         &self.model
     }
 
+    fn prompt(&self) -> &Prompt {
+        &self.request.prompt
+    }
+
     fn shares_prompt(&self) -> bool {
-        true
+        self.request.prompt.phases.is_empty()
     }
 
     fn begin(&mut self) -> Result<Sequence> {
-        let mut sequence = self.model.sequence()?;
-        self.model.append(&mut sequence, &self.request.prompt, Phase::Prefill, Want::Last)?;
-        Ok(sequence)
+        self.request.prompt.sequence(self.model.as_ref(), Want::Last)
     }
 
     /// Samples the next id. While it equals the draft in its place, the row after it is a row of the text too.
@@ -210,7 +213,7 @@ impl Work for Generation {
 
     fn status(&self) -> Status {
         let limit = self.request.limited.then_some(self.request.max_tokens);
-        Status { prompt: self.request.prompt.len(), limit, ..Status::default() }
+        Status { prompt: self.request.prompt.ids.len(), limit, ..Status::default() }
     }
 
     fn generated(&self) -> usize {

@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use crate::compute::kernels::PAGE;
 use crate::error::{Error, Result};
 use crate::model::{Model, Sequence};
 use crate::runtime::draft::survival::Survival;
 use crate::runtime::generation::Generation;
 use crate::runtime::outbox::{Hook, Outbox, Timings};
+use crate::runtime::prefixes::Prefixes;
+use crate::runtime::prompt::Prompt;
 use crate::runtime::scheduler::{Job, Scheduler};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::system::sync::{Cancel, drop_in_background, lock};
@@ -116,7 +119,8 @@ impl<W: Work> Stream<W> {
             return Ok(());
         }
         let (status, outbox) = (work.status(), self.outbox.clone());
-        let job = StreamJob { work, outbox, submitted: Instant::now(), status };
+        let (prefixes, submitted) = (self.scheduler.prefixes().clone(), Instant::now());
+        let job = StreamJob { work, outbox, prefixes, held: 0, submitted, status };
         let result = self.scheduler.submit(Box::new(job));
         if result.is_err() {
             self.outbox.abandon(FinishReason::Error);
@@ -171,6 +175,9 @@ impl<W: Work> Drop for Stream<W> {
 struct StreamJob<W: Work> {
     work: W,
     outbox: Arc<Outbox<W::Item>>,
+    prefixes: Arc<Prefixes>,
+    /// Columns that `prefixes` has.
+    held: usize,
     /// The first read.
     submitted: Instant,
     status: Status,
@@ -186,6 +193,14 @@ impl<W: Work> StreamJob<W> {
             self.status.decode_time += time;
         }
     }
+
+    /// Holds the full columns of a sequence.
+    fn keep(&mut self, sequence: &Sequence) {
+        if sequence.kv.len() / PAGE != self.held {
+            self.held = sequence.kv.len() / PAGE;
+            self.prefixes.keep(sequence, &self.work.prompt().holder, false);
+        }
+    }
 }
 
 impl<W: Work> Job for StreamJob<W> {
@@ -197,16 +212,26 @@ impl<W: Work> Job for StreamJob<W> {
         self.work.model()
     }
 
+    fn prompt(&self) -> &Prompt {
+        self.work.prompt()
+    }
+
     fn shared_prompt(&self) -> Option<usize> {
         self.work.shares_prompt().then_some(self.status.prompt)
     }
 
     fn begin(&mut self) -> Result<Sequence> {
-        self.outbox.begin(self.submitted.elapsed(), self.status);
-        self.work.begin()
+        let queue = self.submitted.elapsed();
+        let mut sequence = self.work.begin()?;
+        self.status.cached = self.prefixes.resume(&mut sequence);
+        self.status.prefilled = self.status.cached;
+        self.held = self.status.cached / PAGE;
+        self.outbox.begin(queue, self.status);
+        Ok(sequence)
     }
 
-    fn turn(&mut self, computed: usize, time: Duration) {
+    fn turn(&mut self, sequence: &Sequence, computed: usize, time: Duration) {
+        self.keep(sequence);
         self.record(computed, time);
         self.outbox.deliver(Step::More(None), self.status, self.submitted.elapsed());
     }
@@ -217,17 +242,28 @@ impl<W: Work> Job for StreamJob<W> {
         self.record(computed, time + start.elapsed());
         self.status.decode_passes += usize::from(self.status.generated > 0);
         loop {
-            let again = matches!(step, Step::Again(_));
+            let (again, ends) = (matches!(step, Step::Again(_)), matches!(step, Step::End(..)));
             self.status.generated = self.work.generated();
             (self.status.drafted, self.status.accepted) = self.work.drafted();
-            let goes_on = self.outbox.deliver(step, self.status, self.submitted.elapsed());
-            if !goes_on || !again {
-                return Ok(goes_on);
+            if ends {
+                self.leave(sequence); // before the reader sees the end, and may go on from it
+            }
+            if !self.outbox.deliver(step, self.status, self.submitted.elapsed()) {
+                return Ok(false);
+            }
+            if !again {
+                break;
             }
             start = Instant::now();
             step = self.work.accept(sequence, logits)?;
             self.record(computed, start.elapsed());
         }
+        if sequence.kv.is_empty() {
+            self.held = self.prefixes.resume(sequence) / PAGE; // it took other rope factors
+        } else {
+            self.keep(sequence);
+        }
+        Ok(true)
     }
 
     fn draft(&mut self, sequence: &Sequence, most: usize, survival: &mut Survival) -> Vec<f32> {
@@ -236,6 +272,10 @@ impl<W: Work> Job for StreamJob<W> {
 
     fn extend(&mut self, sequence: &mut Sequence, n: usize) -> Result<()> {
         self.work.extend(sequence, n)
+    }
+
+    fn leave(&self, sequence: &Sequence) {
+        self.prefixes.keep(sequence, &self.work.prompt().holder, true);
     }
 
     fn fail(&mut self, error: Error) {

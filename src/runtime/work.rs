@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::error::Result;
 use crate::model::{Model, Sequence};
 use crate::runtime::draft::survival::Survival;
+use crate::runtime::prompt::Prompt;
 
 /// Work as a stream sees it.
 pub trait Work: Send + 'static {
@@ -17,6 +18,8 @@ pub trait Work: Send + 'static {
     /// The model that computes its logits.
     fn model(&self) -> &Arc<dyn Model>;
 
+    fn prompt(&self) -> &Prompt;
+
     /// Whether the prompt may share a pass with others. It then wants the logits of its last id alone.
     fn shares_prompt(&self) -> bool {
         false
@@ -25,9 +28,9 @@ pub trait Work: Send + 'static {
     /// The sequence, with the prompt appended. Called once, before the others.
     fn begin(&mut self) -> Result<Sequence>;
 
-    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), and appends what is wanted next, unless it ends.
-    /// After `Again` it is called with the same logits, until it has taken all of their rows. It is not called again after `End`
-    /// or an error.
+    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), and appends what is wanted next, unless it ends. A
+    /// sequence that wants no logits ends with none. After `Again` it is called with the same logits, until it has taken
+    /// all of their rows. It is not called again after `End` or an error.
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Self::Item>>;
 
     /// Drafts up to `most` ids that may follow those of the sequence. Returns for each the probability that it is accepted with
@@ -100,7 +103,9 @@ impl FinishReason {
 pub struct Status {
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Prompt tokens that are computed.
+    /// Those of them whose keys and values were held.
+    pub cached: usize,
+    /// Prompt tokens that are computed or were held.
     pub prefilled: usize,
     pub generated: usize,
     /// `max_tokens` if the caller set it.

@@ -14,6 +14,7 @@ mod candle;
 mod column;
 #[allow(unsafe_code)] // as above
 mod cpu;
+mod mapped;
 mod matrix;
 
 use candle_core::{Device, Tensor};
@@ -25,6 +26,7 @@ use crate::system::sync::Cancel;
 
 pub use attention::{ATTEND_COST, SCRATCH_BYTES as ATTENTION_SCRATCH};
 pub use column::{Column, KvBlock, KvBuffer, KvShape, KvType, Piece, Segment};
+pub use mapped::Part;
 pub use matrix::{Matrix, format};
 
 /// The device of a model, and its means of computing.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Job;
 use crate::error::Error;
 use crate::model::{Batch, Member, Sequence};
+use crate::runtime::prefixes::Prefixes;
 use crate::system::panic;
 
 pub(super) struct Active {
@@ -49,13 +50,26 @@ impl Active {
     }
 
     pub fn fail(&mut self, error: Error) {
-        self.state = State::Ended;
+        if let State::Decode(sequence) = std::mem::replace(&mut self.state, State::Ended) {
+            self.job.leave(&sequence);
+        }
         self.job.fail(error);
     }
 
     /// Makes the sequence, as a member of `prompts`.
-    pub fn begin(&mut self, prompts: &mut Prompts) {
-        match panic::catch(|| self.job.begin()) {
+    pub fn begin(&mut self, prompts: &mut Prompts, prefixes: &Prefixes) {
+        let begun = match panic::catch(|| self.job.begin()) {
+            Err(Error::Memory(_)) if prefixes.give_way() => panic::catch(|| self.job.begin()),
+            begun => begun,
+        };
+        match begun {
+            Ok(mut sequence) if sequence.phase().is_none() => {
+                // Everything is held.
+                if let Err(error) = panic::catch(|| self.job.accept(&mut sequence, &[], Duration::ZERO)) {
+                    return self.fail(error);
+                }
+                self.state = State::Ended;
+            }
             Ok(sequence) => {
                 self.state = State::Prompt;
                 prompts.batch.members.push(Member::new(sequence, self.job.cancel().clone()));
