@@ -236,6 +236,11 @@ impl Engine {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let parts = self.parts()?;
         self.check_ids(&request.prompt.ids)?;
+        for ids in [Some(&request.prediction), request.replay.as_ref()].into_iter().flatten() {
+            if !ids.is_empty() {
+                self.check_ids(ids)?;
+            }
+        }
         let room = self.info.n_ctx.saturating_sub(request.prompt.ids.len());
         if room == 0 {
             return Err(Error::ContextLength { prompt_tokens: request.prompt.ids.len(), n_ctx: self.info.n_ctx });

@@ -376,6 +376,32 @@ mod tests {
     }
 
     #[test]
+    fn the_greatest_logit_is_the_first_in_the_order_of_candidates() {
+        let odd = [f32::NAN, -f32::NAN, f32::NEG_INFINITY, 0.0, -0.0, -1.5, f32::MIN_POSITIVE, 2.0, 2.0, f32::INFINITY];
+        let mut random = SplitMix64(1);
+        for most in 1..=odd.len() {
+            for _ in 0..200 {
+                let length = 1 + (random.unit() * 20.0) as usize;
+                let logits: Vec<f32> = (0..length).map(|_| odd[(random.unit() * most as f64) as usize]).collect();
+                let candidates = (0..).zip(&logits).map(|(id, &logit)| Candidate { id, weight: number(logit) });
+                let first = candidates.min_by(descending).filter(|first| first.weight > f32::NEG_INFINITY);
+                let bits = |(id, logit): (u32, f32)| (id, logit.to_bits());
+                let expected = first.map(|first| bits((first.id, first.weight)));
+                assert_eq!(greatest(&logits).map(bits), expected, "{logits:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_choice_does_not_count_before_it_is_pushed() {
+        let sampling = Sampling { temperature: 0.0, frequency_penalty: 1.5, ..Sampling::default() };
+        let mut sampler = Sampler::new(sampling, 1, &[]);
+        assert_eq!([sampler.choose(&[3.0, 2.0]), sampler.choose(&[3.0, 2.0])], [Some(0); 2]);
+        sampler.push(0);
+        assert_eq!(sampler.choose(&[3.0, 2.0]), Some(1));
+    }
+
+    #[test]
     fn the_repeat_penalty_looks_at_the_last_generated_ids_each_once() {
         let sampling = Sampling { temperature: 0.0, repeat_penalty: 2.0, repeat_last_n: Some(1), ..Default::default() };
         let mut sampler = Sampler::new(sampling, 1, &[2]);

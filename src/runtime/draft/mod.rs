@@ -87,7 +87,7 @@ impl Drafts {
         self.score(survival);
         self.draft.clear();
         let Some(mut drafter) = self.drafter.take() else { return Vec::new() };
-        // Drafts are no part of the result: an error or a panic here ends the drafts, not the text.
+        // Drafts do not belong to the result: an error or a panic here ends the drafts, not the text.
         let basis = panic::catch(|| {
             drafter.push(&self.sampled)?;
             drafter.draft(most.min(MOST), sampler, &mut self.draft)

@@ -118,7 +118,7 @@ fn logits_of(member: &Member) -> Result<Range<usize>> {
 }
 
 /// A decode pass. If it fails, each member is computed alone and without drafts, so that the error reaches the job that it
-/// belongs to and no other, and drafts are no reason for one.
+/// belongs to and no other, and drafts never cause one.
 fn forward(
     model: &dyn Model,
     batch: &mut Batch,
