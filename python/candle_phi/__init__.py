@@ -21,6 +21,7 @@ except ImportError as error:
 
 from . import hub
 from .aio import AsyncStream
+from .chat import Chat
 from .errors import (
     BusyError,
     ClosedError,
@@ -39,7 +40,7 @@ from .errors import (
 from .messages import Message
 from .model import Phi
 from .progress import OnProgress, Progress
-from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
+from .results import CacheInfo, Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 from .stream import Stream
 
 if TYPE_CHECKING:  # else imported at its first use: only tests need it
@@ -48,6 +49,8 @@ if TYPE_CHECKING:  # else imported at its first use: only tests need it
 __all__ = [
     "AsyncStream",
     "BusyError",
+    "CacheInfo",
+    "Chat",
     "Chunk",
     "ClosedError",
     "ContextLengthError",
@@ -75,7 +78,7 @@ __all__ = [
     "testing",
 ]
 
-_LATER = ("CacheInfo", "Chat", "Event", "OutputError", "ParsedResult", "ToolCall", "integrations", "server")
+_LATER = ("Event", "OutputError", "ParsedResult", "ToolCall", "integrations", "server")
 """Names of a later version."""
 _OPEN = "open a model first: phi = Phi.demo(), or Phi.from_pretrained(name)"
 _FOREIGN = {
@@ -89,13 +92,13 @@ _FOREIGN = {
     "generate": f"{_OPEN}; then phi.generate(prompt)",
     "stream": f"{_OPEN}; then phi.stream(prompt)",
     "stream_generate": f"{_OPEN}; then phi.stream(prompt)",
-    "chat": f"{_OPEN}; then phi.generate(messages)",
+    "chat": f"{_OPEN}; then phi.chat()",
     "pipeline": f"{_OPEN}; then phi.generate(prompt)",
 }
 """Other libraries' names, each with what to use here."""
 
-# The submodule would answer candle_phi.stream(prompt) with "'module' object is not callable".
-del globals()["stream"]
+# The submodules would answer candle_phi.stream(prompt) with "'module' object is not callable".
+del globals()["stream"], globals()["chat"]
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,7 @@ __all__ = [
     "DEFAULT_FILE",
     "DEFAULT_REPO",
     "KNOWN_MODELS",
+    "Chat",
     "Hub",
     "Logits",
     "Model",
@@ -14,6 +15,7 @@ __all__ = [
     "Scores",
     "Stream",
     "Task",
+    "Warm",
     "__version__",
     "doctor",
     "memory_available",
@@ -71,6 +73,9 @@ class Model:
         chat_template: str | None,
         max_concurrent: int | None,
         max_batch: int,
+        prefix_cache: int | None,
+        prefix_cache_dir: str | None,
+        speculate: bool,
     ) -> Task[Model]: ...
     @property
     def path(self) -> str: ...
@@ -119,6 +124,31 @@ class Model:
     def score(self, ids: list[int], *, start: int, top_logprobs: int) -> Scores:
         """The log probability of each id from index `start` on. Computed from the first `poll` on."""
 
+    def continue_messages(
+        self, messages: list[tuple[str, str]], text: str, ids: list[int]
+    ) -> tuple[str, list[int], int]:
+        """The text of the rendered messages, its ids, and how many of the given ids they begin with.
+
+        `text` is that of the given ids. They are kept if the new text begins with it.
+        """
+
+    def chat(self) -> Chat:
+        """Keys and values of its streams are evicted last while it lives."""
+
+    def warm(self, ids: list[int], *, pin: bool, scope: str | None) -> Warm:
+        """Computes the keys and values of ids, and keeps them. Its only item is the number of ids."""
+
+    def cache_info(self) -> tuple[int, int, int, int, int, int]:
+        """`(bytes, limit, positions, hits, misses, chats)`."""
+
+    def save_chat(
+        self, chat: Chat, ids: list[int], runs: list[int], path: str, metadata: dict[str, str], kv: bool
+    ) -> Task[None]: ...
+    def load_chat(
+        self, path: str, chat: Chat, strict: bool
+    ) -> Task[tuple[list[int], list[int], dict[str, str], str | None]]:
+        """Ids, runs, metadata, and why keys and values of the file cannot be used."""
+
     def bandwidth(self) -> float:
         """Bytes per second at which `n_threads` threads can read the weights. Takes about a second."""
 
@@ -148,9 +178,17 @@ class Model:
         logprobs: bool,
         top_logprobs: int,
         timeout: float | None,
+        cache_scope: str | None,
+        speculate: bool | None,
+        prediction: list[int] | None,
+        runs: list[int] | None,
+        chat: Chat | None,
         whole: bool,
     ) -> Stream:
         """A generation that starts at its first `poll`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1.
+
+        `runs`: the number of ids whose keys and values prefill computes, then of those that decode computes, in turn.
+        None: prefill computes all.
 
         `whole`: it is computed without further reads, and `poll` has nothing before the end.
         """
@@ -188,12 +226,31 @@ class Stream:
     @property
     def token_ids(self) -> list[int]: ...
     @property
-    def usage(self) -> tuple[int, int]:
-        """`(prompt_tokens, completion_tokens)`."""
+    def usage(self) -> tuple[int, int, int, int, int]:
+        """`(prompt_tokens, completion_tokens, cached_tokens, draft_tokens, accepted_tokens)`."""
+
+    @property
+    def runs(self) -> list[int]:
+        """After an end by stop or length: the runs of the ids whose keys and values are computed."""
 
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
         """Seconds of queue, prefill, decode and until the first token, and the number of decode passes."""
+
+@final
+class Chat:
+    """Keeps what the streams of a chat computed."""
+
+    def close(self) -> None: ...
+
+@final
+class Warm:
+    """The keys and values of given ids: a `Stream` of one item."""
+
+    def poll(self) -> tuple[bool, int | None]: ...
+    def wait(self) -> None: ...
+    def progress(self, end: bool) -> list[_Progress]: ...
+    def cancel(self) -> None: ...
 
 @final
 class Logits:

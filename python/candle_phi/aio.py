@@ -79,7 +79,8 @@ class AsyncStream(StreamBase, TaskReader, AsyncGenerator[Chunk, None]):
 
     def __init__(self, stream: Stream) -> None:
         """Takes over a stream that has not been read."""
-        super().__init__(stream._model, stream._stream, stream._watch, logprobs=stream._logprobs is not None)
+        with_logprobs = stream._logprobs is not None
+        super().__init__(stream._model, stream._stream, stream._watch, logprobs=with_logprobs, turn=stream._turn)
 
     async def __anext__(self) -> Chunk:
         import asyncio

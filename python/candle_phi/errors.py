@@ -73,11 +73,11 @@ class OfflineError(DownloadError):
 
 
 class BusyError(PhiError):
-    """All slots are held by streams that are not being read."""
+    """All slots are held by streams that are not being read, or a stream of the same chat is running."""
 
 
 class ClosedError(PhiError):
-    """The model is closed."""
+    """The model or the chat is closed."""
 
 
 class ForkError(PhiError, RuntimeError):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TypedDict
 
+from .messages import Prediction
 from .options import Device, Engine, KvCache
 from .progress import OnProgress
 
@@ -22,11 +23,14 @@ class ModelOptions(TypedDict, total=False):
     chat_template: str | None
     max_concurrent: int | None
     max_batch: int
+    prefix_cache: int | None
+    prefix_cache_dir: str | os.PathLike[str] | None
+    speculate: bool
     on_progress: OnProgress | None
 
 
-class GenerationOptions(TypedDict, total=False):
-    """The options of `Phi.stream` that `Phi.map` and `amap` take too."""
+class SharedOptions(TypedDict, total=False):
+    """The options of `Phi.stream` that `Phi.map`, `amap` and chats take too."""
 
     max_tokens: int | None
     temperature: float
@@ -44,6 +48,20 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     timeout: float | None
+    cache_scope: str | None
+    speculate: bool | None
+    prediction: Prediction | None
+
+
+class GenerationOptions(SharedOptions, total=False):
+    """The options of `Phi.stream` that `Phi.map` and `amap` take too."""
+
     raw: bool
     parse_special: bool | None
     add_bos: bool
+
+
+class ChatOptions(SharedOptions, total=False):
+    """The options of a chat and of its calls, without `exact`."""
+
+    on_progress: OnProgress | None

@@ -25,6 +25,8 @@ class TokenIds(Protocol):
 
 Prompt: TypeAlias = str | Iterable[Message] | TokenIds
 """One user turn, messages, or token ids."""
+Prediction: TypeAlias = str | TokenIds | Message
+"""What an answer is expected to repeat: a text, token ids, or OpenAI's `{"type": "content", "content": ...}`."""
 Turn: TypeAlias = tuple[str, str]
 """A checked message: `(role, content)`, the role one of system, user, assistant."""
 

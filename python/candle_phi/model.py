@@ -2,30 +2,25 @@
 # Decisions: docs/design/python.md
 
 import functools
-import inspect
 import os
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Never, Self, Unpack, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Never, Self, Unpack
 
-from . import _engine, aio, hub, memory, options
-from .aio import AsyncStream
+from . import _engine, hub, memory, options
+from .cache import Caching
+from .chats import Chatting
 from .errors import ModelNotFoundError, missing_attribute
-from .keywords import GenerationOptions, ModelOptions
+from .keywords import ModelOptions
 from .locations import check_file, is_repository, tokenizer_path
-from .many import AsyncResults, Batch, Results, several
-from .messages import Prompt
 from .metadata import Metadata
 from .options import Device, Engine, KvCache, OptionValueError
-from .progress import OnProgress, progress_callback, token_callback, wait_for
-from .prompts import Prompting
-from .results import Result
+from .progress import OnProgress, progress_callback, wait_for
 from .scores import Scoring
-from .signatures import adds_options, same_options, takes_path, takes_prompt, takes_prompts
-from .stream import Stream
+from .signatures import adds_options, takes_path
 
 _DEMO = "phi3-demo-q4_k_m.gguf"
 
-_LATER = ("accepts", "adapters", "cache_info", "chat", "count_tokens", "load_chat", "warm")
+_LATER = ("accepts", "adapters")
 """Methods and attributes that a later version has."""
 
 _FOREIGN = {
@@ -44,6 +39,11 @@ _FOREIGN = {
     "apply_chat_template": "use .render(messages), or .tokenize(messages) for the ids",
     "eval": "use .logits(ids)",
     "forward": "use .logits(ids)",
+    **dict.fromkeys(("start_chat", "chat_session", "conversation"), "use .chat()"),
+    **dict.fromkeys(("load_state", "load_session"), "use .load_chat(path)"),
+    **dict.fromkeys(("save_state", "save_session"), "use .chat(), whose .save(path) keeps it in a file"),
+    **dict.fromkeys(("warmup", "warm_up", "prefill"), "use .warm(prompt)"),
+    "get_num_tokens": "use .count_tokens(prompt)",
     "embed": "this package computes no embeddings",
     "create_embedding": "this package computes no embeddings",
     "model_path": "use .path",
@@ -60,7 +60,7 @@ class _Recipe(NamedTuple):
     options: dict[str, Any]
 
 
-class Phi(Prompting, Scoring):
+class Phi(Chatting, Caching, Scoring):
     """An open Phi-3-family model. Any number of threads and streams may share one.
 
     >>> with Phi.demo() as phi:
@@ -84,6 +84,13 @@ class Phi(Prompting, Scoring):
             `logits` and `score` take a slot too.
         max_batch: at most this many streams that decode at the same time share a pass over the weights, from 1 to 16.
             It changes speeds, not texts.
+        prefix_cache: at most this many bytes of keys and values are kept for prompts to come, beside those in use. A
+            prompt that begins as an earlier one did, or as a chat, takes its keys and values from there. It changes
+            speeds, not texts. Default: an eighth of the memory that is free now, at most 2 GiB. 0: none are kept.
+        prefix_cache_dir: a folder in which keys and values are kept too, for other processes and after a restart. It
+            is made if it does not exist. Default: none.
+        speculate: guess the next tokens from what the text so far says, and check several in one pass. It changes
+            speeds, not texts.
         on_progress: called with a `Progress` while the model loads. An exception that it raises stops the loading.
 
     Raises:
@@ -111,6 +118,9 @@ class Phi(Prompting, Scoring):
         chat_template: str | None = None,
         max_concurrent: int | None = None,
         max_batch: int = 8,
+        prefix_cache: int | None = None,
+        prefix_cache_dir: str | os.PathLike[str] | None = None,
+        speculate: bool = True,
         on_progress: OnProgress | None = None,
         **unknown: Never,
     ) -> None:
@@ -129,6 +139,9 @@ class Phi(Prompting, Scoring):
                 "chat_template": chat_template,
                 "max_concurrent": max_concurrent,
                 "max_batch": max_batch,
+                "prefix_cache": prefix_cache,
+                "prefix_cache_dir": prefix_cache_dir,
+                "speculate": speculate,
                 "on_progress": on_progress,
                 **unknown,
             },
@@ -137,6 +150,8 @@ class Phi(Prompting, Scoring):
         check_file(path)
         if checked["tokenizer"] is not None:
             checked["tokenizer"] = tokenizer_path(checked["tokenizer"])
+        if checked["prefix_cache_dir"] is not None:
+            checked["prefix_cache_dir"] = os.path.abspath(checked["prefix_cache_dir"])
         memory.warn_if_too_large(path, checked["n_ctx"], checked["kv_cache"])
         with progress_callback("", False, on_progress) as watch:
             self._model = wait_for(_engine.Model.load(path, **checked), watch)
@@ -218,9 +233,6 @@ class Phi(Prompting, Scoring):
         path = hub.download(repo_id, filename, revision=revision, **location)
         return cls(path, **model_options)
 
-    _max_batch = 8
-    """Of a model that was not opened from a file."""
-
     @property
     def path(self) -> str:
         """The path of the file, as it was given."""
@@ -285,246 +297,6 @@ class Phi(Prompting, Scoring):
         """Whether the model is closed."""
         return self._model.closed
 
-    @takes_prompt
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float | None = None,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | Mapping[str, float] | None = None,
-        seed: int | None = None,
-        stop: str | Iterable[str] | None = None,
-        ignore_eos: bool = False,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
-        timeout: float | None = None,
-        on_progress: OnProgress | None = None,
-        raw: bool = False,
-        parse_special: bool | None = None,
-        add_bos: bool = False,
-        **unknown: Never,
-    ) -> Stream:
-        """Generates text piece by piece. Errors of the call are raised here. Work starts at the first read.
-
-        >>> for chunk in phi.stream("What is icing?", temperature=0, max_tokens=3):
-        ...     print(repr(chunk))
-        'A'
-        ' long'
-        ' shot'
-
-        The logits are changed in this order: `logit_bias`, penalties, `temperature`, `top_k`, `top_p`, `min_p`.
-
-        Args:
-            prompt: a str (one user turn), messages (`{"role": ..., "content": ...}`), or token ids. A last message of
-                the assistant is continued.
-            max_tokens: generate at most this many tokens. Default: until a stop token or the end of the context.
-            temperature: at least 0. 0 always takes the most likely token. 1 samples from the model's own distribution.
-            top_k: keep only this many of the most likely tokens. Default: all, as with 0.
-            top_p: keep only the smallest set of tokens with this total probability, above 0 and at most 1. Default:
-                all, as with 1. (Nucleus sampling, https://arxiv.org/abs/1904.09751.)
-            min_p: keep only tokens with at least this part of the most likely token's probability, from 0 to 1.
-                Default: all, as with 0. (https://arxiv.org/abs/2407.01082.)
-            repeat_penalty: divides the positive logits of recently generated tokens and multiplies the negative ones,
-                except those of stop tokens. Above 1 they become less likely. Default: off, as with 1.
-                (https://arxiv.org/abs/1909.05858.)
-            repeat_last_n: the number of generated tokens that `repeat_penalty` looks back at. 0: none, -1: all.
-            presence_penalty: from -2 to 2. It is subtracted from the logit of every token generated so far.
-            frequency_penalty: from -2 to 2. The same, times the number of the token's occurrences.
-            logit_bias: maps token ids to numbers from -100 to 100, which are added to their logits.
-            seed: the same seed gives the same text. Default: a random one, which the stream and the result report.
-            stop: a str or a list of str. The text ends before the first of them.
-            ignore_eos: generate past the model's own stop tokens, for benchmarks.
-            logprobs: report the log probability of every token.
-            top_logprobs: report this many of the most likely tokens at each position too, at most 20.
-            timeout: seconds from this call on, including the time in the queue. The text ends there, without an error.
-                Default: none.
-            on_progress: called with a `Progress` in tokens while a reader waits, in the phases `"wait"`, `"prefill"`
-                and `"decode"`. An exception that it raises cancels the stream and is raised by the read.
-            raw: take a str unchanged, without the chat template, not as a user turn.
-            parse_special: read special tokens in a raw prompt as tokens. False reads them as text. Default: True.
-            add_bos: put the beginning-of-text token before a raw prompt.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room to generate.
-            ClosedError: the model is closed.
-            ForkError: the model was opened before a `fork()`.
-            TypeError, ValueError: an option or a message that is unknown, of the wrong type or out of range.
-            NotInThisVersionError: an option or a role that a later version has.
-
-        A read raises:
-            BusyError: with `max_concurrent`, if all slots are held by streams that were not read for 10 seconds.
-            ClosedError: the model was closed since the call.
-            MemoryError: the prompt or its KV cache does not fit the available memory.
-            InvalidModelError: the weights are damaged: every logit is NaN or -inf.
-        """
-        call = self._generation(
-            {
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repeat_penalty": repeat_penalty,
-                "repeat_last_n": repeat_last_n,
-                "presence_penalty": presence_penalty,
-                "frequency_penalty": frequency_penalty,
-                "logit_bias": logit_bias,
-                "seed": seed,
-                "stop": stop,
-                "ignore_eos": ignore_eos,
-                "logprobs": logprobs,
-                "top_logprobs": top_logprobs,
-                "timeout": timeout,
-                "on_progress": on_progress,
-                "raw": raw,
-                "parse_special": parse_special,
-                "add_bos": add_bos,
-                **unknown,
-            }
-        )
-        return self._stream(prompt, call, whole=False)
-
-    @same_options(stream)
-    def generate(self, prompt: Prompt, **options: Any) -> Result:
-        """Generates the whole text: the same text as `stream`, with the same options and errors.
-
-        >>> result = phi.generate("What is icing?", temperature=0)
-        >>> result.finish_reason, result.usage.completion_tokens
-        ('stop', 28)
-        """
-        with self.stream(prompt, **options) as stream:
-            for _ in stream:
-                pass
-            return stream._result()
-
-    @same_options(stream)
-    def astream(self, prompt: Prompt, **options: Any) -> AsyncStream:
-        """`stream` for event loops: `async for chunk in phi.astream(prompt)`.
-
-        Errors of the call are raised here, without an `await`. Reading it blocks no loop and takes no thread.
-        `on_progress` is called in the loop's thread.
-        """
-        return AsyncStream(self.stream(prompt, **options))
-
-    @same_options(stream)
-    def agenerate(self, prompt: Prompt, **options: Any) -> Coroutine[Any, Any, Result]:
-        """`generate` for event loops: `await phi.agenerate(prompt)`. Errors of the call come before the `await`."""
-        return aio.agenerate(self.astream(prompt, **options))
-
-    @overload
-    def map(
-        self,
-        prompts: Iterable[Prompt],
-        *,
-        ordered: bool = True,
-        return_exceptions: Literal[False] = False,
-        max_pending: int | None = None,
-        **generation: Unpack[GenerationOptions],
-    ) -> Results[Result]: ...
-
-    @overload
-    def map(
-        self,
-        prompts: Iterable[Prompt],
-        *,
-        ordered: bool = True,
-        return_exceptions: bool,
-        max_pending: int | None = None,
-        **generation: Unpack[GenerationOptions],
-    ) -> Results[Result | Exception]: ...
-
-    @takes_prompts
-    @adds_options(stream, stream.__doc__, without="on_progress")
-    def map(
-        self,
-        prompts: Iterable[Prompt],
-        *,
-        ordered: bool = True,
-        return_exceptions: bool = False,
-        max_pending: int | None = None,
-        **generation: Unpack[GenerationOptions],
-    ) -> Results[Any]:
-        """Generates the texts of many prompts together, with the same options. Yields a `Result` for each.
-
-        >>> for result in phi.map(["What is icing?", "What is a power play?"], temperature=0, max_tokens=4):
-        ...     print(result.prompt_index, result)
-        0 A long shot from
-        1 One team has a
-
-        The prompts may be any iterable, also one without an end: they are drawn as results are read, in the thread that
-        reads. Texts are computed to their end while the caller is busy with a result. Each equals that of
-        `generate(prompt)` with the same options: every prompt gets the same `seed`, and without one every prompt draws
-        its own. Closing the iterator, from any thread, or dropping it cancels what runs.
-
-        Args:
-            prompts: an iterable of prompts, each as `stream` takes one.
-            ordered: yield the results in the order of the prompts. False: in the order in which they are complete.
-            return_exceptions: yield the exception of a prompt in place of its result. False: raise it there, which
-                cancels what runs and ends the iterator. Both have the attribute `prompt_index`. `ClosedError` and
-                `ForkError` are always raised.
-            max_pending: at most this many prompts are started and not yielded. Each may hold a KV cache, unless
-                `max_concurrent` is smaller. Default: twice `max_batch`, so that passes stay full while the caller is
-                busy or the oldest text is the longest.
-
-        Raises:
-            TypeError, ValueError: `prompts` is one prompt, or an option is unknown, of the wrong type or out of range.
-            ClosedError, ForkError: as in `stream`.
-
-        A read raises what `stream` and its reads raise for a prompt, and what the iterator of prompts raises, after the
-        results of the prompts before it.
-        """
-        several(prompts, "map")
-        own = {"ordered": ordered, "return_exceptions": return_exceptions, "max_pending": max_pending}
-        return Results(self._batch("map", **own, **generation), prompts)
-
-    @overload
-    def amap(
-        self,
-        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
-        *,
-        ordered: bool = True,
-        return_exceptions: Literal[False] = False,
-        max_pending: int | None = None,
-        **generation: Unpack[GenerationOptions],
-    ) -> AsyncResults[Result]: ...
-
-    @overload
-    def amap(
-        self,
-        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
-        *,
-        ordered: bool = True,
-        return_exceptions: bool,
-        max_pending: int | None = None,
-        **generation: Unpack[GenerationOptions],
-    ) -> AsyncResults[Result | Exception]: ...
-
-    @takes_prompts
-    @adds_options(map, map.__doc__)
-    def amap(self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], **options: Any) -> AsyncResults[Any]:
-        """`map` for event loops: `async for result in phi.amap(prompts)`.
-
-        A task draws the prompts, so that waiting for the next prompt delays no result. Reading blocks no loop and takes
-        no thread. `aclose()`, the end of an `async with` block, cancelling the task that reads, or dropping the
-        iterator cancels what runs.
-
-        Args:
-            prompts: an iterable or an asynchronous iterable of prompts, each as `stream` takes one.
-
-        Raises:
-            TypeError, ValueError, ClosedError, ForkError: as in `map`, without an `await`. A read raises as in `map`.
-        """
-        several(prompts, "amap")
-        return AsyncResults(self._batch("amap", **options), prompts)
-
     def close(self) -> None:
         """Ends every stream and closes the file. Readers get `ClosedError`. Safe from any thread, repeatedly."""
         self._model.close()
@@ -552,51 +324,3 @@ class Phi(Prompting, Scoring):
 
         def __call__(self, *args: object, **options: object) -> Never:
             raise TypeError(f"a {type(self).__name__} cannot be called: use .generate(prompt) or .stream(prompt)")
-
-    def _generation(self, given: Mapping[str, object]) -> options.Generation:
-        """The checked options of a call. `given` has a value for each."""
-        call = options.generation(given)
-        for token_id in call.sampling["logit_bias"]:
-            if token_id >= self.n_vocab:
-                problem = f"has the token id {token_id}, which is outside the vocabulary of {self.n_vocab}"
-                raise OptionValueError("logit_bias", problem)
-        return call
-
-    def _stream(self, prompt: object, call: options.Generation, *, whole: bool) -> Stream:
-        """The stream of a prompt. `whole`: it is computed without reads, and readable at its end."""
-        ids = self._prompt_ids(prompt, **call.prompt)
-        stream = self._model.stream(ids, **call.sampling, whole=whole)
-        return Stream(self._model, stream, token_callback(call.on_progress), logprobs=call.sampling["logprobs"])
-
-    def _batch(
-        self,
-        name: str,
-        /,
-        *,
-        ordered: object = True,
-        return_exceptions: object = False,
-        max_pending: object = None,
-        **given: object,
-    ) -> Batch:
-        """The state of a call of `map` or `amap`, after the checks of its options."""
-        if "on_progress" in given:
-            raise TypeError(f"{name}() has no option 'on_progress': its results show the progress, one for each prompt")
-        own = {"ordered": ordered, "return_exceptions": return_exceptions, "max_pending": max_pending}
-        checked = options.checked(options.MAP, own)
-        if checked["max_pending"] is None:
-            checked["max_pending"] = 2 * self._max_batch
-        call = self._generation(_DEFAULTS | given)
-        self._model.tokenize_text("", False, False)  # raises if the model is closed, or of another process
-        return Batch(functools.partial(self._member, call=call, given=given), **checked)
-
-    def _member(self, prompt: object, call: options.Generation, given: Mapping[str, object]) -> Stream:
-        """The stream of a prompt of `map`. `given`: the options as the caller gave them."""
-        return self._stream(prompt, call, whole=True)
-
-
-_DEFAULTS: dict[str, object] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(Phi.stream).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-}
-"""The default of each option of a generation."""

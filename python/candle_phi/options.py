@@ -84,13 +84,13 @@ def _out_of_range(name: str, wanted: str, value: object) -> NoReturn:
     raise OptionValueError(name, f"must be {wanted}, not {_abbreviate(value)}")
 
 
-def _integer(low: int, high: int | None = None) -> Check:
+def _integer(low: int, high: int | None = None, *, wanted: str = "an int") -> Check:
     """Accepts ints from `low` to `high`. None stands for the engine's own limit, 2**31 - 1."""
     limit = 2**31 - 1 if high is None else high
 
     def check(name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            _wrong_type(name, "an int", value)
+            _wrong_type(name, wanted, value)
         integer = int(value)
         if not low <= integer <= limit:
             one_sided = f"at least {low}" if integer < low else f"at most {limit}"
@@ -231,6 +231,40 @@ def _stop(name: str, value: object) -> list[str]:
     return strings
 
 
+def _scope(name: str, value: object) -> str:
+    if not (text := _text(name, value)):
+        raise OptionValueError(name, "is empty; None is the scope of all calls without one")
+    return text
+
+
+def _prediction(name: str, value: object) -> str | list[int]:
+    """Accepts a text, token ids, or OpenAI's `{"type": "content", "content": ...}`."""
+    if isinstance(value, Mapping):
+        if value.get("type") != "content" or set(value) != {"type", "content"}:
+            wanted = '{"type": "content", "content": ...}'
+            raise OptionValueError(name, f"must be {wanted} if it is a mapping, not {_abbreviate(value)}")
+        value = value["content"]
+        if isinstance(value, (list, tuple)) and all(isinstance(part, Mapping) for part in value):
+            texts = [part.get("text") for part in value if part.get("type") == "text"]
+            if len(texts) < len(value):
+                raise OptionValueError(name, 'has a part whose type is not "text"')
+            return "".join(_text(name, text) for text in texts)
+    if isinstance(value, str):
+        return _text(name, value)
+    if isinstance(value, (bytes, bytearray, memoryview)) or not isinstance(value, Iterable):
+        _wrong_type(name, "a str or token ids", value)
+    try:
+        values = list(value)
+    except TypeError:  # an array without dimensions
+        _wrong_type(name, "a str or token ids", value)
+    for i, token in enumerate(values):
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            _wrong_type(f"{name}[{i}]", "a token id, an int", token)
+        if not 0 <= int(token) < 2**32:
+            _out_of_range(f"{name}[{i}]", f"a token id, from 0 to {2**32 - 1}", token)
+    return [int(token) for token in values]
+
+
 _bias = _number(-100, 100)
 
 
@@ -282,6 +316,9 @@ MODEL: dict[str, Check] = {
     "chat_template": _optional(_template),
     "max_concurrent": _optional(_integer(1)),
     "max_batch": _integer(1, 16),
+    "prefix_cache": _optional(_integer(0, 2**63 - 1, wanted="a number of bytes, such as 2 * 2**30")),
+    "prefix_cache_dir": _optional(_folder),
+    "speculate": flag,
     "on_progress": _optional(_function),
 }
 """The options of `Phi`."""
@@ -318,11 +355,35 @@ SAMPLING: dict[str, Check] = {
     "logprobs": flag,
     "top_logprobs": _integer(0, 20),
     "timeout": _optional(seconds),
+    "cache_scope": _optional(_scope),
+    "speculate": _optional(flag),
+    "prediction": _optional(_prediction),
 }
 """The options of a generation that the engine takes. `absent` is the value that turns an option off."""
 
 GENERATION: dict[str, Check] = {**SAMPLING, "on_progress": _optional(_function), **PROMPT}
 """The options of `Phi.stream`, `generate`, `astream` and `agenerate`."""
+
+
+def _template_only(check: Check, default: object) -> Check:
+    """Accepts the default of an option for prompts without a template, which the messages of a chat have."""
+
+    def checked(name: str, value: object) -> object:
+        if check(name, value) is not default:
+            raise OptionValueError(name, "is for a prompt without a template, and a chat has messages")
+        return value
+
+    return checked
+
+
+CHAT: dict[str, Check] = {
+    **{name: check for name, check in GENERATION.items() if name not in PROMPT},
+    "exact": flag,
+    "raw": _template_only(flag, False),
+    "parse_special": _template_only(PROMPT["parse_special"], None),
+    "add_bos": _template_only(flag, False),
+}
+"""The options of a chat and of its calls."""
 
 MAP: dict[str, Check] = {"ordered": flag, "return_exceptions": flag, "max_pending": _optional(_integer(1))}
 """The options of `Phi.map` and `amap`, beside those of a generation."""
@@ -340,6 +401,21 @@ SCORE: dict[str, Check] = {
 PERPLEXITY: dict[str, Check] = {"stride": _optional(_integer(1))}
 """The options of `Phi.perplexity`."""
 
+WARM: dict[str, Check] = {"pin": flag}
+"""The options of `Phi.warm`."""
+
+SYSTEM: dict[str, Check] = {"system": _optional(_text)}
+"""The argument of `Phi.chat`."""
+
+REWIND: dict[str, Check] = {"turns": _integer(1)}
+"""The argument of `Chat.rewind`."""
+
+SAVE: dict[str, Check] = {"kv": flag}
+"""The options of `Chat.save`."""
+
+LOAD: dict[str, Check] = {"strict": flag}
+"""The options of `Phi.load_chat`."""
+
 _OWNERS = (
     (MODEL, "Phi()"),
     (GENERATION, "stream() and generate()"),
@@ -348,15 +424,14 @@ _OWNERS = (
     (LOGITS, "logits()"),
     (SCORE, "score()"),
     (PERPLEXITY, "perplexity()"),
+    (CHAT, "a chat, such as phi.chat() and chat.send()"),
+    (WARM, "warm()"),
+    (SAVE, "chat.save()"),
+    (LOAD, "load_chat()"),
 )
 
 UNBUILT: Mapping[str, str] = {
-    "prefix_cache": "prefix reuse",
-    "prefix_cache_dir": "prefix reuse",
-    "cache_scope": "prefix reuse",
-    "speculate": "speculative decoding",
-    "prediction": "speculative decoding",
-    "draft": "speculative decoding",
+    "draft": "draft models",
     "response_format": "structured output",
     "regex": "structured output",
     "grammar": "structured output",
@@ -366,8 +441,7 @@ UNBUILT: Mapping[str, str] = {
     "parallel_tool_calls": "tool calls",
     "raise_tool_errors": "tool calls",
     "reasoning": "reasoning output",
-    "exact": "chats",
-    "max_steps": "chats",
+    "max_steps": "tool calls",
     "adapters": "LoRA adapters",
     "adapter": "LoRA adapters",
     "quantize": "conversion",
@@ -461,7 +535,14 @@ FOREIGN: Mapping[str, str] = {
     "logits_all": "use .logits(ids, every_position=True)",
     "prompt_logprobs": "use .score(prompt)",
     "prompts": "use .map(prompts)",
-    **dict.fromkeys(("use_cache", "n_keep", "num_keep"), "leave it out, each call has a KV cache of its own"),
+    **dict.fromkeys(
+        ("use_cache", "n_keep", "num_keep"), "leave it out, a prompt takes what is kept of the same beginning anyway"
+    ),
+    "cache_salt": "use cache_scope, a name for each tenant",
+    **dict.fromkeys(
+        ("num_pred_tokens", "speculative_config", "num_assistant_tokens"),
+        "leave it out, speculate=True is the default, and the length of a guess follows what was right so far",
+    ),
     **dict.fromkeys(("verbosity", "echo"), "leave it out, the result is the answer alone"),
     **dict.fromkeys(("input", "question", "query", "text"), "give the prompt first, by position"),
     **dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), "leave it out, the model file has it"),
@@ -529,7 +610,7 @@ def checked(known: Mapping[str, Check], given: Mapping[str, object]) -> dict[str
                 raise NotInThisVersionError(not_in_this_version(name))
             raise TypeError(unknown_option(name, known))
     values = {name: known[name](name, value) for name, value in given.items()}
-    if known is GENERATION:
+    if known is GENERATION or known is CHAT:
         _check_together(values)
     return values
 
@@ -550,11 +631,16 @@ class Generation(NamedTuple):
     prompt: dict[str, Any]
     sampling: dict[str, Any]
     on_progress: Any
+    exact: bool
+    """Of a chat's call."""
 
 
-def generation(given: Mapping[str, object]) -> Generation:
-    """`checked`, for `GENERATION` with all its names given."""
-    values = checked(GENERATION, given)
+def generation(given: Mapping[str, object], table: Mapping[str, Check] = GENERATION) -> Generation:
+    """`checked`, for `GENERATION` or `CHAT`, with all names of `GENERATION` given."""
+    values = checked(table, given)
     return Generation(
-        {name: values[name] for name in PROMPT}, {name: values[name] for name in SAMPLING}, values["on_progress"]
+        {name: values[name] for name in PROMPT},
+        {name: values[name] for name in SAMPLING},
+        values["on_progress"],
+        values.get("exact", False),
     )

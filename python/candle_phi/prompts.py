@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import SupportsIndex
 
 from . import _engine, options
-from .messages import Message, are_ids, items, token_ids, turns
+from .messages import Message, Prompt, are_ids, items, token_ids, turns
 from .options import OptionValueError
 
 _logger = logging.getLogger("candle_phi")
@@ -73,6 +73,21 @@ class Prompting:
         """
         options.flag("skip_special", skip_special)
         return self._model.detokenize(token_ids(ids, self._model.n_vocab), skip_special)
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """The number of tokens that `stream` reads for a prompt: its `usage.prompt_tokens`.
+
+        >>> phi.count_tokens("What is icing?"), len(phi.tokenize("What is icing?"))
+        (14, 8)
+
+        Args:
+            prompt: a str (one user turn, with the tokens of the chat template), messages, or token ids.
+
+        Raises:
+            ClosedError: the model is closed.
+            TypeError, ValueError: a message or an id that is not valid.
+        """
+        return len(self._prompt_ids(prompt, False, None, False))
 
     def _prompt_ids(self, prompt: object, raw: bool, parse_special: bool | None, add_bos: bool) -> list[int]:
         """The token ids of a prompt."""

@@ -2,7 +2,7 @@
 
 import builtins
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from .errors import missing_attribute
@@ -19,18 +19,21 @@ class Usage:
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens generated, without the stop token.
         total_tokens: the sum of the two.
-        cached_tokens: prompt tokens that were not computed again. Always 0 in this version.
+        cached_tokens: prompt tokens whose keys and values were held, so that they were not computed again.
+        draft_tokens: tokens that speculation guessed.
+        accepted_tokens: those of them that were right. Each of them saved a pass over the weights.
     """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     cached_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
 
-    if not TYPE_CHECKING:  # a type checker would take every name
-
-        def __getattr__(self, name: str) -> Any:
-            raise missing_attribute(self, name, later=("accepted_tokens", "draft_tokens"), foreign={})
+    def __add__(self, other: "Usage") -> "Usage":
+        """The usage of two calls together."""
+        return Usage(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Timings:
         prefill_seconds: reading the prompt.
         decode_seconds: generating.
         time_to_first_token: from the first read to the first token.
-        prefill_tokens_per_second: prompt tokens per second of prefill.
+        prefill_tokens_per_second: computed prompt tokens per second of prefill. Cached ones do not count.
         decode_tokens_per_second: generated tokens per second of decode, without the first, which prefill computes.
     """
 
@@ -71,6 +74,27 @@ class TokenLogprob:
     bytes: builtins.bytes
     logprob: float
     top: tuple["TokenLogprob", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """What a model keeps of prompts and chats.
+
+    Attributes:
+        bytes: memory of the keys and values that are kept and not in use.
+        limit: the most that `bytes` may be: the model's `prefix_cache`.
+        positions: tokens whose keys and values are kept.
+        hits: calls that found the beginning of their prompt.
+        misses: calls that found nothing.
+        chats: open chats.
+    """
+
+    bytes: int
+    limit: int
+    positions: int
+    hits: int
+    misses: int
+    chats: int
 
 
 class _Text(str):

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeVar, cast
 
 _Parameters = ParamSpec("_Parameters")
@@ -22,6 +22,11 @@ def takes_prompt(method: Callable[_Parameters, _Returned]) -> Callable[_Paramete
 def takes_prompts(method: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
     """The same for `prompts`."""
     return _takes_one("prompts", _prompts_fault)(method)
+
+
+def takes_message(method: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
+    """The same for the `message` of a chat."""
+    return _takes_one("message", _message_fault)(method)
 
 
 def _takes_one(
@@ -65,14 +70,31 @@ def _prompts_fault(name: str, args: tuple[object, ...], options: dict[str, objec
     return f"{name}() needs an iterable of prompts, each a str, messages or token ids"
 
 
+def _message_fault(name: str, args: tuple[object, ...], options: dict[str, object]) -> str:
+    if len(args) > 1:
+        return (
+            f"{name}() takes the message by position and options by name, such as max_tokens=50; "
+            f"{len(args)} arguments came by position"
+        )
+    if args:
+        return f"{name}() got the message twice, by position and by name"
+    for other in ("prompt", "messages", "content", "text"):
+        if other in options:
+            return f"{name}() takes the message as its first argument: {name}({other})"
+    return f"{name}() needs a message: a str, or messages"
+
+
 def same_options(
-    method: Callable[_Parameters, object],
+    method: Callable[_Parameters, object], takes: Callable[[Callable[..., Any]], Callable[..., Any]] = takes_prompt
 ) -> Callable[[Callable[..., _Returned]], Callable[_Parameters, _Returned]]:
-    """Gives a function the parameters of `method`, a generation, and the rest of its docstring from `Args:` on."""
+    """Gives a function the parameters of `method`, a generation, and the rest of its docstring from `Args:` on.
+
+    `takes`: explains a wrong call.
+    """
 
     def decorate(function: Callable[..., _Returned]) -> Callable[_Parameters, _Returned]:
         returned = inspect.signature(function).return_annotation
-        call = takes_prompt(function)
+        call = takes(function)
         _set_signature(call, inspect.signature(method).replace(return_annotation=returned))
         if function.__doc__ and method.__doc__:  # python -OO has none
             _, args, rest = inspect.cleandoc(method.__doc__).partition("\nArgs:")
@@ -110,22 +132,22 @@ def _path_fault(name: str, args: tuple[object, ...], options: dict[str, object])
 
 
 def adds_options(
-    other: Callable[..., object], doc: str | None, *, without: str = ""
+    other: Callable[..., object], doc: str | None, *, without: Collection[str] = ()
 ) -> Callable[[_Function], _Function]:
     """Replaces a function's `**options` by the keyword arguments of `other`, and adds their lines of `doc`.
 
-    Completion and `help()` then show them. `without`: an option to leave out.
+    Completion and `help()` then show them. `without`: options to leave out.
     """
 
     def decorate(function: _Function) -> _Function:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
         others = [p for p in inspect.signature(other).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        options = [p for p in others if p.name != without]
+        options = [p for p in others if p.name not in without]
         _set_signature(function, inspect.signature(function).replace(parameters=[*own, *options]))
         if function.__doc__ and doc:
             entries = inspect.cleandoc(doc).partition("\nArgs:\n")[2].partition("\n\n")[0]
-            if without:
-                entries = re.sub(rf"^    {without}:.*\n(     .*\n)*", "", entries, flags=re.MULTILINE)
+            for name in without:
+                entries = re.sub(rf"^    {name}:.*\n?(     .*\n?)*", "", entries, flags=re.MULTILINE)
             lines = entries.splitlines()
             first = next(i for i, line in enumerate(lines) if line.startswith(f"    {options[0].name}:"))
             head, args, rest = inspect.cleandoc(function.__doc__).partition("\n\nRaises:")

@@ -5,7 +5,7 @@ import copy
 import threading
 from collections.abc import Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, cast
 
 from . import _engine
 from .errors import ForkError, PhiError, missing_attribute
@@ -13,16 +13,41 @@ from .progress import Callback, notify
 from .results import Chunk, FinishReason, Result, Timings, TokenLogprob, Usage
 
 
-class StreamBase:
-    """The state of one generation: what a `Stream` and an `AsyncStream` have in common."""
+class Turn(Protocol):
+    """The turn of a chat that a stream computes."""
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Callback | None, *, logprobs: bool) -> None:
+    pieces: list[str]
+    """The text so far, which the stream fills."""
+
+    def settle(self) -> object:
+        """Called when the end was read."""
+
+
+class StreamBase:
+    """The state of one generation: what a `Stream` and an `AsyncStream` have in common.
+
+    Args:
+        watch: called by a reader while it waits.
+        logprobs: whether log probabilities were asked for.
+        turn: the turn of a chat, which is told of the end.
+    """
+
+    def __init__(
+        self,
+        model: _engine.Model,
+        stream: _engine.Stream,
+        watch: Callback | None,
+        *,
+        logprobs: bool,
+        turn: Turn | None = None,
+    ) -> None:
         self._model = model
         self._stream = stream
-        self._watch = watch  # called by the reader while it waits
+        self._watch = watch
+        self._turn = turn
         self._reading = threading.Lock()  # one reader at a time: pieces are recorded in the order of their tokens
         self._failure: PhiError | None = None
-        self._pieces: list[str] = []
+        self._pieces: list[str] = [] if turn is None else turn.pieces
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
 
     def _raise_since(self, before: PhiError | None) -> None:
@@ -36,6 +61,8 @@ class StreamBase:
         ready, piece = self._stream.poll()
         while piece and not (chunk := self._record(piece)):
             ready, piece = self._stream.poll()
+        if ready and chunk is None and self._turn is not None:
+            self._turn.settle()
         return ready, chunk
 
     def _take_all(self) -> bool:
@@ -81,15 +108,18 @@ class StreamBase:
     @property
     def usage(self) -> Usage:
         """The number of tokens so far. `prompt_tokens` is known from the start."""
-        prompt, completion = self._stream.usage
-        return Usage(prompt, completion, prompt + completion, 0)
+        prompt, completion, cached, draft, accepted = self._stream.usage
+        return Usage(prompt, completion, prompt + completion, cached, draft, accepted)
 
     @property
     def timings(self) -> Timings:
         """Seconds and speeds so far."""
         queue, prefill, decode, first, passes = self._stream.timings
-        prompt, _ = self._stream.usage
-        return Timings(queue, prefill, decode, first, _speed(prompt, prefill), _speed(passes, decode))
+        prompt, _, cached, _, accepted = self._stream.usage
+        # a pass gives a token, and those of its drafts that were right
+        return Timings(
+            queue, prefill, decode, first, _speed(prompt - cached, prefill), _speed(passes + accepted, decode)
+        )
 
     def _result(self, prompt_index: int | None = None) -> Result:
         """The whole answer. The stream must be at its end."""
@@ -137,8 +167,16 @@ class Stream(StreamBase, Generator[Chunk, None, None]):
 
     # An object and not a Python generator, because one thread must be able to end it while another waits in `next`.
 
-    def __init__(self, model: _engine.Model, stream: _engine.Stream, watch: Callback | None, *, logprobs: bool) -> None:
-        super().__init__(model, stream, watch, logprobs=logprobs)
+    def __init__(
+        self,
+        model: _engine.Model,
+        stream: _engine.Stream,
+        watch: Callback | None,
+        *,
+        logprobs: bool,
+        turn: Turn | None = None,
+    ) -> None:
+        super().__init__(model, stream, watch, logprobs=logprobs, turn=turn)
         self._reader: int | None = None  # the thread that is inside `next`
 
     def __next__(self) -> Chunk:

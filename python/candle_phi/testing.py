@@ -9,16 +9,18 @@ assert phi.calls[0] == ("Once upon a time", {"max_tokens": 2})
 # Decisions: docs/design/python.md
 
 import copy
+import json
 import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 from . import _engine, options
-from .errors import ClosedError, ContextLengthError, UnsupportedModelError
-from .messages import Prompt, Turn, items
+from .errors import ClosedError, ContextLengthError, InvalidModelError, UnsupportedModelError
+from .messages import Message, Prompt, Turn, items
 from .model import Phi, _Recipe
 from .signatures import same_options
 from .stream import Stream
@@ -33,6 +35,7 @@ _TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+_SAVED = "candle_phi.fake"
 _WORD = re.compile(r"\s*\S+|\s+")
 _POLL_INTERVAL = 0.075  # seconds, as in the engine
 
@@ -41,7 +44,7 @@ class Call(NamedTuple):
     """A call of a `FakePhi`, with the arguments as they were given, without defaults."""
 
     messages: object
-    """The prompt: a str, messages or token ids. A copy, made at the call."""
+    """The prompt: a str, messages or token ids. A copy, made at the call. Of a chat: all its messages."""
     options: dict[str, Any]
 
 
@@ -50,7 +53,8 @@ class FakePhi(Phi):
 
     A token is a chunk of a reply, or a word of a prompt, and certain: its log probability is 0. `max_tokens`,
     `stop`, `timeout`, `logprobs` and the context's end count and cut as they do with a model. The options of
-    sampling are checked and have no effect. A reply that is not cut ends with `"stop"`.
+    sampling are checked and have no effect. Chats are real too, and `usage.cached_tokens` counts what open chats and
+    `warm` have kept. A reply that is not cut ends with `"stop"`.
 
     Args:
         replies: one reply for each call: a str, which is split into words that keep their spaces; a list of chunks; or
@@ -106,6 +110,13 @@ class FakePhi(Phi):
         prompt = prompt if isinstance(prompt, str) else items(prompt)
         stream = super()._member(prompt, call, given)
         self._play(stream, Call(copy.deepcopy(prompt), dict(given)))
+        return stream
+
+    def _turn_stream(
+        self, messages: Sequence[Message], call: options.Generation, given: Mapping[str, object], **engine: Any
+    ) -> Stream:
+        stream = super()._turn_stream(messages, call, given, **engine)
+        self._play(stream, Call(messages, dict(given)))
         return stream
 
     def _play(self, stream: Stream, call: Call) -> None:
@@ -173,6 +184,9 @@ class _Model:
         self.delay = delay
         self.closed = False
         self.changed = threading.Condition()  # guards this and its streams
+        self.chats: weakref.WeakSet[_Chat] = weakref.WeakSet()
+        self.warmed: list[list[int]] = []
+        self.lookups = [0, 0]  # without and with a prefix that is kept
         self._words: list[str] = list(_SPECIAL)
         self._timers: dict[tuple[_engine.ReadyQueue, int], threading.Timer] = {}
         self._ids: dict[str, int] = {}  # without the special tokens: no text becomes one
@@ -260,7 +274,67 @@ class _Model:
         words = [self.detokenize([token], False) for token in ids[start:]]
         return _Scores([_certain(*pair, top_logprobs) for pair in zip(ids[start:], words, strict=True)], len(ids))
 
-    def stream(self, prompt: list[int], **sampling: Any) -> "_Stream":
+    def chat(self) -> "_Chat":
+        self.check()
+        chat = _Chat()
+        self.chats.add(chat)
+        return chat
+
+    def continue_messages(self, turns: list[Turn], text: str, ids: list[int]) -> tuple[str, list[int], int]:
+        whole = self.render(turns)
+        if text and whole.startswith(text):
+            pieces, passed = [], 0
+            for piece, special in _rendered(turns):
+                begin = max(len(text) - passed, 0)
+                passed += len(piece)
+                if begin < len(piece):
+                    pieces += self._tokenize(piece[begin:], special)
+            return whole, [*ids, *pieces], len(ids)
+        found = self.tokenize_messages(turns)
+        return whole, found, _common(found, ids)
+
+    def cached(self, prompt: list[int]) -> int:
+        """The number of ids at the beginning of a prompt that are kept. The last id is computed in any case."""
+        kept = [*self.warmed, *(chat.ids for chat in self.chats)]
+        count = min(max([_common(prompt, ids) for ids in kept], default=0), len(prompt) - 1)
+        self.lookups[count > 0] += 1
+        return count
+
+    def warm(self, ids: list[int], *, pin: bool, scope: str | None) -> "_Work[int]":
+        self.check()
+        self.warmed.append(ids)
+        return _Work(len(ids))
+
+    def cache_info(self) -> tuple[int, int, int, int, int, int]:
+        self.check()
+        positions = sum(map(len, [*self.warmed, *(chat.ids for chat in self.chats)]))
+        return 0, 0, positions, self.lookups[1], self.lookups[0], len(self.chats)
+
+    def save_chat(
+        self, chat: "_Chat", ids: list[int], runs: list[int], path: str, metadata: dict[str, str], kv: bool
+    ) -> "_Work[None]":
+        """Writes a safetensors file without tensors: ids of words mean nothing to another fake, so it has the words."""
+        own = {_SAVED: json.dumps({"words": [self._words[i] for i in ids], "ids": ids, "runs": runs})}
+        header = json.dumps({"__metadata__": metadata | own}).encode()
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+        return _Work(None)
+
+    def load_chat(
+        self, path: str, chat: "_Chat", strict: bool
+    ) -> "_Work[tuple[list[int], list[int], dict[str, str], str | None]]":
+        try:
+            with open(path, "rb") as file:
+                metadata = json.loads(file.read()[8:])["__metadata__"]
+            own = json.loads(metadata.pop(_SAVED))
+        except (LookupError, ValueError) as error:
+            raise InvalidModelError(f"{path} is not the file of a FakePhi's chat: {error}") from error
+        special = len(_SPECIAL)
+        pairs = zip(own["ids"], own["words"], strict=True)
+        chat.ids = [token if token < special else self.token_id(word) for token, word in pairs]
+        return _Work(([*chat.ids], own["runs"], metadata, None))
+
+    def stream(self, prompt: list[int], *, runs: list[int] | None, chat: "_Chat | None", **sampling: Any) -> "_Stream":
         self.check()
         if len(prompt) >= self.n_ctx:
             raise ContextLengthError(
@@ -269,7 +343,7 @@ class _Model:
                 len(prompt),
                 self.n_ctx,
             )
-        return _Stream(self, len(prompt), sampling)
+        return _Stream(self, prompt, chat, sampling)
 
 
 def _rendered(turns: list[Turn]) -> list[tuple[str, bool]]:
@@ -280,13 +354,53 @@ def _rendered(turns: list[Turn]) -> list[tuple[str, bool]]:
     return pieces[:-2] if turns[-1][0] == "assistant" else [*pieces, ("<|assistant|>", True), ("\n", False)]
 
 
+def _common(one: list[int], other: list[int]) -> int:
+    """The number of ids that both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+class _Chat:
+    """The fake of `_engine.Chat`: the ids that are kept for a chat."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def close(self) -> None:
+        self.ids = []
+
+
+_Value = TypeVar("_Value")
+
+
+class _Work(Generic[_Value]):
+    """The fake of work of the engine, which is done at once."""
+
+    def __init__(self, value: _Value) -> None:
+        self._value = value
+
+    def poll(self) -> tuple[bool, _Value | None]:
+        return True, self._value
+
+    def wait(self) -> None:
+        """Everything is ready."""
+
+    def progress(self, end: bool) -> list[tuple[str, int, int | None]]:
+        return []
+
+    def cancel(self) -> None:
+        """There is nothing to cancel."""
+
+
 class _Stream:
     """The fake of `_engine.Stream`."""
 
-    def __init__(self, model: _Model, prompt_tokens: int, sampling: dict[str, Any]) -> None:
+    def __init__(self, model: _Model, prompt: list[int], chat: _Chat | None, sampling: dict[str, Any]) -> None:
         self.seed: int = int.from_bytes(os.urandom(4)) if sampling["seed"] is None else sampling["seed"]
         self._model = model
-        self._prompt_tokens = prompt_tokens
+        self._prompt = prompt
+        self._prompt_tokens = len(prompt)
+        self._chat = chat
+        self._cached = 0  # until it starts
         self._sampling = sampling
         self._pieces: list[_engine._Piece] = []
         self._end = "stop"
@@ -359,12 +473,16 @@ class _Stream:
             return []
         self._reported = phases[-1], now
         prompt, most = self._prompt_tokens, self._sampling["max_tokens"]
-        counts = {"prefill": (prompt * (len(reached) - 1), prompt), "decode": (len(self._ids), most)}
+        counts = {
+            "prefill": (prompt if self._first is not None else self._cached, prompt),
+            "decode": (len(self._ids), most),
+        }
         return [(phase, *counts[phase]) for phase in phases]
 
     def _start(self) -> None:
         if self._started is None:
             self._started = self._last = time.perf_counter()
+            self._cached = self._model.cached(self._prompt)
 
     def _seconds(self) -> float:
         """Seconds until the next piece is ready."""
@@ -386,6 +504,8 @@ class _Stream:
         if self._n_read < len(self._pieces):
             return self._take()
         self._finish_reason = self._end if self._failure is None else "error"
+        if self._chat is not None and self._failure is None:
+            self._chat.ids = [*self._prompt, *self._ids]
         if self._failure is not None:
             raise self._failure
         return None
@@ -416,8 +536,13 @@ class _Stream:
         return list(self._ids)
 
     @property
-    def usage(self) -> tuple[int, int]:
-        return self._prompt_tokens, len(self._ids)
+    def usage(self) -> tuple[int, int, int, int, int]:
+        return self._prompt_tokens, len(self._ids), self._cached, 0, 0
+
+    @property
+    def runs(self) -> list[int]:
+        computed = len(self._ids) - (self._end == "length")  # not the last id, which no later one asked for
+        return [self._prompt_tokens, max(computed, 0)]
 
     @property
     def timings(self) -> tuple[float, float, float, float | None, int]:
