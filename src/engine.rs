@@ -264,12 +264,13 @@ impl Engine {
         Ok(Stream::new(Logits::new(parts.model.clone(), ids, want)?, self.scheduler.clone(), None))
     }
 
-    /// The keys and values of a prompt, which are held from then on: a stream of one item. It takes a slot.
-    pub fn prefill(&self, prompt: Prompt) -> Result<Stream<Prefill>> {
+    /// Computes the keys and values of a prompt, which are held from then on: a stream of one item, which has them if
+    /// `wants_table`. It takes a slot.
+    pub fn prefill(&self, prompt: Prompt, wants_table: bool) -> Result<Stream<Prefill>> {
         let parts = self.parts()?;
         self.check_ids(&prompt.ids)?;
         self.check_length(&parts, prompt.ids.len())?;
-        Ok(Stream::new(Prefill::new(parts.model.clone(), prompt), self.scheduler.clone(), None))
+        Ok(Stream::new(Prefill::new(parts.model.clone(), prompt, wants_table), self.scheduler.clone(), None))
     }
 
     fn prefixes(&self) -> &Arc<Prefixes> {

@@ -69,10 +69,10 @@ impl Engine {
         texts: BTreeMap<String, String>,
         kv: bool,
     ) -> Result<impl FnOnce(&Task) -> Result<()> + Send + 'static> {
-        let (parts, computed) = (self.parts()?, prompt.phases.len());
+        let (parts, prefixes, computed) = (self.parts()?, self.prefixes().clone(), prompt.phases.len());
         self.check_ids_of_chat(&prompt.ids)?;
         let held = Prompt { ids: prompt.ids[..computed].to_vec(), ..prompt.clone() };
-        let stream = (kv && computed > 0).then(|| self.prefill(held)).transpose()?;
+        let stream = (kv && computed > 0).then(|| self.prefill(held, true)).transpose()?;
         Ok(move |task: &Task| {
             let table = stream.map(|stream| whole(&stream, task)).transpose()?;
             let columns: Vec<_> = table.iter().flat_map(|table| table.columns().cloned()).collect();
@@ -85,7 +85,10 @@ impl Engine {
                 computed: if table.is_some() { computed } else { 0 },
                 metadata: &texts,
             };
-            file::write(&path, &contents, task).map(drop)
+            let written = file::write(&path, &contents, task).map(drop);
+            drop((columns, table));
+            prefixes.trim();
+            written
         })
     }
 
@@ -184,7 +187,7 @@ fn whole(stream: &Stream<Prefill>, task: &Task) -> Result<Table> {
     loop {
         task.check()?;
         match stream.poll()? {
-            Poll::Ready(table) => return table.ok_or(Error::Closed),
+            Poll::Ready(table) => return table.flatten().ok_or(Error::Closed),
             Poll::Pending => stream.wait()?,
         }
     }

@@ -147,6 +147,13 @@ impl Table {
         self.window
     }
 
+    /// Forgets every position and frees the memory.
+    pub fn release(&mut self) {
+        self.columns.clear();
+        self.spare.clear();
+        self.len = 0;
+    }
+
     /// Forgets every position and keeps the memory.
     pub fn clear(&mut self) {
         self.spare.extend(self.columns.drain(..).filter_map(reusable));

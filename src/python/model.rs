@@ -197,7 +197,7 @@ impl Model {
         let holder = if pin { Holder::Pin } else { Holder::Anyone };
         let (length, scope) = (ids.len(), Arc::from(scope.unwrap_or_default()));
         let prompt = Prompt { ids, scope, holder, ..Prompt::default() };
-        detached(py, || Ok(Warm { stream: self.0.prefill(prompt)?, length }))
+        detached(py, || Ok(Warm { stream: self.0.prefill(prompt, false)?, length }))
     }
 
     fn save_chat(

@@ -19,7 +19,7 @@ pub struct Warm {
 impl Warm {
     fn poll(&self, py: Python<'_>) -> PyResult<(bool, Option<usize>)> {
         let polled = detached(py, || match self.stream.poll()? {
-            Poll::Ready(table) => table.map(drop).ok_or(Error::Closed).map(Poll::Ready),
+            Poll::Ready(end) => end.map(drop).ok_or(Error::Closed).map(Poll::Ready),
             Poll::Pending => Ok(Poll::Pending),
         })?;
         Ok(match polled {

@@ -8,20 +8,21 @@ use crate::model::{Model, Sequence, Want};
 use crate::runtime::prompt::Prompt;
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 
-/// Delivers one item: a table with all positions.
+/// Delivers one item: a table with all positions, if it is wanted.
 pub struct Prefill {
     model: Arc<dyn Model>,
     prompt: Prompt,
+    wants_table: bool,
 }
 
 impl Prefill {
-    pub fn new(model: Arc<dyn Model>, prompt: Prompt) -> Self {
-        Prefill { model, prompt }
+    pub fn new(model: Arc<dyn Model>, prompt: Prompt, wants_table: bool) -> Self {
+        Prefill { model, prompt, wants_table }
     }
 }
 
 impl Work for Prefill {
-    type Item = Table;
+    type Item = Option<Table>;
 
     fn model(&self) -> &Arc<dyn Model> {
         &self.model
@@ -35,8 +36,9 @@ impl Work for Prefill {
         self.prompt.sequence(self.model.as_ref(), Want::From(usize::MAX))
     }
 
-    fn accept(&mut self, sequence: &mut Sequence, _: &[f32]) -> Result<Step<Table>> {
-        Ok(Step::End(Some(sequence.kv.fork()), FinishReason::Stop))
+    fn accept(&mut self, sequence: &mut Sequence, _: &[f32]) -> Result<Step<Option<Table>>> {
+        let table = self.wants_table.then(|| sequence.kv.fork());
+        Ok(Step::End(Some(table), FinishReason::Stop))
     }
 
     fn status(&self) -> Status {

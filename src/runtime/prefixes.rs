@@ -108,23 +108,32 @@ impl Prefixes {
         }
     }
 
-    /// Holds computed positions. `Holder::Anyone` has no use for decoded ones, nor for those after them. `from`: full
-    /// columns that it has been called with. `ended`: the last column too, which the sequence writes no more.
-    pub fn keep(&self, sequence: &Sequence, holder: &Holder, from: usize, ended: bool) {
-        if !self.is_on_for(sequence) {
-            return;
+    /// Holds the full columns of a sequence that goes on. `Holder::Anyone` has no use for decoded positions, nor for those
+    /// after them. `from`: full columns that it was called with before.
+    pub fn keep(&self, sequence: &Sequence, holder: &Holder, from: usize) {
+        if self.is_on_for(sequence) {
+            self.insert(sequence, holder, from, false);
+            self.trim();
         }
+    }
+
+    /// Takes all columns of a sequence, which is computed no further: the last one too.
+    pub fn take(&self, sequence: &mut Sequence, holder: &Holder, from: usize) {
+        if self.is_on_for(sequence) {
+            self.insert(sequence, holder, from, true);
+            sequence.kv.release();
+            self.trim();
+        }
+    }
+
+    fn insert(&self, sequence: &Sequence, holder: &Holder, from: usize, ended: bool) {
         let prompt = sequence.kv.len().min(sequence.phases.prefilled());
         let length = match holder {
             Holder::Chat(_) => sequence.kv.len(),
             Holder::Anyone | Holder::Pin => prompt,
         };
         let (length, root) = (if ended { length } else { length / PAGE * PAGE }, root(sequence));
-        let mut state = lock(&self.state);
-        let tree = state.tree(sequence);
-        tree.insert(path(&root, sequence), length, sequence.kv.columns(), holder);
-        self.trim(tree);
-        drop(state);
+        lock(&self.state).tree(sequence).insert(path(&root, sequence), length, sequence.kv.columns(), holder);
         if let Some(folder) = &self.folder {
             write(folder, sequence, from, prompt.min(length));
         }
@@ -138,8 +147,10 @@ impl Prefixes {
         }
     }
 
-    /// Brings the idle columns within the budget.
-    fn trim(&self, tree: &mut Tree) {
+    /// Brings the idle columns within the budget. They are idle once nobody uses them.
+    pub fn trim(&self) {
+        let mut state = lock(&self.state);
+        let Some(tree) = &mut state.tree else { return };
         let limit = match memory::available() {
             Some(available) if tree.held_bytes() > 0 => {
                 self.limit().min(available.saturating_add(tree.idle_bytes()) / PART_OF_FREE)
@@ -179,6 +190,7 @@ impl Prefixes {
     }
 
     pub fn info(&self) -> Info {
+        self.trim();
         let state = lock(&self.state);
         let chats = state.chats.iter().filter(|chat| chat.strong_count() > 0).count();
         let (bytes, positions) = state.tree.as_ref().map_or((0, 0), |tree| (tree.idle_bytes(), tree.positions()));

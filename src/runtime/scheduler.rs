@@ -66,7 +66,7 @@ pub trait Job: Send {
     }
 
     /// The sequence is computed no further.
-    fn leave(&self, sequence: &Sequence);
+    fn leave(&self, sequence: &mut Sequence);
 
     /// Tells the reader that the job will not be finished. May be called again.
     fn fail(&mut self, error: Error);

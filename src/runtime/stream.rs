@@ -205,7 +205,7 @@ impl<W: Work> StreamJob<W> {
     fn keep(&mut self, sequence: &Sequence) {
         let full = sequence.kv.len() / PAGE;
         if full != self.held {
-            self.prefixes.keep(sequence, &self.work.prompt().holder, self.held, false);
+            self.prefixes.keep(sequence, &self.work.prompt().holder, self.held);
             self.held = full;
         }
     }
@@ -282,11 +282,11 @@ impl<W: Work> Job for StreamJob<W> {
         self.work.extend(sequence, n)
     }
 
-    fn leave(&self, sequence: &Sequence) {
-        self.prefixes.keep(sequence, &self.work.prompt().holder, self.held, true);
+    fn leave(&self, sequence: &mut Sequence) {
         let mut phases = sequence.phases.clone();
         phases.truncate(sequence.kv.len());
         self.outbox.leave(phases);
+        self.prefixes.take(sequence, &self.work.prompt().holder, self.held);
     }
 
     fn fail(&mut self, error: Error) {

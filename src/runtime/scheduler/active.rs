@@ -50,8 +50,8 @@ impl Active {
     }
 
     pub fn fail(&mut self, error: Error) {
-        if let State::Decode(sequence) = std::mem::replace(&mut self.state, State::Ended) {
-            self.job.leave(&sequence);
+        if let State::Decode(mut sequence) = std::mem::replace(&mut self.state, State::Ended) {
+            self.job.leave(&mut sequence);
         }
         self.job.fail(error);
     }

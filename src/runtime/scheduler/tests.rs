@@ -77,7 +77,7 @@ impl Job for Counter {
         Ok(self.left > 0)
     }
 
-    fn leave(&self, _: &Sequence) {}
+    fn leave(&self, _: &mut Sequence) {}
 
     fn fail(&mut self, error: Error) {
         self.out.send(error.to_string()).unwrap();
