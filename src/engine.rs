@@ -84,6 +84,9 @@ impl Default for LoadOptions {
     }
 }
 
+/// `close` waits this long at most for columns on their way to the folder.
+const LAST_WRITES: Duration = Duration::from_millis(150);
+
 /// One model, for any number of threads.
 pub struct Engine {
     pub info: Info,
@@ -185,6 +188,7 @@ impl Engine {
             return;
         }
         self.scheduler.close();
+        self.prefixes().flush(LAST_WRITES);
         let parts = lock(&self.parts).take();
         drop((parts, self.prefixes().close())); // outside the locks: unmapping takes time
     }
@@ -273,7 +277,7 @@ impl Engine {
         Ok(Stream::new(Prefill::new(parts.model.clone(), prompt, wants_table), self.scheduler.clone(), None))
     }
 
-    fn prefixes(&self) -> &Arc<Prefixes> {
+    pub fn prefixes(&self) -> &Arc<Prefixes> {
         self.scheduler.prefixes()
     }
 

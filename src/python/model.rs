@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use pyo3::prelude::*;
@@ -197,7 +198,10 @@ impl Model {
         let holder = if pin { Holder::Pin } else { Holder::Anyone };
         let (length, scope) = (ids.len(), Arc::from(scope.unwrap_or_default()));
         let prompt = Prompt { ids, scope, holder, ..Prompt::default() };
-        detached(py, || Ok(Warm { stream: self.0.prefill(prompt, false)?, length }))
+        detached(py, || {
+            let (stream, prefixes) = (self.0.prefill(prompt, false)?, self.0.prefixes().clone());
+            Ok(Warm { stream, length, prefixes, is_computed: AtomicBool::default() })
+        })
     }
 
     fn save_chat(
@@ -242,7 +246,7 @@ impl Model {
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
         presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout,
-        cache_scope, speculate, prediction, replay, runs, chat, whole))]
+        cache_scope, speculate, prediction, runs, chat, whole, replay=None))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn stream(
         &self,
