@@ -271,10 +271,10 @@ impl Model {
         cache_scope: Option<&str>,
         speculate: Option<bool>,
         prediction: Option<Vec<u32>>,
-        replay: Option<Vec<u32>>,
         runs: Option<Vec<usize>>,
         chat: Option<&Chat>,
         whole: bool,
+        replay: Option<Vec<u32>>,
     ) -> PyResult<Stream> {
         let phases = phases(&runs.unwrap_or_default(), prompt.len())?;
         let holder = chat.map(|chat| chat.0.holder()).unwrap_or_default();
