@@ -4,6 +4,8 @@
 
 /// What more rows must gain: costs are known to a few percent.
 const GAIN: f32 = 1.02;
+/// The drafts of some streams may make a pass of several this much longer: the others get one id from it all the same.
+const LONGER: f32 = 2.0;
 
 /// The number of drafts to compute for each stream. `rows`: those of the pass without drafts. `products`: for the drafts of
 /// each stream, the probability that each is accepted with all before it. `cost` of a number of rows, `most` at most.
@@ -15,13 +17,14 @@ pub fn share(rows: usize, most: usize, products: &[Vec<f32>], cost: impl Fn(usiz
         products.iter().enumerate().flat_map(|(stream, products)| products.iter().map(move |p| (*p, stream))).collect();
     drafts.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     drafts.truncate(most.saturating_sub(rows));
+    let most_cost = if products.len() > 1 { LONGER * cost(rows) } else { f32::INFINITY };
     let mut ids = rows as f32;
     let mut best = (GAIN * ids / cost(rows), 0);
     for (i, (product, _)) in drafts.iter().enumerate() {
         ids += product;
-        let speed = ids / cost(rows + i + 1);
-        if speed > best.0 {
-            best = (speed, i + 1);
+        let cost = cost(rows + i + 1);
+        if ids / cost > best.0 && cost <= most_cost {
+            best = (ids / cost, i + 1);
         }
     }
     let mut taken = vec![0; products.len()];
@@ -63,6 +66,13 @@ mod tests {
         let equal = [products(0.9, 5), products(0.9, 5)];
         assert_eq!(share(2, 6, &equal, |_| 1.0), [2, 2]);
         assert_eq!(share(8, 8, &vec![products(0.9, 5); 8], |_| 1.0), [0; 8], "no room");
+    }
+
+    #[test]
+    fn a_stream_without_drafts_waits_at_most_twice_as_long() {
+        let cost = |rows: usize| 0.5 + 0.5 * rows as f32;
+        assert_eq!(share(1, 16, &[vec![1.0; 15]], cost), [15], "alone");
+        assert_eq!(share(2, 16, &[vec![1.0; 15], vec![]], cost), [3, 0], "five rows cost 3, two cost 1.5");
     }
 
     #[test]
