@@ -178,7 +178,7 @@ impl Tree {
         Ok(Some(Hit { length, columns }))
     }
 
-    /// The column of a node, from its file if it is not at hand.
+    /// The column of a node, from its file if it is not in memory.
     fn column(&mut self, node: usize) -> Result<Option<Arc<Column>>> {
         let entry = &mut self.nodes[node];
         if let (None, Some((file, number))) = (&entry.column, &entry.file) {

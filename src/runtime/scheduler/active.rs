@@ -19,6 +19,7 @@ pub(super) struct Active {
 }
 
 /// Where the sequence of a job is between two turns.
+#[allow(clippy::large_enum_variant)] // each job has one
 pub(super) enum State {
     /// It is not made yet.
     Unstarted,
