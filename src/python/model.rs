@@ -204,6 +204,7 @@ impl Model {
         })
     }
 
+    #[allow(clippy::too_many_arguments)] // those of the Python layer
     fn save_chat(
         &self,
         py: Python<'_>,
