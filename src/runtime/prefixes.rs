@@ -147,7 +147,7 @@ impl Prefixes {
         }
     }
 
-    /// Brings the idle columns within the budget. They are idle once nobody uses them.
+    /// Brings the columns that no sequence uses within the budget.
     pub fn trim(&self) {
         let mut state = lock(&self.state);
         let Some(tree) = &mut state.tree else { return };
