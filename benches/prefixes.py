@@ -68,9 +68,9 @@ def new_process(model: str, kernel: str | None, folder: str | None) -> dict[str,
 
 
 def private_megabytes() -> float:
-    """Memory of this process alone, on Linux."""
+    """Memory of this process alone, without mapped files, on Linux."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 
 def prefix_folder(model: str, kernel: str | None, rounds: int) -> dict[str, object]:

@@ -5,13 +5,16 @@
 //!
 //! Decisions: docs/design/runtime.md
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, Weak};
+use std::collections::VecDeque;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::compute::kernels::PAGE;
+use crate::compute::ops::Column;
 use crate::error::Result;
 use crate::kv::file::KvFile;
-use crate::kv::folder::Folder;
+use crate::kv::folder::{Folder, Key};
 use crate::kv::phases::Phases;
 use crate::kv::tree::{Holder, Path, Root, Tree};
 use crate::model::Sequence;
@@ -26,6 +29,9 @@ const PART_OF_FREE: u64 = 2;
 /// The last column of a prompt goes to the folder if it has this number of ids: computing fewer takes less time than it
 /// takes to read a column.
 const LEAST_TAIL: usize = 16;
+
+/// Threads that verify the columns of a folder at most.
+const READERS: usize = 4;
 
 /// Shared by the threads that open, read and compute a model.
 #[derive(Default)]
@@ -213,29 +219,59 @@ impl State {
 /// Adds to the tree what the folder has of a prompt beyond `known` positions. Returns whether that is anything.
 fn read(folder: &Folder, tree: &mut Tree, path: Path<'_>, known: usize, most: usize) -> bool {
     let prompt = path.ids.len().min(path.phases.prefilled());
-    let (mut key, mut added) = (folder.root(path.root), false);
-    for start in (0..most.min(prompt)).step_by(PAGE) {
-        let ids = &path.ids[start..prompt.min(start + PAGE)];
-        let (held, is_full) = (known >= start + PAGE, ids.len() == PAGE);
-        if held {
-            key = key.child(ids);
-            continue;
-        }
-        if is_full && let Some((child, column)) = folder.find(&key, ids) {
-            tree.insert(path, start + PAGE, [Arc::new(column)].iter(), &Holder::Anyone);
-            (key, added) = (child, true);
-            continue;
-        }
-        let Some((tail, column)) = folder.tail(&key, ids) else { break };
-        if start + tail.iter().zip(ids).take_while(|(a, b)| a == b).count() > known {
-            let ids = [&path.ids[..start], &tail].concat();
-            let tail = Path { ids: &ids, phases: &Phases::prefill(ids.len()), ..path };
-            tree.insert(tail, ids.len(), [Arc::new(column)].iter(), &Holder::Anyone);
-            added = true;
-        }
-        break;
+    let mut pages = path.ids[..most.min(prompt) / PAGE * PAGE].chunks(PAGE);
+    let mut key = pages.by_ref().take(known / PAGE).fold(folder.root(path.root), |key, ids| key.child(ids));
+    let columns = find(folder, &key, pages.collect());
+    let (mut start, mut added) = (known / PAGE * PAGE, !columns.is_empty());
+    for (child, column) in columns {
+        start += PAGE;
+        tree.insert(path, start, [Arc::new(column)].iter(), &Holder::Anyone);
+        key = child;
+    }
+    if start < most.min(prompt)
+        && let ids = &path.ids[start..prompt.min(start + PAGE)]
+        && let Some((tail, column)) = folder.tail(&key, ids)
+        && start + tail.iter().zip(ids).take_while(|(a, b)| a == b).count() > known
+    {
+        let ids = [&path.ids[..start], &tail].concat();
+        let tail = Path { ids: &ids, phases: &Phases::prefill(ids.len()), ..path };
+        tree.insert(tail, ids.len(), [Arc::new(column)].iter(), &Holder::Anyone);
+        added = true;
     }
     added
+}
+
+/// The full columns of these consecutive pages after the positions of `parent`, up to the first that the folder lacks. Several
+/// threads verify their checksums, which takes most of the time.
+fn find(folder: &Folder, parent: &Key, pages: Vec<&[u32]>) -> VecDeque<(Key, Column)> {
+    let mut keys = vec![parent.clone()];
+    keys.extend(pages.iter().scan(parent.clone(), |key, ids| {
+        *key = key.child(ids);
+        Some(key.clone())
+    }));
+    let (next, end) = (AtomicUsize::new(0), AtomicUsize::new(pages.len()));
+    let found: Vec<Mutex<Option<(Key, Column)>>> = pages.iter().map(|_| Mutex::default()).collect();
+    let read = || {
+        while let page = next.fetch_add(1, Relaxed)
+            && page < end.load(Relaxed)
+        {
+            let column = folder.find(&keys[page], pages[page]);
+            if column.is_none() {
+                end.fetch_min(page, Relaxed);
+            }
+            *lock(&found[page]) = column;
+        }
+    };
+    std::thread::scope(|scope| {
+        let others = std::thread::available_parallelism().map_or(1, NonZero::get).min(READERS).min(pages.len());
+        for _ in 1..others {
+            // Without the thread the others do its part.
+            let _ = std::thread::Builder::new().name("candle-phi-read".into()).spawn_scoped(scope, read);
+        }
+        read();
+    });
+    let columns = found.into_iter().map(|column| column.into_inner().unwrap_or_else(PoisonError::into_inner));
+    columns.map_while(|column| column).collect()
 }
 
 /// Gives the folder the columns of the first `length` positions, which are a prompt. It has had `from` columns of the
