@@ -1,4 +1,4 @@
-//! Attention on the CPU, and the writes to the columns of a layer.
+//! Attention on the CPU.
 //!
 //! Each row of a pass attends to the columns of its own sequence. The context is divided into blocks of 1024 positions that
 //! start at multiples of 1024. Each block gives a partial softmax for each query, and the partials are merged in the order
@@ -14,12 +14,11 @@
 use std::ops::Range;
 use std::ptr;
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
-use half::f16;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result};
 
 use super::cpu::{Disjoint, PARALLEL_FROM, Rows, RowsMut};
-use super::{AttentionShape, Cancels, KvBuffer, Piece, Segment};
-use crate::compute::kernels::{Kernel, KvPage, KvSliceMut, Line, PAGE, Query, Scratch, view_mut};
+use super::{AttentionShape, Cancels, KvBuffer, Segment};
+use crate::compute::kernels::{Kernel, KvPage, Line, PAGE, Query, Scratch, view_mut};
 use crate::compute::pool::Pool;
 use crate::system::panic;
 
@@ -33,79 +32,8 @@ const TASKS_PER_THREAD: usize = 4;
 /// Partial softmaxes that are held at a time, in bytes at most.
 pub const SCRATCH_BYTES: usize = 4 << 20;
 
-/// Cost of storing one feature of a key, in multiplications of a matrix product: each store touches its own cache line.
-const KEY_STORE_COST: usize = 64;
-/// Cost of one feature of a key and of a value for one query, in the same unit.
+/// Cost of one feature of a key and of a value for one query, in multiplications of a matrix product.
 pub const ATTEND_COST: usize = 4;
-
-/// Writes the keys and values of the rows to the blocks of a layer.
-pub fn append(pool: &Pool, qkv: &Tensor, shape: AttentionShape, pieces: Vec<Piece<'_>>) -> Result<()> {
-    let (storage, layout) = qkv.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("activations are not on the CPU") };
-    let qkv = Rows::of(storage, layout)?;
-    let AttentionShape { n_head_kv, head_dim, .. } = shape;
-    let work = KEY_STORE_COST * qkv.rows * shape.kv_dim();
-    let target = |piece| {
-        let Piece { rows, at, block } = piece;
-        Ok((rows, at, Heads::new(&mut block.k, n_head_kv)?, Heads::new(&mut block.v, n_head_kv)?))
-    };
-    let targets = pieces.into_iter().map(target).collect::<Result<Vec<_>>>()?;
-    let task = |task: usize| {
-        let ((rows, at, k, v), head) = (&targets[task / n_head_kv], task % n_head_kv);
-        // SAFETY: each task has one head of one block, and no block is written twice.
-        let (mut k, mut v) = unsafe { (k.head(head), v.head(head)) };
-        for (i, row) in rows.clone().enumerate() {
-            let (_, kv) = qkv.row(row).split_at(shape.q_dim());
-            k.store_key(at + i, &kv[head * head_dim..][..head_dim]);
-            v.store_value(at + i, &kv[shape.kv_dim() + head * head_dim..][..head_dim]);
-        }
-    };
-    let tasks = targets.len() * n_head_kv;
-    if work < PARALLEL_FROM {
-        (0..tasks).for_each(task)
-    } else {
-        pool.run(tasks, task)
-    }
-    Ok(())
-}
-
-/// The heads of a buffer, for tasks that write them side by side.
-enum Heads<'a> {
-    F16(Disjoint<'a, f16>, usize),
-    F32(Disjoint<'a, f32>, usize),
-    Q8 { q: Disjoint<'a, i8>, scales: Disjoint<'a, f16>, heads: usize },
-}
-
-impl<'a> Heads<'a> {
-    fn new(buffer: &'a mut KvBuffer, heads: usize) -> Result<Self> {
-        Ok(match buffer {
-            KvBuffer::F16(x) => Heads::F16(Disjoint::new(x), heads),
-            KvBuffer::F32(x) => Heads::F32(Disjoint::new(x), heads),
-            KvBuffer::Q8 { q, scales } => Heads::Q8 { q: Disjoint::new(q), scales: Disjoint::new(scales), heads },
-            KvBuffer::Mapped(_) => bail!("a KV block of a file passed to a kernel that writes"),
-            KvBuffer::Candle(_) => bail!("a KV block of Candle passed to a kernel"),
-        })
-    }
-
-    /// # Safety
-    /// No other live slice belongs to this head.
-    unsafe fn head(&self, head: usize) -> KvSliceMut<'_> {
-        fn share(len: usize, head: usize, heads: usize) -> Range<usize> {
-            head * (len / heads)..(head + 1) * (len / heads)
-        }
-        // SAFETY: the ranges of heads are disjoint.
-        unsafe {
-            match self {
-                Heads::F16(x, heads) => KvSliceMut::F16(x.range(share(x.len(), head, *heads))),
-                Heads::F32(x, heads) => KvSliceMut::F32(x.range(share(x.len(), head, *heads))),
-                Heads::Q8 { q, scales, heads } => KvSliceMut::Q8 {
-                    q: q.range(share(q.len(), head, *heads)),
-                    scales: scales.range(share(scales.len(), head, *heads)),
-                },
-            }
-        }
-    }
-}
 
 pub struct Attention<'a> {
     pub kernel: &'a dyn Kernel,

@@ -9,6 +9,8 @@
 //! Decisions: docs/design/compute.md
 
 #[allow(unsafe_code)] // tasks write disjoint ranges of one buffer
+mod append;
+#[allow(unsafe_code)] // as above
 mod attention;
 mod candle;
 mod column;
@@ -194,7 +196,7 @@ impl Ops<'_> {
     ) -> Result<()> {
         let pieces = segments.iter_mut().flat_map(|segment| segment.pieces(layer));
         match self.backend {
-            Backend::Cpu { pool, .. } => attention::append(pool, qkv, shape, pieces.collect::<Result<_>>()?)?,
+            Backend::Cpu { pool, .. } => append::append(pool, qkv, shape, pieces.collect::<Result<_>>()?)?,
             Backend::Candle(_) => {
                 for piece in pieces {
                     candle::append(qkv, shape, piece?)?;
