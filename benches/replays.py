@@ -1,13 +1,13 @@
 """Texts for `candle-phi bench --replay`, from this repository's own history.
 
-Usage: python benches/replays.py MODEL.gguf [--out FOLDER] [--items N] [--least TOKENS] [--most TOKENS]
+Usage: python benches/replays.py --model MODEL.gguf [--out FOLDER] [--items N] [--least TOKENS] [--most TOKENS]
 
 - edits.jsonl: whole files that a commit changed a little. The prompt is the commit's subject and the file before it,
   the answer the file after it. The parts that stay are copied.
 - prose.jsonl: paragraphs of the documents. The prompt is the text before them. Nothing is copied on purpose.
 
 The history ends at one commit, and the items are drawn by their hashes: every clone makes the same files with the same
-tokenizer. MODEL counts the tokens; nothing is computed. A clone without that history gets an error.
+tokenizer. The model counts the tokens; nothing is computed. A clone without that history gets an error.
 """
 
 import argparse
@@ -139,11 +139,11 @@ def write(path: Path, items: list[tuple[str, str]], wanted: int, phi: Phi) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help='a GGUF file, or "demo"')
+    parser.add_argument("--model", help='a GGUF file, or "demo" (default: the command line\'s model)')
     parser.add_argument("--out", type=Path, default=ROOT / "target" / "replays", help="default: target/replays")
     parser.add_argument("--items", type=int, default=10, metavar="N", help="of each file (default: 10)")
     parser.add_argument("--least", type=int, default=500, metavar="TOKENS", help="of an edited file (default: 500)")
-    parser.add_argument("--most", type=int, default=2000, metavar="TOKENS", help="of an edited file (default: 2000)")
+    parser.add_argument("--most", type=int, default=900, metavar="TOKENS", help="of an edited file (default: 900)")
     parser.add_argument("--until", default=UNTIL, metavar="COMMIT", help="the end of the history")
     typed = parser.parse_args()
     typed.out.mkdir(parents=True, exist_ok=True)

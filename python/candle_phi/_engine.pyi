@@ -194,8 +194,6 @@ class Model:
         `replay`: the ids that are drawn, whatever the logits say.
 
         `whole`: it is computed without further reads, and `poll` has nothing before the end.
-
-        `replay`: ids that are generated in place of those that are sampled, for measurements.
         """
 
 @final

@@ -190,7 +190,7 @@ def measure(
                 phi.warm(item.prompt)
             for speculate in ((False, True), (True, False))[(turn + i) % 2]:
                 on_turn(f"round {turn + 1} of {repeat}: {_numbers(group)}, {'with' if speculate else 'without'} drafts")
-                runs[speculate][i].append(_run(phi, group, speculate=speculate))
+                runs[speculate][i].append(run(phi, group, speculate=speculate))
             if runs[True][i][-1].texts != runs[False][i][-1].texts:
                 raise PhiError(f"{_numbers(group)}: speculation changed the text, which is a bug")
     rows = [_Row.of(group, runs[True][i], runs[False][i]) for i, group in enumerate(groups)]
@@ -209,7 +209,7 @@ def measure(
     )
 
 
-def _run(phi: Phi, group: Sequence[Item], *, speculate: bool) -> Run:
+def run(phi: Phi, group: Sequence[Item], *, speculate: bool) -> Run:
     """Generates lines at the same time. The clock starts at the first token and stops at the last."""
     with ExitStack() as stack:
         readers = [_Reader(stack.enter_context(replay(phi, item, speculate=speculate))) for item in group]
