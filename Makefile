@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-timing test-together test-chats asan miri tsan fuzz soak lint bench bench-streams wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing test-together test-chats asan miri tsan fuzz soak lint bench bench-streams wheel test-wheel baseline sdist require engine rust-version bench-replay
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# maturin installs here, even if another environment is active
@@ -117,6 +117,20 @@ bench: build ## compare with Candle and llama.cpp on the file MODEL=...; the res
 
 bench-streams: build ## 8 streams together and in turn, their waits and memory, on MODEL=...; the result is in target/bench
 	$(BIN)/python benches/streams_together.py $(if $(MODEL),--model "$(MODEL)") $(BENCH_OPTIONS)
+
+REPLAY_MODEL := $(if $(MODEL),--model "$(MODEL)")
+REPLAY_LINES := 4
+REPLAY_KERNELS := avx512 avx2
+
+# Of each file the first lines: an edit has some 700 tokens, which are generated with and without speculation.
+bench-replay: build ## REPLAY_LINES (4) known texts with and without speculation, then llama.cpp's prompt lookup, on MODEL=...
+	$(BIN)/python benches/replays.py $(REPLAY_MODEL)
+	for kernel in $(REPLAY_KERNELS); do for texts in edits prose; do \
+		$(BIN)/candle-phi bench $(REPLAY_MODEL) --kernel $$kernel --n-threads 2 \
+			--replay target/replays/$$texts.jsonl --lines $(REPLAY_LINES) || exit; \
+	done; done
+	$(BIN)/candle-phi bench $(REPLAY_MODEL) --n-threads 2 --replay target/replays/edits.jsonl --lines 8 --streams 8
+	$(BIN)/python benches/replay_peers.py target/replays/edits.jsonl $(REPLAY_MODEL) --lines $(REPLAY_LINES) $(BENCH_OPTIONS)
 
 # As in .github/workflows/release.yml: without the flags for builds from source (.cargo/config.toml) and without RUSTFLAGS of the
 # environment. zig, which maturin looks for on PATH, links against glibc 2.17.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from candle_phi import Phi, _engine
-from candle_phi._bench import Bench, load_seconds, machine
+from candle_phi._bench import COMPUTING, Bench, load_seconds, machine
 from worker import parser, serve
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     arguments.add_argument("--engine", choices=["native", "candle"])
     values = vars(arguments.parse_args())
     model, prompts, contexts = (values.pop(name) for name in ("model", "prompts", "contexts"))
-    options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    options: dict[str, Any] = COMPUTING | {name: value for name, value in values.items() if value is not None}
 
     def open_model() -> Phi:
         return Phi(model, **options)

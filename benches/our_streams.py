@@ -4,6 +4,7 @@ An old version of candle-phi answers the questions too, if PYTHONPATH names it.
 """
 
 import contextlib
+import inspect
 import random
 import re
 import threading
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import harmonic_mean, median
-from typing import Self
+from typing import Any, Self
 
 import candle_phi
 from candle_phi import OnProgress, Phi, Progress, Stream, _engine
@@ -278,7 +279,10 @@ def main() -> None:
     options.add_argument("--kernel", required=True)
     options.add_argument("--questions", type=lambda text: text.split(","), required=True, help="those that will come")
     given = options.parse_args()
-    with Phi(given.model, n_threads=given.n_threads, kernel=given.kernel) as phi:
+    # nothing is held or drafted; an old version has no such options
+    known = inspect.signature(Phi).parameters
+    computing: Any = {name: value for name, value in {"prefix_cache": 0, "speculate": False}.items() if name in known}
+    with Phi(given.model, n_threads=given.n_threads, kernel=given.kernel, **computing) as phi:
         streams = Streams(phi)
         left_out = {}
         for question in given.questions:

@@ -113,6 +113,7 @@ def test_python_modules_import_only_downwards() -> None:
         "model",
         "testing",
         "_bench",
+        "_replay",
         "cli",
     ]
     # inside the package cli

@@ -28,6 +28,11 @@ _TURN = 2 * _AHEAD + _DECODED
 """Positions that a turn of decoding may take, with those computed while the bandwidth is measured."""
 PASS_TOKENS = (2, 3, 4, 5, 6, 7, 8, 12, 16)
 """Sizes of the decode passes that are compared with a pass over one token."""
+COMPUTING: dict[str, object] = {"prefix_cache": 0, "speculate": False}
+"""Options of a model that is measured: every token is computed, in a pass of its own.
+
+A model with random weights repeats itself, so drafts would be accepted that no real text has.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ class Bench:
         """Makes the first pass, which touches all weights once.
 
         Args:
-            phi: a model that was just opened.
+            phi: a model that was just opened, with the options `COMPUTING`.
             prompts: lengths in tokens of the prompts to time.
             contexts: positions around which decoding is timed.
         """
@@ -211,7 +216,7 @@ def measure(
     """Measures in rounds, so that a slow moment of the machine affects all figures alike.
 
     Args:
-        open_model: opens the model, anew for each measurement of the load time.
+        open_model: opens the model with the options `COMPUTING`, anew for each measurement of the load time.
         repeat: number of rounds.
         prompts: lengths in tokens of the prompts to time.
         contexts: positions around which decoding is timed.
