@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-timing test-together asan miri tsan fuzz soak lint bench bench-streams bench-replay wheel test-wheel baseline sdist require engine rust-version
+.PHONY: help demo build test test-timing test-together test-chats asan miri tsan fuzz soak lint bench bench-streams wheel test-wheel baseline sdist require engine rust-version bench-replay
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export VIRTUAL_ENV := $(CURDIR)/.venv# maturin installs here, even if another environment is active
@@ -48,6 +48,9 @@ test-together: export TOGETHER_MODEL := $(MODEL)
 test-together: engine ## TOGETHER_CASES (20) random sets of streams for each model, kernel and KV type
 	$(if $(MODEL),,TOGETHER_CASES=$$((100 * TOGETHER_CASES)) cargo test --test together)
 	$(BIN)/python -m pytest -s tests/test_together.py -k $(if $(MODEL),your_own,alone) $(TOGETHER_OPTIONS)
+
+test-chats: engine ## CHAT_STEPS (3000) random calls of chats for each model, or on MODEL=...
+	CHAT_STEPS=$(or $(CHAT_STEPS),3000) CHAT_MODEL=$(MODEL) $(BIN)/python -m pytest -s tests/test_chat_states.py
 
 # With --target, even this machine's own, build scripts and derive macros are built without the sanitizer.
 asan: require ## the tests of kernels, files and tokenizers under AddressSanitizer (Linux and macOS)

@@ -26,6 +26,8 @@ const PART: u64 = 8;
 const MOST: u64 = 2 << 30;
 /// Idle columns may take this part of the memory that would be free without them.
 const PART_OF_FREE: u64 = 2;
+/// Columns of fewer bytes are held without a look at the available memory.
+const SMALL: u64 = 16 << 20;
 /// The last column of a prompt goes to the folder if it has this number of ids: computing fewer takes less time than it
 /// takes to read a column.
 const LEAST_TAIL: usize = 16;
@@ -68,7 +70,7 @@ pub struct Info {
 impl Prefixes {
     /// `limit`: bytes of columns that no sequence uses; 0: nothing is held. None: a part of the available memory.
     pub fn new(limit: Option<u64>, folder: Option<Folder>) -> Self {
-        let limit = limit.unwrap_or_else(|| memory::available().map_or(MOST, |available| (available / PART).min(MOST)));
+        let limit = limit.unwrap_or_else(|| default_limit(memory::available()));
         Prefixes { limit: AtomicU64::new(limit), folder, state: Mutex::default() }
     }
 
@@ -157,13 +159,9 @@ impl Prefixes {
     pub fn trim(&self) {
         let mut state = lock(&self.state);
         let Some(tree) = &mut state.tree else { return };
-        let limit = match memory::available() {
-            Some(available) if tree.held_bytes() > 0 => {
-                self.limit().min(available.saturating_add(tree.idle_bytes()) / PART_OF_FREE)
-            }
-            _ => self.limit(),
-        };
-        tree.trim(limit);
+        if tree.held_bytes() > self.limit().min(SMALL) {
+            tree.trim(allowed(self.limit(), tree.idle_bytes(), memory::available()));
+        }
     }
 
     /// Drops all idle columns, since memory is short. False if there are none.
@@ -207,6 +205,16 @@ impl Prefixes {
     pub fn flush(&self, most: std::time::Duration) -> bool {
         self.folder.as_ref().is_none_or(|folder| folder.flush(most))
     }
+}
+
+/// The limit if the caller sets none, of the available memory, which may be unknown.
+fn default_limit(available: Option<u64>) -> u64 {
+    available.map_or(MOST, |available| (available / PART).min(MOST))
+}
+
+/// Bytes that idle columns may have, when they have `idle` and `available` bytes are free besides.
+fn allowed(limit: u64, idle: u64, available: Option<u64>) -> u64 {
+    available.map_or(limit, |available| limit.min(available.saturating_add(idle) / PART_OF_FREE))
 }
 
 impl State {
@@ -296,4 +304,25 @@ fn root(sequence: &Sequence) -> Root {
 
 fn path<'a>(root: &'a Root, sequence: &'a Sequence) -> Path<'a> {
     Path { root, ids: &sequence.ids, phases: &sequence.phases }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GB: u64 = 1 << 30;
+
+    #[test]
+    fn the_default_is_a_part_of_the_available_memory() {
+        assert_eq!(default_limit(Some(6 * GB)), 768 << 20, "a machine of 8 GB that runs other things");
+        assert_eq!((default_limit(Some(64 * GB)), default_limit(None)), (2 * GB, 2 * GB));
+    }
+
+    #[test]
+    fn idle_columns_leave_as_much_free_as_they_take() {
+        assert_eq!(allowed(2 * GB, GB, Some(9 * GB)), 2 * GB);
+        assert_eq!(allowed(2 * GB, 2 * GB, Some(0)), GB, "other programs took what was free");
+        assert_eq!(allowed(2 * GB, GB, Some(GB / 2)), 3 * GB / 4);
+        assert_eq!((allowed(7, GB, Some(GB)), allowed(7, GB, None)), (7, 7));
+    }
 }
