@@ -68,7 +68,7 @@ tsan: require ## the engine's threads under ThreadSanitizer (Linux; takes `rustu
 		--target $$(rustc --print host-tuple) --lib --test generate --test phi3
 
 FUZZ_SECONDS := 60
-FUZZ_TARGETS := gguf hub listing template text tokenizer
+FUZZ_TARGETS := gguf hub kv_file listing template text tokenizer
 
 # libFuzzer's instrumentation, as `cargo fuzz` sets it, with AddressSanitizer and the versions of Cargo.lock. More than 512 MiB
 # or 5 seconds is a find. Inputs that reach new code are kept in fuzz/corpus, finds in fuzz/artifacts.

@@ -1,12 +1,20 @@
-//! Writes the seeds of each target: `seeds FOLDER` makes FOLDER/gguf, hub, listing, template, text and tokenizer.
+//! Writes the seeds of each target: `seeds FOLDER` makes FOLDER/gguf, hub, kv_file, listing, template, text and tokenizer.
 
 #[path = "../tests/attacks/mod.rs"]
 mod attacks;
 #[path = "../tests/gguf_writer/mod.rs"]
 mod gguf_writer;
+#[path = "../tests/kv_columns/mod.rs"]
+mod kv_columns;
+#[path = "../tests/random/mod.rs"]
+mod random;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_phi::compute::ops::KvType;
+use candle_phi::kv::file::{self, Contents};
+use candle_phi::system::task::Task;
 use gguf_writer::save;
 
 fn main() {
@@ -47,6 +55,9 @@ fn main() {
     for (i, text) in HUB.iter().enumerate() {
         write("hub", &format!("{i}"), text.as_bytes());
     }
+    for (i, bytes) in chats().iter().enumerate() {
+        write("kv_file", &format!("{i}.safetensors"), bytes);
+    }
     for (i, json) in LISTINGS.iter().enumerate() {
         write("listing", &format!("{i}.json"), json.as_bytes());
     }
@@ -54,6 +65,30 @@ fn main() {
     for (i, json) in TOKENIZERS.iter().enumerate() {
         write("tokenizer", &format!("{i}.json"), json.as_bytes());
     }
+}
+
+/// Files of keys and values of every type: of the first columns and of later ones, and without any.
+fn chats() -> Vec<Vec<u8>> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("chat");
+    let cases = [(KvType::F16, 0, 5), (KvType::F32, 0, 130), (KvType::Q8_0, 2, 300), (KvType::F16, 0, 1)];
+    let shapes = [(1, 1, 2), (2, 1, 2), (1, 2, 40), (1, 1, 2)];
+    let files = cases.into_iter().zip(shapes).map(|((kv_type, first, ids), (layers, heads, head_dim))| {
+        let shape = kv_columns::shape(kv_type, layers, heads, head_dim);
+        let computed = ids as usize - 1;
+        let contents = Contents {
+            fingerprint: "model",
+            start: 0,
+            ids: &(0..ids).collect::<Vec<u32>>(),
+            runs: &[computed / 2, computed - computed / 2],
+            columns: &kv_columns::columns(&shape, first, computed, 1),
+            computed,
+            metadata: &BTreeMap::from([("messages".into(), "[]".into())]),
+        };
+        file::write(&path, &contents, &Task::default()).expect("a writable folder");
+        std::fs::read(&path).expect("our own file")
+    });
+    files.collect()
 }
 
 /// A key of every type and a tensor, without a model around them.

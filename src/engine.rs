@@ -2,12 +2,14 @@
 //!
 //! Decisions: docs/design/engine.md
 
+mod chats;
+mod fingerprints;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use sha2::{Digest, Sha256};
 
 use crate::compute::bandwidth;
 use crate::compute::kernels::{self, Kernel};
@@ -15,11 +17,15 @@ use crate::compute::ops::{Backend, KvType};
 use crate::compute::pool::{self, Pool};
 use crate::error::{Error, Result};
 use crate::files::gguf::Gguf;
+use crate::kv::folder::Folder;
 use crate::model::baseline::Baseline;
 use crate::model::phi3::Phi3;
 use crate::model::{self, Model, Want};
 use crate::runtime::generation::{Generation, Request};
 use crate::runtime::logits::Logits;
+use crate::runtime::prefill::Prefill;
+use crate::runtime::prefixes::{self, Prefixes};
+use crate::runtime::prompt::Prompt;
 use crate::runtime::scheduler::{self, Scheduler};
 use crate::runtime::scores::Scores;
 use crate::runtime::stream::{Stream, TextStream};
@@ -28,6 +34,8 @@ use crate::system::sync::{Cancel, drop_in_background, lock};
 use crate::system::task::{Phase, Task};
 use crate::text::chat::{Message, Template};
 use crate::text::tokenizer::{Special, Tokenizer};
+
+pub use chats::{Chat, Continuation, SavedChat};
 
 /// Options of loading, with the names and defaults of the Python API.
 #[derive(Clone, Debug)]
@@ -46,6 +54,13 @@ pub struct LoadOptions {
     pub max_concurrent: Option<usize>,
     /// Streams that share a decode pass at most.
     pub max_batch: usize,
+    /// Bytes of keys and values that are held for later prompts; 0: none. None: an eighth of the available memory, at most
+    /// 2 GiB.
+    pub prefix_cache: Option<u64>,
+    /// A folder where keys and values of prompts are kept.
+    pub prefix_cache_dir: Option<PathBuf>,
+    /// Whether generations draft ids, unless they say otherwise.
+    pub speculate: bool,
 }
 
 impl Default for LoadOptions {
@@ -62,9 +77,15 @@ impl Default for LoadOptions {
             chat_template: None,
             max_concurrent: None,
             max_batch: scheduler::MAX_BATCH,
+            prefix_cache: None,
+            prefix_cache_dir: None,
+            speculate: true,
         }
     }
 }
+
+/// `close` waits this long at most for columns on their way to the folder.
+const LAST_WRITES: Duration = Duration::from_millis(150);
 
 /// One model, for any number of threads.
 pub struct Engine {
@@ -86,6 +107,8 @@ pub struct Info {
     pub engine: &'static str,
     pub kernel: &'static str,
     pub n_threads: usize,
+    /// Whether generations draft ids by default.
+    pub speculate: bool,
     pub system_fingerprint: String,
 }
 
@@ -95,6 +118,8 @@ pub struct Parts {
     pub tokenizer: Arc<Tokenizer>,
     template: Template,
     model: Arc<dyn Model>,
+    /// Decides the bits of keys and values.
+    kv_fingerprint: String,
 }
 
 impl Engine {
@@ -136,15 +161,18 @@ impl Engine {
             engine: model.info().engine,
             kernel: model.info().kernel,
             n_threads: model.info().n_threads,
-            system_fingerprint: fingerprint(&gguf, model.as_ref(), &options.kv_cache),
+            speculate: options.speculate,
+            system_fingerprint: fingerprints::of_text(&gguf, model.as_ref(), &options.kv_cache),
         };
         task.check()?;
         let size = gguf.parts().map(|(_, bytes)| bytes.len() as u64).sum();
         task.report(Phase::Load, size, Some(size));
         // Candle has one cache, beside the weights.
         let slots = if info.engine == "candle" { Some(1) } else { options.max_concurrent };
-        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX), options.max_batch);
-        let parts = Parts { gguf, tokenizer, template, model };
+        let fingerprint = fingerprints::of_kv(&gguf, model.as_ref(), &options.kv_cache);
+        let prefixes = Arc::new(Prefixes::new(options.prefix_cache, folder(model.as_ref(), options, &fingerprint)?));
+        let scheduler = Scheduler::new(slots.unwrap_or(usize::MAX), options.max_batch, prefixes);
+        let parts = Parts { gguf, tokenizer, template, model, kv_fingerprint: fingerprint };
         Ok(Engine { info, scheduler, parts: Mutex::new(Some(Arc::new(parts))) })
     }
 
@@ -160,8 +188,9 @@ impl Engine {
             return;
         }
         self.scheduler.close();
+        self.prefixes().flush(LAST_WRITES);
         let parts = lock(&self.parts).take();
-        drop(parts); // outside the lock: unmapping takes time
+        drop((parts, self.prefixes().close())); // outside the locks: unmapping takes time
     }
 
     pub fn is_closed(&self) -> bool {
@@ -210,14 +239,19 @@ impl Engine {
     ) -> Result<TextStream> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let parts = self.parts()?;
-        self.check_ids(&request.prompt)?;
-        let room = self.info.n_ctx.saturating_sub(request.prompt.len());
+        self.check_ids(&request.prompt.ids)?;
+        for ids in [Some(&request.prediction), request.replay.as_ref()].into_iter().flatten() {
+            if !ids.is_empty() {
+                self.check_ids(ids)?;
+            }
+        }
+        let room = self.info.n_ctx.saturating_sub(request.prompt.ids.len());
         if room == 0 {
-            return Err(Error::ContextLength { prompt_tokens: request.prompt.len(), n_ctx: self.info.n_ctx });
+            return Err(Error::ContextLength { prompt_tokens: request.prompt.ids.len(), n_ctx: self.info.n_ctx });
         }
         // Without `max_tokens`, an engine with a shorter limit raises when it reaches that limit.
         let asked = max_tokens.map_or(1, |n| n.min(room));
-        parts.model.check_length(request.prompt.len() + asked - 1)?;
+        parts.model.check_length(request.prompt.ids.len() + asked - 1)?;
         parts.gguf.check_length()?;
         request.max_tokens = max_tokens.unwrap_or(room).min(room);
         request.limited = max_tokens.is_some();
@@ -232,6 +266,25 @@ impl Engine {
         self.check_ids(&ids)?;
         self.check_length(&parts, ids.len())?;
         Ok(Stream::new(Logits::new(parts.model.clone(), ids, want)?, self.scheduler.clone(), None))
+    }
+
+    /// Computes the keys and values of a prompt, which are held from then on: a stream of one item, which has them if
+    /// `wants_table`. It takes a slot.
+    pub fn prefill(&self, prompt: Prompt, wants_table: bool) -> Result<Stream<Prefill>> {
+        let parts = self.parts()?;
+        self.check_ids(&prompt.ids)?;
+        self.check_length(&parts, prompt.ids.len())?;
+        Ok(Stream::new(Prefill::new(parts.model.clone(), prompt, wants_table), self.scheduler.clone(), None))
+    }
+
+    pub fn prefixes(&self) -> &Arc<Prefixes> {
+        self.scheduler.prefixes()
+    }
+
+    /// What is held of prompts and chats.
+    pub fn cache_info(&self) -> Result<prefixes::Info> {
+        self.parts()?;
+        Ok(self.prefixes().info())
     }
 
     /// Bytes per second at which `n_threads` threads read the weights. Takes about a second.
@@ -304,7 +357,7 @@ impl Drop for Engine {
         if !self.scheduler.fork_guard().is_forked()
             && let Some(parts) = lock(&self.parts).take()
         {
-            drop_in_background(parts);
+            drop_in_background((parts, self.prefixes().close()));
         }
     }
 }
@@ -380,25 +433,17 @@ pub fn choose_kernel(name: Option<&str>) -> Result<Box<dyn Kernel>> {
     })
 }
 
-/// A hash of everything besides prompt, options and seed that decides the text: the file, this version, engine, kernel
-/// and KV type. Of the file it covers the size, the first bytes, which are the metadata, and the first bytes of each tensor.
-fn fingerprint(gguf: &Gguf, model: &dyn Model, kv_cache: &str) -> String {
-    const HEADER: usize = 1 << 16;
-    const SAMPLE: usize = 256;
-    let mut hash = Sha256::new();
-    for (_, bytes) in gguf.parts() {
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(&bytes[..bytes.len().min(HEADER)]);
+/// The folder of keys and values, if the caller gave one.
+fn folder(model: &dyn Model, options: &LoadOptions, fingerprint: &str) -> Result<Option<Folder>> {
+    let Some(path) = &options.prefix_cache_dir else { return Ok(None) };
+    let refused = |reason| Err(Error::option("prefix_cache_dir", reason));
+    if options.engine == "candle" {
+        return refused("cannot be used with engine 'candle', which holds no prefixes");
     }
-    for tensor in gguf.tensors() {
-        let bytes = tensor.bytes();
-        hash.update(&bytes[..bytes.len().min(SAMPLE)]);
+    if options.prefix_cache == Some(0) {
+        return refused("cannot be used with prefix_cache 0, which holds no prefixes");
     }
-    for text in [env!("CARGO_PKG_VERSION"), model.info().engine, model.info().kernel, model.info().device, kv_cache] {
-        hash.update(text);
-    }
-    let digits: String = hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    format!("phi_{digits}")
+    Ok(Some(Folder::open(path, fingerprint, model.sequence()?.kv.shape())?))
 }
 
 #[cfg(test)]
@@ -457,7 +502,7 @@ mod tests {
     #[test]
     fn a_stream_that_was_never_read_unmaps_on_another_thread() {
         let (engine, dropped_on) = engine();
-        let request = Request { prompt: vec![1], ..Request::default() };
+        let request = Request { prompt: vec![1].into(), ..Request::default() };
         let streams = [engine.stream(request.clone(), None, None), engine.stream(request, None, None)];
         engine.close();
         assert!(dropped_on.try_recv().is_err());

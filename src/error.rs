@@ -36,6 +36,9 @@ pub enum Error {
     /// The file is not here, and the network may not be used (`OfflineError`).
     #[error("{0}")]
     Offline(String),
+    /// A file cannot be written (`OSError`, or its class for the kind).
+    #[error("{message}")]
+    File { message: String, kind: std::io::ErrorKind },
     /// The caller passed a value out of range (`ValueError`).
     #[error("{0}")]
     Value(String),

@@ -55,7 +55,7 @@
 //! let question = Message { role: "user".into(), content: "What is a power play?".into() };
 //! let prompt = engine.tokenize_messages(&[question])?;
 //! let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
-//! let stream = engine.stream(Request { prompt, sampling: greedy, ..Request::default() }, None, None)?;
+//! let stream = engine.stream(Request { prompt: prompt.into(), sampling: greedy, ..Request::default() }, None, None)?;
 //! let mut text = String::new();
 //! while let Some(piece) = stream.next()? {
 //!     text += &piece.text;

@@ -170,8 +170,9 @@ fn a_refused_allocation_is_an_error_and_the_model_goes_on() {
 
 /// A member with the same ids and shared columns.
 fn fork(sequence: &Sequence, cancel: &Cancel) -> Member {
-    let (ids, kv) = (sequence.ids.clone(), sequence.kv.fork());
-    Member::new(Sequence { ids, kv, held: None, ..*sequence }, cancel.clone())
+    let &Sequence { ref ids, ref phases, ref scope, ref kv, long, logits_from, .. } = sequence;
+    let (ids, phases, scope, kv) = (ids.clone(), phases.clone(), scope.clone(), kv.fork());
+    Member::new(Sequence { ids, phases, kv, long, logits_from, scope, held: None }, cancel.clone())
 }
 
 /// Takes the pass, on a thread of its own, which has no scratch yet.

@@ -221,19 +221,26 @@ fn several_rows_of_a_sequence_have_the_bits_of_one_at_a_time() {
         let model = load(file, cpu(kernels::available().pop().unwrap(), 2), KvType::F16);
         let mut random = Random::new(11);
         let mut ids = |n: usize| (0..n).map(|_| random.below(60) as u32).collect::<Vec<_>>();
-        // The number of rows of each member, and those that want logits.
-        let cases = [(127, 3, Want::EVERY), (20, 1, Want::Last), (40, 6, Want::Last), (30, 4, Want::From(2))];
-        let scripts = cases.map(|(prompt, rows, _)| Script { prompt: ids(prompt), ids: ids(rows) });
+        // The number of rows of each member.
+        let scripts = [(127, 3), (20, 1), (40, 6), (30, 4)];
+        let scripts = scripts.map(|(prompt, rows)| Script { prompt: ids(prompt), ids: ids(rows) });
         let mut batch = Batch::default();
-        for (script, (.., want)) in scripts.iter().zip(cases) {
+        for script in &scripts {
             let mut member = prefilled(&model, &script.prompt, &Cancel::default());
-            model.append(&mut member.sequence, &script.ids, Phase::Decode, want).unwrap();
+            model.append(&mut member.sequence, &script.ids, Phase::Decode, Want::EVERY).unwrap();
             batch.members.push(member);
         }
         while model.forward(&mut batch).unwrap() {}
-        for (i, (script, (_, rows, want))) in scripts.iter().zip(cases).enumerate() {
-            let wanted = script.alone(&model)[1..][want.first(rows)..].concat();
-            assert!(bits(batch.logits(i)) == wanted, "{file}, member {i}");
+        for (i, script) in scripts.iter().enumerate() {
+            assert!(bits(batch.logits(i)) == script.alone(&model)[1..].concat(), "{file}, member {i}");
+        }
+        // Ids that were decoded before and want no logits are computed first.
+        for (script, want) in scripts.iter().zip([Want::EVERY, Want::Last, Want::Last, Want::From(2)]) {
+            let mut batch = Batch::default();
+            batch.members.push(prefilled(&model, &script.prompt, &Cancel::default()));
+            let logits = model::compute(&model, &mut batch, &script.ids, Phase::Decode, want).unwrap();
+            let wanted = script.alone(&model)[1..][want.first(script.ids.len())..].concat();
+            assert!(bits(&logits) == wanted, "{file}, {want:?}");
         }
     }
 }
@@ -256,13 +263,13 @@ fn forks_and_truncated_sequences_compute_what_their_ids_say() {
     };
     let mut fork = prefilled(&model, &[1], &Cancel::default());
     fork.sequence.ids = first.sequence.ids.clone();
+    fork.sequence.phases = first.sequence.phases.clone();
     fork.sequence.kv = first.sequence.kv.fork();
     let (seven, nine) = (logits(&mut first, 7), logits(&mut fork, 9));
     assert!(seven != nine);
     // Both go back to the prompt, and take the other's id.
     for member in [&mut first, &mut fork] {
-        member.sequence.kv.truncate(prompt.len());
-        member.sequence.ids.truncate(prompt.len());
+        member.sequence.truncate(prompt.len());
     }
     assert!(logits(&mut first, 9) == nine && logits(&mut fork, 7) == seven);
 }
@@ -312,13 +319,15 @@ fn a_member_that_is_cancelled_within_a_layer_leaves_before_the_next_one() {
     let kernel = kernels::by_name("portable").unwrap();
     let kernel = Box::new(Cancelling { kernel, cancel: cancel.clone(), until: until.clone() });
     let model = load("plain", Backend::Cpu { kernel, pool: Pool::new(2) }, KvType::F16);
-    let scripts = [70, 20, 45].map(|n| Script { prompt: (0..n).map(|i| (i * 7) % 60).collect(), ids: vec![3] });
-    let expected = scripts.each_ref().map(|script| script.alone(&model).pop().unwrap());
+    // One row of the first member, and several of the others, as with drafts.
+    let scripts = [(70, vec![3]), (20, vec![3, 4, 5, 6]), (45, vec![8, 9, 10])];
+    let scripts = scripts.map(|(n, ids)| Script { prompt: (0..n).map(|i| (i * 7) % 60).collect(), ids });
+    let expected = scripts.each_ref().map(|script| script.alone(&model)[1..].concat());
     let cancels = [Cancel::default(), cancel, Cancel::default()];
     let mut batch = Batch::default();
     for (script, cancel) in scripts.iter().zip(&cancels) {
         let mut member = prefilled(&model, &script.prompt, cancel);
-        model.append(&mut member.sequence, &script.ids, Phase::Decode, Want::Last).unwrap();
+        model.append(&mut member.sequence, &script.ids, Phase::Decode, Want::EVERY).unwrap();
         batch.members.push(member);
     }
     until.store(2, SeqCst);

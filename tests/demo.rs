@@ -50,7 +50,7 @@ fn request(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> Reques
     let message = Message { role: "user".into(), content: prompt.into() };
     let prompt = engine.tokenize_messages(&[message]).unwrap();
     let sampling = Sampling { temperature, ..Sampling::default() };
-    Request { prompt, sampling, seed, ..Request::default() }
+    Request { prompt: prompt.into(), sampling, seed, ..Request::default() }
 }
 
 fn generate(engine: &Engine, prompt: &str, temperature: f32, seed: u64) -> String {

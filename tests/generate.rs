@@ -13,6 +13,7 @@ use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::table::Table;
 use candle_phi::model::{Batch, Info, Member, Model, Phase, Sequence, Want};
 use candle_phi::runtime::generation::{Generation, Request};
+use candle_phi::runtime::prompt::Prompt;
 use candle_phi::runtime::sampling::Sampling;
 use candle_phi::runtime::scheduler::Scheduler;
 use candle_phi::runtime::stream::{Stream, TextStream};
@@ -149,7 +150,7 @@ impl Setup {
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let short = || self.tokenizer.encode("<|user|>hi<|end|><|assistant|>", Special::All).unwrap();
         let prompt = self.prompt.clone().unwrap_or_else(short);
-        Request { prompt, max_tokens: 500, limited: true, sampling, ..Request::default() }
+        Request { prompt: prompt.into(), max_tokens: 500, limited: true, sampling, ..Request::default() }
     }
 
     fn stream(self, change: impl FnOnce(&mut Request)) -> TextStream {
@@ -159,7 +160,7 @@ impl Setup {
     fn stream_until(mut self, deadline: Option<Instant>, change: impl FnOnce(&mut Request)) -> TextStream {
         let mut request = self.request();
         change(&mut request);
-        self.model.prompt = request.prompt.len();
+        self.model.prompt = request.prompt.ids.len();
         TextStream::new(Generation::new(Arc::new(self.model), self.tokenizer, request), self.scheduler, deadline)
     }
 }
@@ -425,6 +426,10 @@ impl Work for Heavy {
         unreachable!("its time is over before the first read")
     }
 
+    fn prompt(&self) -> &Prompt {
+        unreachable!("its time is over before the first read")
+    }
+
     fn begin(&mut self) -> Result<Sequence> {
         unreachable!("its time is over before the first read")
     }
@@ -460,7 +465,7 @@ fn dropping_unstarted_work_keeps_no_other_thread_waiting() {
 
 #[test]
 fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let first = Setup::sibling(&scheduler, &"word ".repeat(90)).stream_until(in_ms(500), |_| {});
     first.next().unwrap();
     assert_eq!(read(&Setup::sibling(&scheduler, "next").stream(|_| {})).unwrap().0, "next", "no BusyError");
@@ -468,7 +473,7 @@ fn a_stream_whose_time_is_over_gives_its_slot_up_unread() {
 
 #[test]
 fn a_complete_text_gives_its_slot_up_unread_and_a_cancelled_one_at_once() {
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let setup = |text: &str| Setup::sibling(&scheduler, text);
     let complete = setup("ab").stream(|_| {});
     complete.next().unwrap();
@@ -566,7 +571,7 @@ fn a_wait_returns_though_there_is_nothing_to_read() {
 
 #[test]
 fn closing_reaches_a_stream_that_waits_for_a_slot_and_calls_its_hook() {
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let holder = Setup::sibling(&scheduler, "never ends").stream(|request| request.ignore_eos = true);
     holder.next().unwrap();
     let waiting = Setup::sibling(&scheduler, "waiting").stream(|_| {});

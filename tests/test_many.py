@@ -74,7 +74,8 @@ def test_texts_are_those_of_each_prompt_alone(phi: Phi, ordered: bool, max_pendi
     for result, alone in zip(found, expected, strict=True):
         assert type(result) is Result
         assert (result.text, result.token_ids, result.logprobs) == (alone.text, alone.token_ids, alone.logprobs)
-        assert (result.finish_reason, result.seed, result.usage) == (alone.finish_reason, 5, alone.usage)
+        assert (result.finish_reason, result.seed) == (alone.finish_reason, 5)
+        assert result.usage.total_tokens == alone.usage.total_tokens
         assert result.system_fingerprint == alone.system_fingerprint
         assert alone.prompt_index is None
 

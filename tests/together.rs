@@ -18,8 +18,9 @@ use candle_phi::files::gguf::Gguf;
 use candle_phi::kv::table::Table;
 use candle_phi::model::batch::Pass;
 use candle_phi::model::{Batch, Info, Member, Model, Phase, Sequence, Want};
+use candle_phi::runtime::draft::{Basis, Drafter, Source};
 use candle_phi::runtime::generation::{Generation, Request};
-use candle_phi::runtime::sampling::{Sampling, TokenLogprob};
+use candle_phi::runtime::sampling::{Sampler, Sampling, TokenLogprob};
 use candle_phi::runtime::scheduler::Scheduler;
 use candle_phi::runtime::stream::TextStream;
 use candle_phi::runtime::work::FinishReason;
@@ -51,6 +52,8 @@ struct Scripted {
     sequences: Arc<AtomicUsize>,
     /// Rows of the widest decode pass, and the most prompts of a pass.
     widest: AtomicUsize,
+    /// Rows beyond one of each sequence.
+    drafts: AtomicUsize,
     most_prompts: AtomicUsize,
     /// Names each turn by the first ids of its sequences, and waits until the message is taken.
     turns: Option<Mutex<SyncSender<Vec<u32>>>>,
@@ -73,6 +76,7 @@ impl Scripted {
             n_vocab: tokenizer.n_vocab(),
             width: 16,
             shared_tokens: 128,
+            pass_costs: &[1.0; 16], // every draft is computed
             ..Info::default()
         };
         Scripted {
@@ -82,28 +86,31 @@ impl Scripted {
             faults: HashMap::new(),
             sequences: Arc::default(),
             widest: AtomicUsize::new(0),
+            drafts: AtomicUsize::new(0),
             most_prompts: AtomicUsize::new(0),
             turns: None,
         }
     }
 
-    fn fault(&self, sequence: &Sequence) -> Option<Fault> {
-        self.faults.get(&(sequence.ids[0], sequence.ids.len())).copied()
+    fn fault(&self, ids: &[u32]) -> Option<Fault> {
+        self.faults.get(&(ids[0], ids.len())).copied()
     }
 
-    fn fail(&self, sequence: &Sequence) -> Result<()> {
-        match self.fault(sequence) {
-            Some(Fault::Panic) => panic!("the sequence of {} panics", sequence.ids[0]),
-            Some(Fault::Error) => Err(Error::InvalidModel(format!("the sequence of {} is broken", sequence.ids[0]))),
+    /// Fails if one of the ids to compute does.
+    fn fail(&self, Sequence { ids, kv, .. }: &Sequence) -> Result<()> {
+        let mut faults = (kv.len() + 1..=ids.len()).map(|length| self.fault(&ids[..length]));
+        match faults.find(|fault| [Some(Fault::Panic), Some(Fault::Error)].contains(fault)).flatten() {
+            Some(Fault::Panic) => panic!("the sequence of {} panics", ids[0]),
+            Some(Fault::Error) => Err(Error::InvalidModel(format!("the sequence of {} is broken", ids[0]))),
             _ => Ok(()),
         }
     }
 
-    /// The logits after the last id.
-    fn logits(&self, sequence: &Sequence, logits: &mut Vec<f32>) {
-        let seed = sequence.ids.iter().fold(7, |seed, &id| Random::new(seed ^ u64::from(id)).bits());
+    /// The logits after the last of `ids`.
+    fn logits(&self, ids: &[u32], logits: &mut Vec<f32>) {
+        let seed = ids.iter().fold(7, |seed, &id| Random::new(seed ^ u64::from(id)).bits());
         let mut random = Random::new(seed);
-        let nan = self.fault(sequence) == Some(Fault::Nan);
+        let nan = self.fault(ids) == Some(Fault::Nan);
         logits.extend((0..self.info.n_vocab).map(|_| if nan { f32::NAN } else { random.below(1000) as f32 / 50.0 }));
     }
 
@@ -126,7 +133,7 @@ impl Scripted {
         if layers < LAYERS {
             let cancels = members.iter().map(|member| member.cancel.clone()).collect();
             let rows = rows.into_iter().map(|rows| 0..rows).collect();
-            *pass = Some(Pass { phase: Phase::Prefill, rows, cancels, layers, n_layers: LAYERS });
+            *pass = Some(Pass { phase: Phase::Prefill, rows, cancels, by_layer: true, layers, n_layers: LAYERS });
             return Ok(true);
         }
         let stay = members.iter().zip(&rows).zip(&left).filter(|(_, left)| !**left).map(|(member, _)| member);
@@ -140,7 +147,7 @@ impl Scripted {
                 sequence.kv.commit(rows);
             }
             if !left && sequence.left() == 0 {
-                self.logits(sequence, logits);
+                self.logits(&sequence.ids, logits);
             }
             *wanted = from..logits.len();
         }
@@ -150,7 +157,10 @@ impl Scripted {
     /// A pass of sequences that decode. One that is cancelled leaves it before a layer.
     fn decode(&self, Batch { members, logits, .. }: &mut Batch) -> Result<bool> {
         assert!(members.len() <= self.max_batch, "{} rows, {} at most", members.len(), self.max_batch);
+        let rows: usize = members.iter().map(|member| member.sequence.left()).sum();
+        assert!(rows <= self.info.width, "{rows} rows");
         self.widest.fetch_max(members.len(), SeqCst);
+        self.drafts.fetch_add(rows - members.len(), SeqCst);
         let mut left = vec![false; members.len()];
         for layer in 0..LAYERS {
             let cancelled = members.iter().map(|member| member.cancel.is_set());
@@ -164,11 +174,11 @@ impl Scripted {
         }
         logits.clear();
         for (Member { sequence, logits: wanted, .. }, left) in members.iter_mut().zip(left) {
-            assert_eq!((sequence.phase(), sequence.left()), (Some(Phase::Decode), 1));
+            assert!(left || sequence.decodes());
             let from = logits.len();
-            if !left {
+            while !left && sequence.left() > 0 {
                 sequence.kv.commit(1);
-                self.logits(sequence, logits);
+                self.logits(&sequence.ids[..sequence.kv.len()], logits);
             }
             *wanted = from..logits.len();
         }
@@ -278,8 +288,33 @@ enum Reader {
     Deadline(u64),
 }
 
+/// Drafts the answer of a stream, with some ids wrong.
+struct Known {
+    answer: Vec<u32>,
+    said: usize,
+    wrong: usize,
+    random: Random,
+}
+
+impl Drafter for Known {
+    fn push(&mut self, ids: &[u32]) -> Result<()> {
+        self.said += ids.len();
+        Ok(())
+    }
+
+    fn draft(&mut self, most: usize, _: &Sampler, draft: &mut Vec<u32>) -> Result<Option<Basis>> {
+        for id in self.answer.iter().skip(self.said).take(1 + self.random.below(most)) {
+            let is_wrong = self.random.below(100) < self.wrong;
+            draft.push(if is_wrong { self.random.below(200) as u32 } else { *id });
+        }
+        Ok(Some(Basis { source: Source::Model, length: 0 }))
+    }
+}
+
 struct Plan {
     request: Request,
+    /// Of 100 drafts, those that are wrong; None: it has no drafts.
+    wrong: Option<usize>,
     reader: Reader,
     fault: Option<(usize, Fault)>,
 }
@@ -307,7 +342,7 @@ impl Plan {
             _ => Reader::Whole,
         };
         let request = Request {
-            prompt,
+            prompt: prompt.into(),
             max_tokens,
             limited: true,
             sampling,
@@ -315,12 +350,25 @@ impl Plan {
             stop: [vec![], vec!["e".into(), "st".into()]][random.below(2)].clone(),
             ignore_eos: random.below(3) == 0,
             top_logprobs: [None, Some(0), Some(3)][random.below(3)],
+            ..Request::default()
         };
-        Plan { request, reader, fault }
+        let wrong = [None, Some(0), Some(10), Some(50)][random.below(4)];
+        Plan { request, wrong, reader, fault }
     }
 
-    fn stream(&self, model: &Arc<Scripted>, tokenizer: &Arc<Tokenizer>, scheduler: &Scheduler) -> TextStream {
-        let generation = Generation::new(model.clone(), tokenizer.clone(), self.request.clone());
+    /// `answer`: the ids to draft, if it drafts.
+    fn stream(
+        &self,
+        model: &Arc<Scripted>,
+        tokenizer: &Arc<Tokenizer>,
+        scheduler: &Scheduler,
+        answer: Option<&[u32]>,
+    ) -> TextStream {
+        let mut generation = Generation::new(model.clone(), tokenizer.clone(), self.request.clone());
+        if let (Some(answer), Some(wrong)) = (answer, self.wrong) {
+            let random = Random::new(self.request.seed);
+            generation.draft_with(Box::new(Known { answer: answer.to_vec(), said: 0, wrong, random }));
+        }
         let deadline = match self.reader {
             Reader::Deadline(us) if scheduler_is_shared(model) => Some(Instant::now() + Duration::from_micros(us)),
             _ => None,
@@ -377,7 +425,7 @@ impl Running {
 }
 
 /// Draws streams, and reads them in random steps from one thread while they share passes.
-fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 2] {
+fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 3] {
     let mut random = Random::new(seed);
     let max_batch = 1 + random.below(16);
     let slots = if random.below(2) == 0 { 1 + random.below(4) } else { 100 }.max(1 + usize::from(max_batch == 1));
@@ -385,7 +433,7 @@ fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 2] {
     let plans: Vec<Plan> = (0..2 + random.below(11)).map(|i| Plan::random(&mut random, i as u32, n_vocab)).collect();
     let faults = plans.iter().filter_map(|plan| {
         let (length, fault) = plan.fault?;
-        Some(((plan.request.prompt[0], length), fault))
+        Some(((plan.request.prompt.ids[0], length), fault))
     });
     let faults: HashMap<_, _> = faults.collect();
     let model = |slots, max_batch| {
@@ -393,16 +441,19 @@ fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 2] {
         model.faults = faults.clone();
         Arc::new(model)
     };
-    let alone = |plan: &Plan| Text::whole(&plan.stream(&model(1, 1), tokenizer, &Scheduler::new(1, 1)));
+    let alone =
+        |plan: &Plan| Text::whole(&plan.stream(&model(1, 1), tokenizer, &Scheduler::new(1, 1, Arc::default()), None));
+    let expected: Vec<Text> = plans.iter().map(alone).collect();
     let model = model(slots, max_batch);
 
-    let scheduler = Scheduler::new(slots, max_batch);
+    let scheduler = Scheduler::new(slots, max_batch, Arc::default());
     let (mut waiting, mut running) = ((0..plans.len()).collect::<Vec<_>>(), Vec::<Running>::new());
     let mut texts: Vec<Text> = plans.iter().map(|_| Text::default()).collect();
     while !waiting.is_empty() || !running.is_empty() {
         if !waiting.is_empty() && (running.is_empty() || random.below(8) == 0) {
             let plan = waiting.swap_remove(random.below(waiting.len()));
-            running.push(Running::new(plan, plans[plan].stream(&model, tokenizer, &scheduler)));
+            running
+                .push(Running::new(plan, plans[plan].stream(&model, tokenizer, &scheduler, Some(&expected[plan].ids))));
         }
         let i = random.below(running.len());
         let reader = plans[running[i].plan].reader;
@@ -413,21 +464,21 @@ fn check(seed: u64, tokenizer: &Arc<Tokenizer>) -> [usize; 2] {
     }
     let mut next = Plan::random(&mut random, plans.len() as u32, n_vocab);
     (next.reader, next.fault) = (Reader::Whole, None);
-    let found = Text::whole(&next.stream(&model, tokenizer, &scheduler));
+    let found = Text::whole(&next.stream(&model, tokenizer, &scheduler, None));
     assert_eq!(found, alone(&next), "seed {seed}: a stream after all others");
     assert!(model.sequences.load(SeqCst) <= 1, "seed {seed}: ended streams hold their sequences");
     for (i, (plan, text)) in plans.iter().zip(&texts).enumerate() {
-        let alone = alone(plan);
+        let alone = &expected[i];
         let early = [None, Some(Ok(FinishReason::Cancelled)), Some(Ok(FinishReason::Timeout))].contains(&text.end);
         let what = || format!("seed {seed}, stream {i}: {:?}, {:?}", plan.reader, plan.fault);
         if early {
             let leaves = matches!(plan.reader, Reader::Cancels(_) | Reader::Drops(_) | Reader::Deadline(_));
-            assert!(leaves && text.begins(&alone), "{}: {text:?}, alone {alone:?}", what());
+            assert!(leaves && text.begins(alone), "{}: {text:?}, alone {alone:?}", what());
         } else {
-            assert_eq!(text, &alone, "{}", what());
+            assert_eq!(text, alone, "{}", what());
         }
     }
-    [model.widest.load(SeqCst), model.most_prompts.load(SeqCst)]
+    [model.widest.load(SeqCst), model.most_prompts.load(SeqCst), model.drafts.load(SeqCst)]
 }
 
 fn number(variable: &str, default: u64) -> u64 {
@@ -439,9 +490,12 @@ fn every_stream_reads_as_it_does_alone_whatever_the_others_do() {
     let tokenizer = tokenizer();
     let (first, cases) = (number("TOGETHER_FIRST", 0), number("TOGETHER_CASES", 100));
     let most = (first..first + cases).map(|seed| check(seed, &tokenizer));
-    let [rows, prompts] = most.fold([0, 0], |[a, b], [c, d]| [a.max(c), b.max(d)]);
-    println!("{cases} cases, up to {rows} rows of a decode pass, {prompts} prompts of a pass");
-    assert!(cases < 20 || rows > 4 && prompts > 2, "{rows} rows, {prompts} prompts");
+    let [rows, prompts, drafts] = most.fold([0; 3], |[a, b, c], [d, e, f]| [a.max(d), b.max(e), c + f]);
+    println!("{cases} cases, up to {rows} streams of a decode pass, {prompts} prompts of a pass, {drafts} drafts");
+    assert!(
+        cases < 20 || rows > 4 && prompts > 2 && drafts > 500,
+        "{rows} streams, {prompts} prompts, {drafts} drafts"
+    );
 }
 
 /// How a stream that holds the only slot ends.
@@ -465,7 +519,7 @@ fn a_slot_is_free_at_the_turn_after_an_end() {
     for decodes in [false, true] {
         for end in [End::Cancel, End::Drop, End::MaxTokens].into_iter().chain(faults) {
             let request = |first: u32, length: usize, max_tokens: usize| Request {
-                prompt: vec![first; length],
+                prompt: vec![first; length].into(),
                 max_tokens,
                 ignore_eos: true,
                 ..Request::default()
@@ -480,7 +534,7 @@ fn a_slot_is_free_at_the_turn_after_an_end() {
             if let End::Fault(fault) = end {
                 model.faults.insert((5, CHUNK + tokens - 1), fault);
             }
-            let (model, scheduler) = (Arc::new(model), Scheduler::new(1, 8));
+            let (model, scheduler) = (Arc::new(model), Scheduler::new(1, 8, Arc::default()));
             let stream = |request| {
                 let generation = Generation::new(model.clone(), tokenizer.clone(), request);
                 TextStream::new(generation, scheduler.clone(), None)

@@ -184,11 +184,14 @@ class Model:
         runs: list[int] | None,
         chat: Chat | None,
         whole: bool,
+        replay: list[int] | None = None,
     ) -> Stream:
         """A generation that starts at its first `poll`. Off: top_k 0, top_p 1, min_p 0, repeat_penalty 1.
 
         `runs`: the number of ids whose keys and values prefill computes, then of those that decode computes, in turn.
         None: prefill computes all.
+
+        `replay`: the ids that are drawn, whatever the logits say.
 
         `whole`: it is computed without further reads, and `poll` has nothing before the end.
         """

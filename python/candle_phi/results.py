@@ -28,8 +28,8 @@ class Usage:
     completion_tokens: int
     total_tokens: int
     cached_tokens: int
-    draft_tokens: int
-    accepted_tokens: int
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         """The usage of two calls together."""

@@ -13,7 +13,7 @@ from .messages import turns
 from .results import Usage
 from .states import State
 
-_KEY = "candle_phi.chat"
+_KEY = "chat"
 _VERSION = 1
 
 

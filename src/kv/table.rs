@@ -47,9 +47,8 @@ impl Table {
         self.columns.front().map_or(self.len, |column| column.start())
     }
 
-    /// The first position that a query at position `len` sees.
     fn first_seen(&self, len: usize) -> usize {
-        self.window.map_or(0, |window| (len + 1).saturating_sub(window))
+        first_seen(self.window, len)
     }
 
     /// Bytes of the columns that `positions` more would add.
@@ -57,22 +56,22 @@ impl Table {
         let first_seen = self.first_seen(self.len);
         let needed = (self.len + positions).div_ceil(PAGE) - first_seen.max(self.start()) / PAGE;
         let behind = self.columns.iter().take_while(|column| column.start() + PAGE <= first_seen);
-        let lost = behind.filter(|column| Arc::strong_count(column) > 1).count(); // another sequence keeps their memory
-        let copied = usize::from(positions > 0 && self.shared_tail().is_some());
+        let lost = behind.filter(|column| is_kept(column)).count(); // their memory is not reused
+        let copied = usize::from(positions > 0 && self.kept_tail().is_some());
         let more = needed.saturating_sub(self.columns.len() + self.spare.len() - lost) + copied;
         (more as u64).saturating_mul((PAGE * self.shape.position_bytes()) as u64)
     }
 
     /// Prepares the columns of `positions` more: drops those behind the window, and copies the last one if another
-    /// sequence shares it.
+    /// sequence shares it or a file has it.
     pub fn reserve(&mut self, positions: usize) -> Result<()> {
         let first_seen = self.first_seen(self.len);
         while self.columns.front().is_some_and(|column| column.start() + PAGE <= first_seen) {
-            let column = self.columns.pop_front().and_then(Arc::into_inner);
-            self.spare.extend(column);
+            let column = self.columns.pop_front();
+            self.spare.extend(column.and_then(reusable));
         }
         if positions > 0
-            && let Some(tail) = self.shared_tail()
+            && let Some(tail) = self.kept_tail()
         {
             self.columns[tail] = Arc::new(self.columns[tail].copy()?);
         }
@@ -92,11 +91,11 @@ impl Table {
         Ok(())
     }
 
-    /// The index of the column that the next position goes to, if it has computed positions and another sequence holds it.
-    fn shared_tail(&self) -> Option<usize> {
+    /// The index of the column that the next position goes to, if it has computed positions and may not be written.
+    fn kept_tail(&self) -> Option<usize> {
         let tail = (self.len - self.start()) / PAGE;
-        let shared = self.columns.get(tail).is_some_and(|column| Arc::strong_count(column) > 1);
-        (!self.len.is_multiple_of(PAGE) && shared).then_some(tail)
+        let kept = self.columns.get(tail).is_some_and(is_kept);
+        (!self.len.is_multiple_of(PAGE) && kept).then_some(tail)
     }
 
     /// The reserved positions as rows of a pass.
@@ -114,27 +113,67 @@ impl Table {
         if len >= self.len {
             return;
         }
-        if self.start() > self.first_seen(len) {
+        if !self.columns.is_empty() && self.start() > self.first_seen(len) {
             return self.clear();
         }
         while self.columns.back().is_some_and(|column| column.start() >= len) {
-            let column = self.columns.pop_back().and_then(Arc::into_inner);
-            self.spare.extend(column);
+            let column = self.columns.pop_back();
+            self.spare.extend(column.and_then(reusable));
         }
         self.len = len;
     }
 
     /// The same positions for another sequence, without a copy.
     pub fn fork(&self) -> Self {
-        let computed = self.columns.iter().take_while(|column| column.start() < self.len);
-        Table { columns: computed.cloned().collect(), spare: Vec::new(), shape: self.shape.clone(), ..*self }
+        Table { columns: self.columns().cloned().collect(), spare: Vec::new(), shape: self.shape.clone(), ..*self }
+    }
+
+    /// The columns with computed positions, oldest first.
+    pub fn columns(&self) -> impl Iterator<Item = &Arc<Column>> {
+        self.columns.iter().take_while(|column| column.start() < self.len)
+    }
+
+    /// Takes consecutive columns in which the positions below `len` are computed, in place of its own.
+    pub fn adopt(&mut self, columns: VecDeque<Arc<Column>>, len: usize) {
+        self.clear();
+        (self.columns, self.len) = (columns, len);
+    }
+
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    pub fn window(&self) -> Option<usize> {
+        self.window
+    }
+
+    /// Forgets every position and frees the memory.
+    pub fn release(&mut self) {
+        self.columns.clear();
+        self.spare.clear();
+        self.len = 0;
     }
 
     /// Forgets every position and keeps the memory.
     pub fn clear(&mut self) {
-        self.spare.extend(self.columns.drain(..).filter_map(Arc::into_inner));
+        self.spare.extend(self.columns.drain(..).filter_map(reusable));
         self.len = 0;
     }
+}
+
+/// Whether a column may not be written: another sequence holds it, or a file has it.
+fn is_kept(column: &Arc<Column>) -> bool {
+    Arc::strong_count(column) > 1 || column.is_mapped()
+}
+
+/// A column whose memory another position may take.
+fn reusable(column: Arc<Column>) -> Option<Column> {
+    Arc::into_inner(column).filter(|column| !column.is_mapped())
+}
+
+/// The first position that a query at position `len` sees.
+pub fn first_seen(window: Option<usize>, len: usize) -> usize {
+    window.map_or(0, |window| (len + 1).saturating_sub(window))
 }
 
 #[cfg(test)]
@@ -263,6 +302,14 @@ mod tests {
         assert_eq!((table.len(), starts(&table)), (PAGE, vec![0]));
         fill(&mut table, 1);
         assert_eq!(starts(&table), [0, PAGE]);
+    }
+
+    #[test]
+    fn truncation_of_a_table_without_layers_counts() {
+        let mut table = Table::without_layers();
+        table.commit(20);
+        table.truncate(17);
+        assert_eq!(table.len(), 17);
     }
 
     #[test]

@@ -190,7 +190,7 @@ impl Model for Baseline {
     }
 
     fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()> {
-        if want != Want::Last {
+        if want.first(ids.len()) + 1 < ids.len() {
             return Err(Error::UnsupportedModel(
                 "engine 'candle' computes the logits of the last position only".into(),
             ));

@@ -58,6 +58,8 @@ pub struct Pass {
     pub rows: Vec<Range<usize>>,
     /// The cancellations of the members that have rows.
     pub cancels: Vec<Cancel>,
+    /// Whether it stops after each layer.
+    pub by_layer: bool,
     /// Computed layers.
     pub layers: usize,
     pub n_layers: usize,

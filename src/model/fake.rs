@@ -77,7 +77,8 @@ impl Model for Fake {
         let shared = batch.members.len() > 1 && batch.members[0].sequence.phase() == Some(Phase::Prefill);
         if shared && batch.pass.take().is_none() {
             let rows = batch.members.iter().map(|_| 0..0).collect();
-            batch.pass = Some(Pass { phase: Phase::Prefill, rows, cancels: Vec::new(), layers: 1, n_layers: 2 });
+            batch.pass =
+                Some(Pass { phase: Phase::Prefill, rows, cancels: Vec::new(), by_layer: true, layers: 1, n_layers: 2 });
             return Ok(true);
         }
         for (member, id) in batch.members.iter_mut().zip(ids) {

@@ -38,7 +38,7 @@ pub struct Info {
     pub n_vocab: usize,
     /// The context length of the file.
     pub context_length: usize,
-    /// Sequences of a pass at most.
+    /// Rows of a decode pass at most, and prompts of a pass.
     pub width: usize,
     /// Tokens of prompts that share a pass at most.
     pub shared_tokens: usize,
@@ -83,6 +83,11 @@ pub trait Model: Send + Sync {
     /// the logits have the same bits however the ids are grouped, and whatever other sequences are in a pass.
     /// `Error::Memory` if the system has too little for them.
     fn append(&self, sequence: &mut Sequence, ids: &[u32], phase: Phase, want: Want) -> Result<()>;
+
+    /// Ids that may be added to a sequence before all of it is computed anew.
+    fn room(&self, _sequence: &Sequence) -> usize {
+        usize::MAX
+    }
 
     /// Takes a turn with a batch whose members have ids to compute: a whole decode pass, or one layer of prompts. A prompt is
     /// alone in its batch, or short and wants the logits of its last id. True if the pass goes on. At its end the members

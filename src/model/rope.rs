@@ -55,6 +55,12 @@ impl Rope {
         self.long.as_ref().is_some_and(|long| positions > long.original_context)
     }
 
+    /// Positions that a sequence of this length may get before it takes other factors.
+    pub fn room(&self, positions: usize) -> usize {
+        let border = self.long.as_ref().map(|long| long.original_context).filter(|border| positions <= *border);
+        border.map_or(usize::MAX, |border| border - positions)
+    }
+
     /// Adds the angles of `positions`.
     pub fn extend(&self, angles: &mut Angles, positions: std::ops::Range<usize>, long: bool) -> Result<()> {
         let inv_freq = match &self.long {
@@ -108,6 +114,7 @@ mod tests {
             LongRope { short: vec![1.0, 2.0], long: vec![4.0, 8.0], original_context: 16, attn_factor: 1.5 };
         let rope = Rope::new(4, 10_000.0, Some(&long_rope));
         assert!(!rope.is_long(16) && rope.is_long(17));
+        assert_eq!([0, 15, 16, 17].map(|positions| rope.room(positions)), [16, 1, 0, usize::MAX]);
         let mut angles = Angles::default();
         rope.extend(&mut angles, 3..4, true).unwrap();
         let expected = [3.0f32 / 4.0, 3.0 / 800.0];

@@ -7,7 +7,8 @@
 //! head        the logits of the rows that want some
 //! commit      the keys and values of the rows count as computed
 //! ```
-//! A pass over prompts stops after each layer, so that others get their turns. A prompt that takes more than one pass is
+//! A pass over prompts stops after each layer, so that others get their turns. So does one over ids that were decoded
+//! before, and whose keys and values are held no more. A prompt that takes more than one pass is
 //! alone in its batch. Nothing but its own sequence decides the bits of a row.
 //!
 //! Decisions: docs/design/model.md
@@ -29,8 +30,10 @@ use crate::kv::table::Table;
 use crate::system::sync::Cancel;
 use crate::system::{memory, panic};
 
-/// Rows of a decode pass at most, one of each sequence.
+/// Rows of a decode pass at most: one of each sequence, and those of drafts.
 const WIDTH: usize = 16;
+/// Rows of a pass over ids that were decoded before: as many as the decode kernels multiply at once.
+const DECODED_ROWS: usize = 8;
 /// Tokens of prompts that share a pass at most. The unpacking of the weights costs as much as 10 tokens, so more would gain
 /// little, and each prompt waits for the others.
 const SHARED_TOKENS: usize = 128;
@@ -114,7 +117,7 @@ impl<A: Architecture> Runner<A> {
         let alone = batch.members.len() == 1;
         let phase = batch.members.first().and_then(|member| member.sequence.phase());
         let phase = phase.ok_or_else(|| Error::Internal("a pass takes sequences with ids to compute".into()))?;
-        let (mut rows, mut every, mut end) = (Vec::new(), phase == Phase::Decode, 0);
+        let (mut rows, mut every, mut end, mut by_layer) = (Vec::new(), phase == Phase::Decode, 0, true);
         for member in &mut batch.members {
             member.logits = 0..0;
             let sequence = &member.sequence;
@@ -122,26 +125,37 @@ impl<A: Architecture> Runner<A> {
                 return Err(Error::Internal("a pass takes sequences of one phase".into()));
             }
             let next = match phase {
-                Phase::Decode => sequence.left(),
+                Phase::Decode if sequence.decodes() => {
+                    by_layer = false;
+                    sequence.phases.run_end(sequence.kv.len()) - sequence.kv.len()
+                }
+                Phase::Decode => self.rows_without_logits(sequence),
                 Phase::Prefill if alone => {
                     let (tokens, with_logits) = self.chunk(sequence);
                     every = with_logits;
                     tokens
                 }
-                Phase::Prefill => sequence.decode_from - sequence.kv.len(),
+                Phase::Prefill => sequence.phases.run_end(sequence.kv.len()) - sequence.kv.len(),
             };
             rows.push(end..end + next);
             end += next;
         }
         self.reserve(batch, &rows, every)?;
         let cancels = batch.members.iter().map(|member| member.cancel.clone()).collect();
-        Ok(Pass { phase, rows, cancels, layers: 0, n_layers: self.layers.n_layers() })
+        Ok(Pass { phase, rows, cancels, by_layer, layers: 0, n_layers: self.layers.n_layers() })
+    }
+
+    /// Rows of the next pass over ids that were decoded before, and whose keys and values are computed anew.
+    fn rows_without_logits(&self, sequence: &Sequence) -> usize {
+        let start = sequence.kv.len();
+        (sequence.phases.run_end(start).min(sequence.logits_from) - start).min(DECODED_ROWS)
     }
 
     /// The number of tokens of the next chunk of a prompt, and whether several of them want logits. Those that want some and
     /// those that want none are in chunks of their own.
     fn chunk(&self, sequence: &Sequence) -> (usize, bool) {
-        let (start, end) = (sequence.kv.len(), sequence.decode_from);
+        let start = sequence.kv.len();
+        let end = sequence.phases.run_end(start);
         let several = end.saturating_sub(sequence.logits_from) > 1;
         let every = several && start >= sequence.logits_from;
         let border = if several && !every { end.min(sequence.logits_from) } else { end };
@@ -297,7 +311,7 @@ impl<A: Architecture> Runner<A> {
             self.layers.layer(pass.layers, activations, &mut buffers, &mut segments, ops)?;
             ops.check()?;
             pass.layers += 1;
-            if pass.phase == Phase::Prefill && pass.layers < pass.n_layers {
+            if pass.by_layer && pass.layers < pass.n_layers {
                 batch.pass = Some(pass);
                 return Ok(true);
             }
@@ -344,10 +358,13 @@ impl<A: Architecture> Model for Runner<A> {
         sequence.append(ids, phase, want);
         let long = self.shared.rope.is_long(sequence.ids.len());
         if long != sequence.long {
-            sequence.kv.clear();
-            sequence.long = long;
+            sequence.restart(long, sequence.ids.len() - ids.len());
         }
         Ok(())
+    }
+
+    fn room(&self, sequence: &Sequence) -> usize {
+        self.shared.rope.room(sequence.ids.len())
     }
 
     fn forward(&self, batch: &mut Batch) -> Result<bool> {

@@ -2,7 +2,10 @@
 //!
 //! Decisions: docs/design/model.md
 
+use std::sync::Arc;
+
 use crate::compute::kernels::Phase;
+use crate::kv::phases::Phases;
 use crate::kv::table::Table;
 
 /// The ids of an `append` that get logits.
@@ -35,23 +38,26 @@ pub struct Sequence {
     pub kv: Table,
     /// Whether they are computed with the long rope factors.
     pub long: bool,
-    /// Ids before this index are prefilled, the others are decoded.
-    pub decode_from: usize,
+    /// The phase of each id.
+    pub phases: Phases,
     /// Ids from this index on get logits.
     pub logits_from: usize,
+    /// Sequences of another scope share no keys and values with it.
+    pub scope: Arc<str>,
     /// What its engine holds for it.
     pub held: Option<Box<dyn Send>>,
 }
 
 impl Sequence {
     pub fn new(kv: Table) -> Self {
-        Sequence { ids: Vec::new(), kv, long: false, decode_from: 0, logits_from: 0, held: None }
+        let (ids, phases, scope) = (Vec::new(), Phases::default(), Arc::from(""));
+        Sequence { ids, kv, long: false, phases, logits_from: 0, scope, held: None }
     }
 
     /// The phase of the next id to compute; None if all are computed.
     pub fn phase(&self) -> Option<Phase> {
         let next = self.kv.len();
-        (next < self.ids.len()).then_some(if next < self.decode_from { Phase::Prefill } else { Phase::Decode })
+        (next < self.ids.len()).then(|| self.phases.at(next))
     }
 
     /// Ids that are not computed yet.
@@ -59,11 +65,32 @@ impl Sequence {
         self.ids.len() - self.kv.len()
     }
 
+    /// Whether the next ids are decoded and get logits.
+    pub fn decodes(&self) -> bool {
+        self.phase() == Some(Phase::Decode) && self.kv.len() >= self.logits_from
+    }
+
     /// Records appended ids. The memory for them is there.
     pub fn append(&mut self, ids: &[u32], phase: Phase, want: Want) {
         let from = self.ids.len();
         self.ids.extend_from_slice(ids);
-        self.decode_from = if phase == Phase::Decode { from } else { self.ids.len() };
+        self.phases.push(ids.len(), phase);
         self.logits_from = from + want.first(ids.len());
+    }
+
+    /// Forgets the ids from `length` on.
+    pub fn truncate(&mut self, length: usize) {
+        self.ids.truncate(length);
+        self.phases.truncate(length);
+        self.kv.truncate(length);
+    }
+
+    /// Takes other rope factors. All keys and values are computed anew, and the ids before `from` are prefilled.
+    pub fn restart(&mut self, long: bool, from: usize) {
+        let phase = self.phases.at(from);
+        self.kv.clear();
+        self.long = long;
+        self.phases = Phases::prefill(from);
+        self.phases.push(self.ids.len() - from, phase);
     }
 }

@@ -37,6 +37,7 @@ impl From<Error> for PyErr {
             Error::Offline(_) => raised::OfflineError::new_err(message),
             Error::Closed => raised::ClosedError::new_err(message),
             Error::Fork(_) => raised::ForkError::new_err(message),
+            Error::File { kind, .. } => std::io::Error::new(kind, message).into(),
             Error::Value(_) => PyValueError::new_err(message),
             Error::Option { name, problem } => raised::OptionValueError::new_err((name, problem)),
             Error::Memory(_) => PyMemoryError::new_err(message),

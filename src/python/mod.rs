@@ -3,6 +3,7 @@
 //!
 //! Decisions: docs/design/python.md
 
+mod chat;
 mod errors;
 mod hub;
 mod logits;
@@ -12,6 +13,7 @@ mod ready;
 mod scores;
 mod stream;
 mod task;
+mod warm;
 
 use pyo3::prelude::*;
 
@@ -19,6 +21,7 @@ use crate::error::Error;
 use crate::system::panic;
 use crate::system::task::Progress;
 
+use chat::Chat;
 use hub::Hub;
 use logits::Logits;
 use model::Model;
@@ -26,6 +29,7 @@ use ready::ReadyQueue;
 use scores::Scores;
 use stream::Stream;
 use task::Task;
+use warm::Warm;
 
 /// Runs `work` without the interpreter's lock. A panic becomes an `InternalError`.
 ///
@@ -51,7 +55,7 @@ mod _engine {
 
     #[pymodule_export]
     use super::{
-        Hub, Logits, Model, ReadyQueue, Scores, Stream, Task, machine::doctor, machine::memory_available,
+        Chat, Hub, Logits, Model, ReadyQueue, Scores, Stream, Task, Warm, machine::doctor, machine::memory_available,
         machine::memory_needed,
     };
 

@@ -2,17 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
-use super::{Logits, Scores, Stream, Task, detached};
-use crate::engine::{Engine, LoadOptions};
+use super::{Chat, Logits, Scores, Stream, Task, Warm, detached};
+use crate::engine::{Continuation, Engine, LoadOptions, SavedChat};
 use crate::error::Error;
 use crate::files::gguf::Value;
+use crate::kv::phases::Phases;
+use crate::kv::tree::Holder;
 use crate::model::Want;
 use crate::runtime::generation::Request;
+use crate::runtime::prompt::Prompt;
 use crate::runtime::sampling::Sampling;
 use crate::text::chat::Message;
 
@@ -23,7 +28,7 @@ pub struct Model(Engine);
 impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, *, n_ctx, n_threads, device, engine, kernel, kv_cache, mmap, tokenizer, chat_template,
-        max_concurrent, max_batch))]
+        max_concurrent, max_batch, prefix_cache, prefix_cache_dir, speculate))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn load(
         path: PathBuf,
@@ -38,6 +43,9 @@ impl Model {
         chat_template: Option<String>,
         max_concurrent: Option<usize>,
         max_batch: usize,
+        prefix_cache: Option<u64>,
+        prefix_cache_dir: Option<PathBuf>,
+        speculate: bool,
     ) -> PyResult<Task> {
         let options = LoadOptions {
             n_ctx,
@@ -51,6 +59,9 @@ impl Model {
             chat_template,
             max_concurrent,
             max_batch,
+            prefix_cache,
+            prefix_cache_dir,
+            speculate,
         };
         Task::start(move |task| Engine::load(&path, &options, task).map(Model))
     }
@@ -165,6 +176,63 @@ impl Model {
         })
     }
 
+    fn continue_messages(
+        &self,
+        py: Python<'_>,
+        messages: Vec<(String, String)>,
+        text: &str,
+        ids: Vec<u32>,
+    ) -> PyResult<(String, Vec<u32>, usize)> {
+        detached(py, || {
+            let Continuation { text, ids, kept } = self.0.continue_messages(&conversation(messages), text, &ids)?;
+            Ok((text, ids, kept))
+        })
+    }
+
+    fn chat(&self, py: Python<'_>) -> PyResult<Chat> {
+        detached(py, || self.0.chat().map(Chat))
+    }
+
+    #[pyo3(signature = (ids, *, pin, scope))]
+    fn warm(&self, py: Python<'_>, ids: Vec<u32>, pin: bool, scope: Option<&str>) -> PyResult<Warm> {
+        let holder = if pin { Holder::Pin } else { Holder::Anyone };
+        let (length, scope) = (ids.len(), Arc::from(scope.unwrap_or_default()));
+        let prompt = Prompt { ids, scope, holder, ..Prompt::default() };
+        detached(py, || {
+            let (stream, prefixes) = (self.0.prefill(prompt, false)?, self.0.prefixes().clone());
+            Ok(Warm { stream, length, prefixes, is_computed: AtomicBool::default() })
+        })
+    }
+
+    #[allow(clippy::too_many_arguments)] // those of the Python layer
+    fn save_chat(
+        &self,
+        py: Python<'_>,
+        chat: &Chat,
+        ids: Vec<u32>,
+        runs: Vec<usize>,
+        path: PathBuf,
+        metadata: BTreeMap<String, String>,
+        kv: bool,
+    ) -> PyResult<Task> {
+        let phases = phases(&runs, ids.len())?;
+        let prompt = Prompt { ids, phases, holder: chat.0.holder(), ..Prompt::default() };
+        Task::start(detached(py, || self.0.save_chat(path, prompt, metadata, kv))?)
+    }
+
+    fn load_chat(&self, py: Python<'_>, path: PathBuf, chat: &Chat, strict: bool) -> PyResult<Task> {
+        let load = detached(py, || self.0.load_chat(path, chat.0.holder(), strict))?;
+        Task::start(move |task| {
+            let SavedChat { ids, runs, texts, note } = load(task)?;
+            Ok((ids, runs, texts, note))
+        })
+    }
+
+    fn cache_info(&self, py: Python<'_>) -> PyResult<(u64, u64, usize, u64, u64, usize)> {
+        let info = detached(py, || self.0.cache_info())?;
+        Ok((info.bytes, info.limit, info.positions, info.hits, info.misses, info.chats))
+    }
+
     fn bandwidth(&self, py: Python<'_>) -> PyResult<f64> {
         detached(py, || self.0.bandwidth())
     }
@@ -179,7 +247,7 @@ impl Model {
 
     #[pyo3(signature = (prompt, *, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
         presence_penalty, frequency_penalty, logit_bias, seed, stop, ignore_eos, logprobs, top_logprobs, timeout,
-        whole))]
+        cache_scope, speculate, prediction, runs, chat, whole, replay=None))]
     #[allow(clippy::too_many_arguments)] // the options of API.md, by name
     fn stream(
         &self,
@@ -201,8 +269,17 @@ impl Model {
         logprobs: bool,
         top_logprobs: usize,
         timeout: Option<f64>,
+        cache_scope: Option<&str>,
+        speculate: Option<bool>,
+        prediction: Option<Vec<u32>>,
+        runs: Option<Vec<usize>>,
+        chat: Option<&Chat>,
         whole: bool,
+        replay: Option<Vec<u32>>,
     ) -> PyResult<Stream> {
+        let phases = phases(&runs.unwrap_or_default(), prompt.len())?;
+        let holder = chat.map(|chat| chat.0.holder()).unwrap_or_default();
+        let scope = Arc::from(cache_scope.unwrap_or_default());
         let sampling = Sampling {
             temperature,
             top_k,
@@ -220,7 +297,19 @@ impl Model {
         let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         detached(py, || {
             let seed = seed.map_or_else(random_seed, Ok)?;
-            let request = Request { prompt, sampling, seed, stop, ignore_eos, top_logprobs, ..Request::default() };
+            let prompt = Prompt { ids: prompt, phases, scope, holder };
+            let request = Request {
+                prompt,
+                sampling,
+                seed,
+                stop,
+                ignore_eos,
+                top_logprobs,
+                speculate: speculate.unwrap_or(self.0.info.speculate),
+                prediction: prediction.unwrap_or_default(),
+                replay,
+                ..Request::default()
+            };
             let stream = self.0.stream(request, max_tokens, timeout)?;
             if whole {
                 stream.read_whole();
@@ -229,6 +318,12 @@ impl Model {
             Ok(Stream { stream, tokenizer, seed, prompt_tokens })
         })
     }
+}
+
+/// The phases of these runs, of at most `ids` ids.
+fn phases(runs: &[usize], ids: usize) -> Result<Phases, Error> {
+    let phases = Phases::from_runs(runs).filter(|phases| phases.len() <= ids);
+    phases.ok_or_else(|| Error::Value(format!("the runs {runs:?} have more than the {ids} ids")))
 }
 
 /// 32 bits are enough to tell runs apart and easy to pass back.

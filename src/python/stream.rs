@@ -81,8 +81,14 @@ impl Stream {
     }
 
     #[getter]
-    fn usage(&self) -> PyResult<(usize, usize)> {
-        Ok((self.prompt_tokens, self.stream.ids()?.len()))
+    fn usage(&self) -> PyResult<(usize, usize, usize, usize, usize)> {
+        let t = self.stream.timings()?;
+        Ok((self.prompt_tokens, self.stream.ids()?.len(), t.cached, t.drafted, t.accepted))
+    }
+
+    #[getter]
+    fn runs(&self) -> PyResult<Vec<usize>> {
+        Ok(self.stream.phases()?.map(|phases| phases.runs()).unwrap_or_default())
     }
 
     #[getter]

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::model::{Model, Phase, Sequence, Want};
+use crate::model::{Model, Sequence, Want};
+use crate::runtime::prompt::Prompt;
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::system::memory;
 
 /// Delivers one item: (n_vocab), or (ids, n_vocab).
 pub struct Logits {
     model: Arc<dyn Model>,
-    ids: Vec<u32>,
+    prompt: Prompt,
     want: Want,
     /// Those of the passes so far.
     logits: Vec<f32>,
@@ -23,7 +24,7 @@ impl Logits {
         // Twice: here, and as the bytes of the caller.
         let bytes = (2 * size_of::<f32>() as u64).saturating_mul(rows as u64).saturating_mul(n_vocab as u64);
         memory::check(bytes, format_args!("logits of shape ({rows}, {n_vocab})"))?;
-        Ok(Logits { model, ids, want, logits: Vec::new() })
+        Ok(Logits { model, prompt: ids.into(), want, logits: Vec::new() })
     }
 }
 
@@ -34,10 +35,14 @@ impl Work for Logits {
         &self.model
     }
 
+    fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+
     fn begin(&mut self) -> Result<Sequence> {
-        let mut sequence = self.model.sequence()?;
-        self.model.append(&mut sequence, &self.ids, Phase::Prefill, self.want)?;
-        let (rows, n_vocab) = (self.ids.len() - self.want.first(self.ids.len()), self.model.info().n_vocab);
+        let sequence = self.prompt.sequence(self.model.as_ref(), self.want)?;
+        let ids = self.prompt.ids.len();
+        let (rows, n_vocab) = (ids - self.want.first(ids), self.model.info().n_vocab);
         memory::reserve(&mut self.logits, rows.saturating_mul(n_vocab), format_args!("{rows} x {n_vocab} logits"))?;
         Ok(sequence)
     }
@@ -51,6 +56,6 @@ impl Work for Logits {
     }
 
     fn status(&self) -> Status {
-        Status { prompt: self.ids.len(), ..Status::default() }
+        Status { prompt: self.prompt.ids.len(), ..Status::default() }
     }
 }

@@ -8,6 +8,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::kv::phases::Phases;
 use crate::runtime::work::{FinishReason, Status, Step};
 use crate::system::sync::{Cancel, lock};
 use crate::system::task::{Phase, Progress};
@@ -37,6 +38,8 @@ struct State<T> {
     error: Option<Error>,
     /// None until the first step.
     status: Option<Status>,
+    /// The phases of the computed ids, once all are.
+    phases: Option<Phases>,
     queue: Duration,
     first_token: Option<Duration>,
     /// Threads inside `wait`.
@@ -58,6 +61,11 @@ pub struct Timings {
     pub first_token: Option<Duration>,
     /// Passes within `decode`.
     pub decode_passes: usize,
+    /// Drafts that were computed in those passes, and those of them that were accepted.
+    pub drafted: usize,
+    pub accepted: usize,
+    /// Positions of the prompt that were held.
+    pub cached: usize,
 }
 
 impl<T> State<T> {
@@ -102,6 +110,7 @@ impl<T> Outbox<T> {
             end_read: false,
             error: None,
             status: None,
+            phases: None,
             queue: Duration::ZERO,
             first_token: None,
             readers: 0,
@@ -136,6 +145,11 @@ impl<T> Outbox<T> {
         self.change(|state| (state.queue, state.status) = (queue, Some(status)));
     }
 
+    /// Records how the ids of the sequence were computed.
+    pub fn leave(&self, phases: Phases) {
+        lock(&self.state).phases = Some(phases);
+    }
+
     /// Records a step; false after the last one. `elapsed`: since the first read.
     pub fn deliver(&self, step: Step<T>, status: Status, elapsed: Duration) -> bool {
         self.change(|state| {
@@ -144,7 +158,7 @@ impl<T> Outbox<T> {
                 state.first_token.get_or_insert(elapsed);
             }
             let (item, end) = match step {
-                Step::More(item) => (item, None),
+                Step::More(item) | Step::Again(item) => (item, None),
                 Step::End(item, reason) => (item, Some(reason)),
             };
             if state.finish.is_none() {
@@ -247,6 +261,11 @@ impl<T> Outbox<T> {
         lock(&self.state).ids.clone()
     }
 
+    /// None before the end, and after one without it.
+    pub fn phases(&self) -> Option<Phases> {
+        lock(&self.state).phases.clone()
+    }
+
     pub fn timings(&self) -> Timings {
         let state = lock(&self.state);
         let status = state.status.unwrap_or_default();
@@ -256,6 +275,9 @@ impl<T> Outbox<T> {
             decode: status.decode_time,
             first_token: state.first_token,
             decode_passes: status.decode_passes,
+            drafted: status.drafted,
+            accepted: status.accepted,
+            cached: status.cached,
         }
     }
 

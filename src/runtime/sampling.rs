@@ -56,6 +56,7 @@ impl Default for Sampling {
 }
 
 /// Draws the ids of one generation.
+#[derive(Clone)]
 pub struct Sampler {
     sampling: Sampling,
     /// Stop ids are exempt from the repeat penalty.
@@ -63,6 +64,8 @@ pub struct Sampler {
     random: SplitMix64,
     generated: Vec<u32>,
     counts: HashMap<u32, u32>,
+    /// The logits of the current id, after bias and penalties.
+    biased: Vec<f32>,
     candidates: Vec<Candidate>,
 }
 
@@ -81,38 +84,54 @@ impl Sampler {
             random: SplitMix64(seed),
             generated: Vec::new(),
             counts: HashMap::new(),
+            biased: Vec::new(),
             candidates: Vec::new(),
         }
     }
 
     /// The next id; None when no logit is a number. `logits` is (n_vocab).
     pub fn sample(&mut self, logits: &[f32]) -> Option<u32> {
-        let mut candidates = std::mem::take(&mut self.candidates);
-        candidates.clear();
-        candidates.extend(
-            (0..)
-                .zip(logits)
-                .map(|(id, &logit)| Candidate { id, weight: if logit.is_nan() { f32::NEG_INFINITY } else { logit } }),
-        );
-        self.penalize(&mut candidates);
-        let greatest = candidates.iter().copied().min_by(descending).filter(|c| c.weight > f32::NEG_INFINITY)?;
-        let id = match self.sampling.temperature {
-            0.0 => greatest.id,
-            _ if greatest.weight == f32::INFINITY => greatest.id,
-            _ => self.draw(&mut candidates, greatest.weight),
-        };
-        self.candidates = candidates;
-        self.generated.push(id);
-        *self.counts.entry(id).or_default() += 1;
+        let id = self.choose(logits)?;
+        self.push(id);
         Some(id)
     }
 
-    /// Bias and penalties. `candidates[id]` is the candidate of that id.
-    fn penalize(&self, candidates: &mut [Candidate]) {
+    /// The next id, which does not count as generated.
+    pub fn choose(&mut self, logits: &[f32]) -> Option<u32> {
+        let mut biased = std::mem::take(&mut self.biased);
+        biased.clear();
+        biased.extend_from_slice(logits);
+        self.penalize(&mut biased);
+        let id = self.choose_among(&biased);
+        self.biased = biased;
+        id
+    }
+
+    fn choose_among(&mut self, logits: &[f32]) -> Option<u32> {
+        let (greatest, logit) = greatest(logits)?;
+        if self.sampling.temperature == 0.0 || logit == f32::INFINITY {
+            return Some(greatest);
+        }
+        let mut candidates = std::mem::take(&mut self.candidates);
+        candidates.clear();
+        candidates.extend((0..).zip(logits).map(|(id, &weight)| Candidate { id, weight: number(weight) }));
+        let id = self.draw(&mut candidates, logit);
+        self.candidates = candidates;
+        Some(id)
+    }
+
+    /// Records a generated id.
+    pub fn push(&mut self, id: u32) {
+        self.generated.push(id);
+        *self.counts.entry(id).or_default() += 1;
+    }
+
+    /// Bias and penalties.
+    fn penalize(&self, logits: &mut [f32]) {
         let s = &self.sampling;
         for &(id, bias) in &s.logit_bias {
-            if let Some(candidate) = candidates.get_mut(id as usize) {
-                candidate.weight += bias;
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = number(*logit) + bias;
             }
         }
         if s.repeat_penalty != 1.0 {
@@ -121,13 +140,13 @@ impl Sampler {
             recent.sort_unstable();
             recent.dedup();
             for id in recent.into_iter().filter(|id| !self.stop_ids.contains(id)) {
-                let logit = &mut candidates[id as usize].weight;
+                let logit = &mut logits[id as usize];
                 *logit = if *logit < 0.0 { *logit * s.repeat_penalty } else { *logit / s.repeat_penalty };
             }
         }
         if s.presence_penalty != 0.0 || s.frequency_penalty != 0.0 {
             for (&id, &count) in &self.counts {
-                candidates[id as usize].weight -= s.presence_penalty + s.frequency_penalty * count as f32;
+                logits[id as usize] -= s.presence_penalty + s.frequency_penalty * count as f32;
             }
         }
     }
@@ -190,6 +209,23 @@ fn sum(candidates: &[Candidate]) -> f64 {
     candidates.iter().map(|candidate| candidate.weight as f64).sum()
 }
 
+/// A logit that is NaN counts as -inf.
+fn number(logit: f32) -> f32 {
+    if logit.is_nan() { f32::NEG_INFINITY } else { logit }
+}
+
+/// The greatest logit in the order of `descending`, with its id; None if there is none above -inf.
+fn greatest(logits: &[f32]) -> Option<(u32, f32)> {
+    // As integers in the order of `total_cmp`: their maximum takes vector instructions, a maximum of pairs does not.
+    let key = |logit: f32| {
+        let bits = number(logit).to_bits() as i32;
+        bits ^ ((bits >> 31) as u32 >> 1) as i32
+    };
+    let most = logits.iter().map(|&logit| key(logit)).max()?;
+    let id = logits.iter().position(|&logit| key(logit) == most)?;
+    Some((id as u32, number(logits[id]))).filter(|(_, logit)| *logit > f32::NEG_INFINITY)
+}
+
 /// Orders by weight, the greatest first; among equals the lower id first.
 fn descending(a: &Candidate, b: &Candidate) -> Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
@@ -246,6 +282,7 @@ impl<'a> Distribution<'a> {
 
 /// SplitMix64 (Steele, Lea and Flood, 2014, <https://doi.org/10.1145/2660193.2660195>): one addition and one hash per draw,
 /// and every seed is good.
+#[derive(Clone)]
 struct SplitMix64(u64);
 
 impl SplitMix64 {
@@ -336,6 +373,32 @@ mod tests {
     fn greedy_takes_the_lowest_id_among_equals() {
         let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Default::default() }, 1, &[]);
         assert_eq!(sampler.sample(&[0.0, 2.0, 2.0, f32::NAN]), Some(1));
+    }
+
+    #[test]
+    fn the_greatest_logit_is_the_first_in_the_order_of_candidates() {
+        let odd = [f32::NAN, -f32::NAN, f32::NEG_INFINITY, 0.0, -0.0, -1.5, f32::MIN_POSITIVE, 2.0, 2.0, f32::INFINITY];
+        let mut random = SplitMix64(1);
+        for most in 1..=odd.len() {
+            for _ in 0..200 {
+                let length = 1 + (random.unit() * 20.0) as usize;
+                let logits: Vec<f32> = (0..length).map(|_| odd[(random.unit() * most as f64) as usize]).collect();
+                let candidates = (0..).zip(&logits).map(|(id, &logit)| Candidate { id, weight: number(logit) });
+                let first = candidates.min_by(descending).filter(|first| first.weight > f32::NEG_INFINITY);
+                let bits = |(id, logit): (u32, f32)| (id, logit.to_bits());
+                let expected = first.map(|first| bits((first.id, first.weight)));
+                assert_eq!(greatest(&logits).map(bits), expected, "{logits:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_choice_does_not_count_before_it_is_pushed() {
+        let sampling = Sampling { temperature: 0.0, frequency_penalty: 1.5, ..Sampling::default() };
+        let mut sampler = Sampler::new(sampling, 1, &[]);
+        assert_eq!([sampler.choose(&[3.0, 2.0]), sampler.choose(&[3.0, 2.0])], [Some(0); 2]);
+        sampler.push(0);
+        assert_eq!(sampler.choose(&[3.0, 2.0]), Some(1));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! Decisions: docs/design/runtime.md
 
 mod active;
+mod drafts;
 mod jobs;
 mod pass;
 
@@ -17,10 +18,14 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Batch, Model, Sequence};
+use crate::runtime::draft::survival::Survival;
+use crate::runtime::prefixes::Prefixes;
+use crate::runtime::prompt::Prompt;
 use crate::system::fork::ForkGuard;
 use crate::system::panic;
 use crate::system::sync::{Cancel, lock};
 
+use drafts::DraftRows;
 use jobs::{Jobs, Turn};
 
 /// A stream that is unread for this long no longer keeps others waiting for its slot: they fail with `Error::Busy`.
@@ -36,17 +41,32 @@ pub trait Job: Send {
 
     fn model(&self) -> &Arc<dyn Model>;
 
+    fn prompt(&self) -> &Prompt;
+
     /// Tokens of a prompt that may share a pass with others; None if it is computed alone.
     fn shared_prompt(&self) -> Option<usize>;
 
-    /// The sequence with the prompt.
+    /// The sequence with the prompt, and with the keys and values of it that are held.
     fn begin(&mut self) -> Result<Sequence>;
 
     /// Records a turn that gave no logits. `computed`: ids of the sequence so far.
-    fn turn(&mut self, computed: usize, time: Duration);
+    fn turn(&mut self, sequence: &Sequence, computed: usize, time: Duration);
 
     /// Takes the logits that the sequence wanted of a pass; false after the last ones.
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool>;
+
+    /// As `Work::draft`.
+    fn draft(&mut self, _sequence: &Sequence, _most: usize, _survival: &mut Survival) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// As `Work::extend`.
+    fn extend(&mut self, _sequence: &mut Sequence, _n: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// The sequence is computed no further.
+    fn leave(&self, sequence: &mut Sequence);
 
     /// Tells the reader that the job will not be finished. May be called again.
     fn fail(&mut self, error: Error);
@@ -100,6 +120,7 @@ struct Shared {
     slots: usize,
     /// The number of jobs that share a decode pass at most.
     max_batch: usize,
+    prefixes: Arc<Prefixes>,
     unread_limit: Duration,
     fork_guard: ForkGuard,
 }
@@ -115,24 +136,29 @@ struct Queue {
 
 impl Default for Scheduler {
     fn default() -> Self {
-        Scheduler::new(usize::MAX, MAX_BATCH)
+        Scheduler::new(usize::MAX, MAX_BATCH, Arc::default())
     }
 }
 
 impl Scheduler {
     /// `slots`: the number of jobs that may hold a KV cache at once; `max_batch`: that share a decode pass at most.
-    pub fn new(slots: usize, max_batch: usize) -> Self {
-        Scheduler::with(slots, max_batch, UNREAD_LIMIT)
+    /// `prefixes`: of the model whose jobs it runs.
+    pub fn new(slots: usize, max_batch: usize, prefixes: Arc<Prefixes>) -> Self {
+        Scheduler::with(slots, max_batch, prefixes, UNREAD_LIMIT)
     }
 
-    fn with(slots: usize, max_batch: usize, unread_limit: Duration) -> Self {
-        let (queue, wake) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { queue, wake, slots, max_batch, unread_limit, fork_guard: ForkGuard::here() });
+    fn with(slots: usize, max_batch: usize, prefixes: Arc<Prefixes>, unread_limit: Duration) -> Self {
+        let (queue, wake, fork_guard) = (Mutex::default(), Condvar::new(), ForkGuard::here());
+        let shared = Arc::new(Shared { queue, wake, slots, max_batch, prefixes, unread_limit, fork_guard });
         Scheduler { owner: Arc::new(Owner { shared }) }
     }
 
     pub fn fork_guard(&self) -> ForkGuard {
         self.owner.shared.fork_guard
+    }
+
+    pub fn prefixes(&self) -> &Arc<Prefixes> {
+        &self.owner.shared.prefixes
     }
 
     pub fn waker(&self) -> Waker {
@@ -199,16 +225,17 @@ impl Shared {
     /// Takes turns until the model is closed.
     fn run(&self, jobs: &mut Jobs) {
         let mut batch = Batch::default(); // decode passes keep their memory
+        let mut rows = DraftRows::default();
         while let Some(turn) = self.next(jobs) {
             let start = Instant::now();
             match turn {
                 Turn::End => jobs.current[0].fail(Error::Cancelled),
                 Turn::Prompt(prompts) => {
-                    let prompts = pass::prompt(&mut jobs.current, *prompts, start);
+                    let prompts = pass::prompt(&mut jobs.current, *prompts, &self.prefixes, start);
                     jobs.put_back_prompts(prompts, start.elapsed());
                 }
                 Turn::Decode => {
-                    let prompts = pass::decode(&mut jobs.current, &mut batch, start);
+                    let prompts = pass::decode(&mut jobs.current, &mut batch, &mut rows, &self.prefixes, start);
                     jobs.put_back_decoders(prompts, start.elapsed());
                 }
             }
@@ -225,7 +252,7 @@ impl Shared {
             if queue.closed {
                 return None;
             }
-            if let Some(turn) = jobs.choose(self.slots, self.max_batch) {
+            if let Some(turn) = jobs.choose(self.slots, self.max_batch, &self.prefixes) {
                 queue.current.extend(jobs.current.iter().map(|active| active.job.cancel().clone()));
                 return Some(turn);
             }

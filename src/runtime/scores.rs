@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::model::{Model, Phase, Sequence, Want};
+use crate::model::{Model, Sequence, Want};
+use crate::runtime::prompt::Prompt;
 use crate::runtime::sampling::{Distribution, TokenLogprob};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::system::sync::lock;
@@ -12,7 +13,9 @@ use crate::system::sync::lock;
 /// so that the logits of a few positions are held at a time.
 pub struct Scores {
     model: Arc<dyn Model>,
-    ids: Vec<u32>,
+    /// All ids but the last: the logits at a position are those of the next id.
+    prompt: Prompt,
+    last: u32,
     /// The next id to score.
     next: usize,
     /// The number of most probable ids that each entry has.
@@ -22,7 +25,11 @@ pub struct Scores {
 impl Scores {
     /// `start` is from 1 to `ids.len() - 1`.
     pub fn new(model: Arc<dyn Model>, ids: Vec<u32>, start: usize, top: usize) -> Self {
-        Scores { model, ids, next: start, top }
+        let (mut ids, mut last) = (ids, 0);
+        if let Some(id) = ids.pop() {
+            last = id;
+        }
+        Scores { model, prompt: ids.into(), last, next: start, top }
     }
 }
 
@@ -33,18 +40,19 @@ impl Work for Scores {
         &self.model
     }
 
-    /// The logits at a position are those of the next id, so the last id is not computed.
+    fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+
     fn begin(&mut self) -> Result<Sequence> {
-        let mut sequence = self.model.sequence()?;
-        let computed = &self.ids[..self.ids.len() - 1];
-        self.model.append(&mut sequence, computed, Phase::Prefill, Want::From(self.next - 1))?;
-        Ok(sequence)
+        self.prompt.sequence(self.model.as_ref(), Want::From(self.next - 1))
     }
 
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Vec<TokenLogprob>>> {
         let n_vocab = self.model.info().n_vocab;
         let rows = logits.len() / n_vocab;
-        let ids = &self.ids[self.next..self.next + rows];
+        let scored = self.prompt.ids.iter().copied().chain([self.last]).skip(self.next).take(rows);
+        let ids: Vec<u32> = scored.collect();
         let entries: Vec<Mutex<Option<TokenLogprob>>> = ids.iter().map(|_| Mutex::default()).collect();
         // It shares no pass, so this is not a task of the pool, which must not call the pool.
         self.model.run(rows, &|row| {
@@ -65,6 +73,6 @@ impl Work for Scores {
     }
 
     fn status(&self) -> Status {
-        Status { prompt: self.ids.len() - 1, ..Status::default() }
+        Status { prompt: self.prompt.ids.len(), ..Status::default() }
     }
 }

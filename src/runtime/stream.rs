@@ -6,10 +6,15 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use crate::compute::kernels::PAGE;
 use crate::error::{Error, Result};
+use crate::kv::phases::Phases;
 use crate::model::{Model, Sequence};
+use crate::runtime::draft::survival::Survival;
 use crate::runtime::generation::Generation;
 use crate::runtime::outbox::{Hook, Outbox, Timings};
+use crate::runtime::prefixes::Prefixes;
+use crate::runtime::prompt::Prompt;
 use crate::runtime::scheduler::{Job, Scheduler};
 use crate::runtime::work::{FinishReason, Status, Step, Work};
 use crate::system::sync::{Cancel, drop_in_background, lock};
@@ -115,7 +120,8 @@ impl<W: Work> Stream<W> {
             return Ok(());
         }
         let (status, outbox) = (work.status(), self.outbox.clone());
-        let job = StreamJob { work, outbox, submitted: Instant::now(), status };
+        let (prefixes, submitted) = (self.scheduler.prefixes().clone(), Instant::now());
+        let job = StreamJob { work, outbox, prefixes, held: 0, submitted, status };
         let result = self.scheduler.submit(Box::new(job));
         if result.is_err() {
             self.outbox.abandon(FinishReason::Error);
@@ -151,6 +157,12 @@ impl<W: Work> Stream<W> {
         Ok(self.outbox.ids())
     }
 
+    /// The phases of the ids whose keys and values are computed, at the end of the work.
+    pub fn phases(&self) -> Result<Option<Phases>> {
+        self.scheduler.fork_guard().check()?;
+        Ok(self.outbox.phases())
+    }
+
     pub fn timings(&self) -> Result<Timings> {
         self.scheduler.fork_guard().check()?;
         Ok(self.outbox.timings())
@@ -170,6 +182,9 @@ impl<W: Work> Drop for Stream<W> {
 struct StreamJob<W: Work> {
     work: W,
     outbox: Arc<Outbox<W::Item>>,
+    prefixes: Arc<Prefixes>,
+    /// Columns that `prefixes` has.
+    held: usize,
     /// The first read.
     submitted: Instant,
     status: Status,
@@ -185,6 +200,15 @@ impl<W: Work> StreamJob<W> {
             self.status.decode_time += time;
         }
     }
+
+    /// Holds the full columns of a sequence.
+    fn keep(&mut self, sequence: &Sequence) {
+        let full = sequence.kv.len() / PAGE;
+        if full != self.held {
+            self.prefixes.keep(sequence, &self.work.prompt().holder, self.held);
+            self.held = full;
+        }
+    }
 }
 
 impl<W: Work> Job for StreamJob<W> {
@@ -196,28 +220,73 @@ impl<W: Work> Job for StreamJob<W> {
         self.work.model()
     }
 
+    fn prompt(&self) -> &Prompt {
+        self.work.prompt()
+    }
+
     fn shared_prompt(&self) -> Option<usize> {
         self.work.shares_prompt().then_some(self.status.prompt)
     }
 
     fn begin(&mut self) -> Result<Sequence> {
-        self.outbox.begin(self.submitted.elapsed(), self.status);
-        self.work.begin()
+        let queue = self.submitted.elapsed();
+        let mut sequence = self.work.begin()?;
+        self.status.cached = self.prefixes.resume(&mut sequence)?;
+        self.status.prefilled = self.status.cached;
+        self.held = self.status.cached / PAGE;
+        self.outbox.begin(queue, self.status);
+        Ok(sequence)
     }
 
-    fn turn(&mut self, computed: usize, time: Duration) {
+    fn turn(&mut self, sequence: &Sequence, computed: usize, time: Duration) {
+        self.keep(sequence);
         self.record(computed, time);
         self.outbox.deliver(Step::More(None), self.status, self.submitted.elapsed());
     }
 
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32], time: Duration) -> Result<bool> {
-        let start = Instant::now();
-        let computed = sequence.kv.len();
-        let step = self.work.accept(sequence, logits)?;
+        let (computed, mut start) = (sequence.kv.len(), Instant::now());
+        let mut step = self.work.accept(sequence, logits)?;
         self.record(computed, time + start.elapsed());
         self.status.decode_passes += usize::from(self.status.generated > 0);
-        self.status.generated = self.work.generated();
-        Ok(self.outbox.deliver(step, self.status, self.submitted.elapsed()))
+        loop {
+            let (again, ends) = (matches!(step, Step::Again(_)), matches!(step, Step::End(..)));
+            self.status.generated = self.work.generated();
+            (self.status.drafted, self.status.accepted) = self.work.drafted();
+            if ends {
+                self.leave(sequence); // before the reader sees the end, and may go on from it
+            }
+            if !self.outbox.deliver(step, self.status, self.submitted.elapsed()) {
+                return Ok(false);
+            }
+            if !again {
+                break;
+            }
+            start = Instant::now();
+            step = self.work.accept(sequence, logits)?;
+            self.record(computed, start.elapsed());
+        }
+        if sequence.kv.is_empty() {
+            self.held = self.prefixes.resume(sequence)? / PAGE; // it took other rope factors
+        } else {
+            self.keep(sequence);
+        }
+        Ok(true)
+    }
+
+    fn draft(&mut self, sequence: &Sequence, most: usize, survival: &mut Survival) -> Vec<f32> {
+        self.work.draft(sequence, most, survival)
+    }
+
+    fn extend(&mut self, sequence: &mut Sequence, n: usize) -> Result<()> {
+        self.work.extend(sequence, n)
+    }
+
+    fn leave(&self, sequence: &mut Sequence) {
+        let mut phases = sequence.phases.clone();
+        phases.truncate(sequence.kv.len());
+        self.outbox.leave(phases);
+        self.prefixes.take(sequence, &self.work.prompt().holder, self.held);
     }
 
     fn fail(&mut self, error: Error) {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::model::{Model, Sequence};
+use crate::runtime::draft::survival::Survival;
+use crate::runtime::prompt::Prompt;
 
 /// Work as a stream sees it.
 pub trait Work: Send + 'static {
@@ -16,6 +18,8 @@ pub trait Work: Send + 'static {
     /// The model that computes its logits.
     fn model(&self) -> &Arc<dyn Model>;
 
+    fn prompt(&self) -> &Prompt;
+
     /// Whether the prompt may share a pass with others. It then wants the logits of its last id alone.
     fn shares_prompt(&self) -> bool {
         false
@@ -24,9 +28,21 @@ pub trait Work: Send + 'static {
     /// The sequence, with the prompt appended. Called once, before the others.
     fn begin(&mut self) -> Result<Sequence>;
 
-    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), and appends what is wanted next, unless it ends.
-    /// It is not called again after `End` or an error.
+    /// Takes the logits that the sequence wanted of a pass, (rows, n_vocab), and appends what is wanted next, unless it ends. A
+    /// sequence that wants no logits ends with none. After `Again` it is called with the same logits, until it has taken
+    /// all of their rows. It is not called again after `End` or an error.
     fn accept(&mut self, sequence: &mut Sequence, logits: &[f32]) -> Result<Step<Self::Item>>;
+
+    /// Drafts up to `most` ids that may follow those of the sequence. Returns for each the probability that it is accepted with
+    /// all before it. Called before a decode pass.
+    fn draft(&mut self, _sequence: &Sequence, _most: usize, _survival: &mut Survival) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// Appends the first `n` drafts to the sequence, which wants their logits too. After an error it is unchanged.
+    fn extend(&mut self, _sequence: &mut Sequence, _n: usize) -> Result<()> {
+        Ok(())
+    }
 
     /// The progress before the first step.
     fn status(&self) -> Status;
@@ -34,6 +50,11 @@ pub trait Work: Send + 'static {
     /// Generated ids.
     fn generated(&self) -> usize {
         0
+    }
+
+    /// Drafts that were computed, and those of them that were accepted.
+    fn drafted(&self) -> (usize, usize) {
+        (0, 0)
     }
 
     /// The token ids of an item.
@@ -45,8 +66,10 @@ pub trait Work: Send + 'static {
 /// The result of one step.
 #[derive(Debug, PartialEq)]
 pub enum Step<T> {
-    /// Perhaps an item, and more steps to come.
+    /// Perhaps an item, and more steps to come after another pass.
     More(Option<T>),
+    /// Perhaps an item, and another step to come from the same logits.
+    Again(Option<T>),
     /// Perhaps an item, and the end.
     End(Option<T>, FinishReason),
 }
@@ -80,7 +103,9 @@ impl FinishReason {
 pub struct Status {
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Prompt tokens that are computed.
+    /// Those of them whose keys and values were held.
+    pub cached: usize,
+    /// Prompt tokens that are computed or were held.
     pub prefilled: usize,
     pub generated: usize,
     /// `max_tokens` if the caller set it.
@@ -89,4 +114,7 @@ pub struct Status {
     pub decode_time: Duration,
     /// Passes within `decode_time`. The first id comes from the prefill.
     pub decode_passes: usize,
+    /// Drafts that were computed in those passes, and those of them that were accepted.
+    pub drafted: usize,
+    pub accepted: usize,
 }

@@ -44,8 +44,13 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Drops `value` on a thread of its own, for callers that must not wait: unmapping a model of 2.4 GB takes 100 ms. If no
 /// thread can be started, the value is dropped here.
 pub fn drop_in_background(value: impl Send + 'static) {
+    in_background(move || drop(value)); // an error drops the closure, and with it the value
+}
+
+/// Frees memory on a thread of its own. If no thread can be started, nothing is done.
+pub fn in_background(work: impl FnOnce() + Send + 'static) {
     let thread = std::thread::Builder::new().name("candle-phi-drop".into());
-    let _ = thread.spawn(move || drop(value)); // an error drops the closure, and with it the value
+    let _ = thread.spawn(work);
 }
 
 #[cfg(test)]

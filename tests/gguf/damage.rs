@@ -135,8 +135,13 @@ fn generate(path: &Path) -> Result<(), Error> {
     let engine = Engine::load(path, &options, &Task::default())?;
     let messages = [candle_phi::text::chat::Message { role: "user".into(), content: "hello <|end|>".into() }];
     let prompt = engine.tokenize_messages(&messages)?;
-    let request =
-        Request { prompt, stop: vec!["stop".into()], ignore_eos: true, top_logprobs: Some(2), ..Request::default() };
+    let request = Request {
+        prompt: prompt.into(),
+        stop: vec!["stop".into()],
+        ignore_eos: true,
+        top_logprobs: Some(2),
+        ..Request::default()
+    };
     let stream = engine.stream(request, Some(3), None)?;
     while stream.next()?.is_some() {}
     Ok(())

@@ -155,9 +155,10 @@ fn attended(kernel: &dyn Kernel, q: &[Vec<f32>], seen: &[Range<usize>], pages: &
     let mut outs: Vec<Vec<f32>> = q.iter().map(|q| vec![f32::NAN; q.len()]).collect();
     let mut queries: Vec<Query<'_>> = Vec::new();
     for ((q, keys), out) in q.iter().zip(seen).zip(&mut outs) {
-        queries.push(Query { q, keys: keys.clone(), out, max: f32::NAN, sum: f32::NAN });
+        queries.push(Query::new(q, keys.clone(), out));
     }
     kernel.attention(&mut queries, pages, head_dim);
+    queries.iter_mut().for_each(Query::finish);
     let softmax: Vec<_> = queries.iter().map(|query| [query.max, query.sum]).collect();
     outs.iter().zip(softmax).map(|(out, softmax)| [&out[..], &softmax].concat()).collect()
 }
@@ -272,6 +273,18 @@ fn a_query_has_the_same_bits_among_any_others_and_in_any_pages() {
                         attended(&*kernel, std::slice::from_ref(q), std::slice::from_ref(seen), &pages[needed])
                     })
                     .collect();
+                for cut in 1..pages.len() {
+                    let mut outs = vec![vec![0.0; head_dim]; q.len()];
+                    let given = q.iter().zip(&seen).zip(&mut outs);
+                    let mut queries: Vec<_> = given.map(|((q, seen), out)| Query::new(q, seen.clone(), out)).collect();
+                    kernel.attention(&mut queries, &pages[..cut], head_dim);
+                    kernel.attention(&mut queries, &pages[cut..], head_dim);
+                    for (query, alone) in queries.iter_mut().zip(&alone) {
+                        query.finish();
+                        let result = [&*query.out, &[query.max, query.sum]].concat();
+                        assert!(same(&result, alone), "{} {kind:?}, cut before page {cut}", kernel.name());
+                    }
+                }
                 for count in 1..=9 {
                     for first in 0..=9 - count {
                         let group = first..first + count;

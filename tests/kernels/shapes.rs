@@ -92,8 +92,7 @@ impl Attention {
         let mut refusals = Vec::new();
         for [k, v] in [[KvSlice::F16(&k16), KvSlice::F16(&v16)], [KvSlice::F32(&k32), KvSlice::F32(&v32)], q8] {
             let (q, mut out) = (ones(self.q), ones(self.out));
-            let query =
-                Query { q: &q, keys: self.start..self.start.saturating_add(PAGE), out: &mut out, max: 0.0, sum: 0.0 };
+            let query = Query::new(&q, self.start..self.start.saturating_add(PAGE), &mut out);
             let page = KvPage { start: self.start, k, v };
             let call = || kernel.attention(&mut [query], &[page], self.head_dim);
             refusals.push(catch_unwind(AssertUnwindSafe(call)).err());

@@ -66,9 +66,7 @@ pub unsafe fn attention<V: Simd>(queries: &mut [Query<'_>], pages: &[KvPage<'_>]
     let (k_wide, v_wide) = widened.split_at_mut(page_lines);
     let (scaled, k_wide, v_wide) = (view_mut::<f32>(scaled), view_mut::<f32>(k_wide), view_mut::<f32>(v_wide));
     for queries in queries.chunks_mut(QUERIES) {
-        for (query, scaled) in queries.iter_mut().zip(scaled.chunks_exact_mut(head_dim)) {
-            (query.max, query.sum) = (f32::NEG_INFINITY, 0.0);
-            query.out.fill(0.0);
+        for (query, scaled) in queries.iter().zip(scaled.chunks_exact_mut(head_dim)) {
             for (to, q) in scaled.iter_mut().zip(query.q) {
                 *to = q * scale;
             }
@@ -87,9 +85,6 @@ pub unsafe fn attention<V: Simd>(queries: &mut [Query<'_>], pages: &[KvPage<'_>]
                     }
                 }
             }
-        }
-        for query in group.queries {
-            query.out.iter_mut().for_each(|out| *out /= query.sum);
         }
     }
 }

@@ -82,10 +82,13 @@ pub trait Kernel: Send + Sync {
     /// `out = silu(gate) * up`.
     fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
 
-    /// Scaled dot-product attention of queries that share one KV head, over consecutive pages. For a query that sees no
-    /// position of them, `sum` is 0 and `out` is NaN.
+    /// Scaled dot-product attention of queries that share one KV head: adds consecutive pages to what the queries have seen
+    /// so far. The bits of a query are the same however its pages are divided among calls, in their order.
     fn attention(&self, queries: &mut [Query<'_>], pages: &[KvPage<'_>], head_dim: usize);
 }
+
+/// A change of it says that the bits of keys and values have changed, so that those of files are computed anew.
+pub const NUMERICS: &str = "1";
 
 /// The costs of decode where they were not measured: as if each token had a pass.
 pub const LINEAR_COSTS: [f32; 16] =
@@ -150,11 +153,25 @@ pub struct Query<'a> {
     pub q: &'a [f32],
     /// The absolute positions that it attends to.
     pub keys: Range<usize>,
-    /// (head_dim)
+    /// (head_dim): the sum of the values so far, each times `exp(score - max)`; after `finish` their weighted mean.
     pub out: &'a mut [f32],
-    /// Set by attention: the maximum score, and the sum of `exp(score - max)` over the keys.
+    /// The maximum score so far, and the sum of `exp(score - max)` over the keys.
     pub max: f32,
     pub sum: f32,
+}
+
+impl<'a> Query<'a> {
+    /// A query that has seen no page.
+    pub fn new(q: &'a [f32], keys: Range<usize>, out: &'a mut [f32]) -> Self {
+        out.fill(0.0);
+        Query { q, keys, out, max: f32::NEG_INFINITY, sum: 0.0 }
+    }
+
+    /// Ends the attention after the last page. The result of a query that saw no position has `sum` 0 and is NaN.
+    pub fn finish(&mut self) {
+        let sum = self.sum;
+        self.out.iter_mut().for_each(|out| *out /= sum);
+    }
 }
 
 /// The names of the kernels that this CPU can run, the fastest last.

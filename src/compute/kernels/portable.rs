@@ -89,10 +89,6 @@ impl Kernel for Portable {
         let mut scratch = Scratch::take(Line::count(4 * 3 * page_len));
         let (transposed, rest) = view_mut::<f32>(&mut scratch).split_at_mut(page_len);
         let (k, v) = rest.split_at_mut(page_len);
-        for query in queries.iter_mut() {
-            query.out.fill(0.0);
-            (query.max, query.sum) = (f32::NEG_INFINITY, 0.0);
-        }
         for page in pages {
             page.k.widen_keys(transposed, head_dim);
             for (position, k) in k.chunks_exact_mut(head_dim).enumerate() {
@@ -114,10 +110,6 @@ impl Kernel for Portable {
                 }
                 softmax(query, scores, &v[from * head_dim..to * head_dim]);
             }
-        }
-        for query in queries.iter_mut() {
-            let sum = query.sum;
-            query.out.iter_mut().for_each(|o| *o /= sum);
         }
     }
 }

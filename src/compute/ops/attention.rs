@@ -1,4 +1,4 @@
-//! Attention on the CPU, and the writes to the columns of a layer.
+//! Attention on the CPU.
 //!
 //! Each row of a pass attends to the columns of its own sequence. The context is divided into blocks of 1024 positions that
 //! start at multiples of 1024. Each block gives a partial softmax for each query, and the partials are merged in the order
@@ -6,16 +6,19 @@
 //! KV head, which share each block while it is in the cache. Else blocks are computed side by side. Both give the same
 //! bits, and the partials that are held at a time do not grow with the context.
 //!
+//! Sequences that share columns form one part. Its queries that see the same page of a column go to the kernel together, so
+//! that the page is read once for all of them. The bits of a query do not depend on the others.
+//!
 //! Decisions: docs/design/kv.md
 
 use std::ops::Range;
+use std::ptr;
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
-use half::f16;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result};
 
 use super::cpu::{Disjoint, PARALLEL_FROM, Rows, RowsMut};
-use super::{AttentionShape, Cancels, KvBuffer, Piece, Segment};
-use crate::compute::kernels::{Kernel, KvPage, KvSliceMut, Line, PAGE, Query, Scratch, view_mut};
+use super::{AttentionShape, Cancels, KvBuffer, Segment};
+use crate::compute::kernels::{Kernel, KvPage, Line, PAGE, Query, Scratch, view_mut};
 use crate::compute::pool::Pool;
 use crate::system::panic;
 
@@ -29,78 +32,8 @@ const TASKS_PER_THREAD: usize = 4;
 /// Partial softmaxes that are held at a time, in bytes at most.
 pub const SCRATCH_BYTES: usize = 4 << 20;
 
-/// Cost of storing one feature of a key, in multiplications of a matrix product: each store touches its own cache line.
-const KEY_STORE_COST: usize = 64;
-/// Cost of one feature of a key and of a value for one query, in the same unit.
+/// Cost of one feature of a key and of a value for one query, in multiplications of a matrix product.
 pub const ATTEND_COST: usize = 4;
-
-/// Writes the keys and values of the rows to the blocks of a layer.
-pub fn append(pool: &Pool, qkv: &Tensor, shape: AttentionShape, pieces: Vec<Piece<'_>>) -> Result<()> {
-    let (storage, layout) = qkv.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("activations are not on the CPU") };
-    let qkv = Rows::of(storage, layout)?;
-    let AttentionShape { n_head_kv, head_dim, .. } = shape;
-    let work = KEY_STORE_COST * qkv.rows * shape.kv_dim();
-    let target = |piece| {
-        let Piece { rows, at, block } = piece;
-        Ok((rows, at, Heads::new(&mut block.k, n_head_kv)?, Heads::new(&mut block.v, n_head_kv)?))
-    };
-    let targets = pieces.into_iter().map(target).collect::<Result<Vec<_>>>()?;
-    let task = |task: usize| {
-        let ((rows, at, k, v), head) = (&targets[task / n_head_kv], task % n_head_kv);
-        // SAFETY: each task has one head of one block, and no block is written twice.
-        let (mut k, mut v) = unsafe { (k.head(head), v.head(head)) };
-        for (i, row) in rows.clone().enumerate() {
-            let (_, kv) = qkv.row(row).split_at(shape.q_dim());
-            k.store_key(at + i, &kv[head * head_dim..][..head_dim]);
-            v.store_value(at + i, &kv[shape.kv_dim() + head * head_dim..][..head_dim]);
-        }
-    };
-    let tasks = targets.len() * n_head_kv;
-    if work < PARALLEL_FROM {
-        (0..tasks).for_each(task)
-    } else {
-        pool.run(tasks, task)
-    }
-    Ok(())
-}
-
-/// The heads of a buffer, for tasks that write them side by side.
-enum Heads<'a> {
-    F16(Disjoint<'a, f16>, usize),
-    F32(Disjoint<'a, f32>, usize),
-    Q8 { q: Disjoint<'a, i8>, scales: Disjoint<'a, f16>, heads: usize },
-}
-
-impl<'a> Heads<'a> {
-    fn new(buffer: &'a mut KvBuffer, heads: usize) -> Result<Self> {
-        Ok(match buffer {
-            KvBuffer::F16(x) => Heads::F16(Disjoint::new(x), heads),
-            KvBuffer::F32(x) => Heads::F32(Disjoint::new(x), heads),
-            KvBuffer::Q8 { q, scales } => Heads::Q8 { q: Disjoint::new(q), scales: Disjoint::new(scales), heads },
-            KvBuffer::Candle(_) => bail!("a KV block of Candle passed to a kernel"),
-        })
-    }
-
-    /// # Safety
-    /// No other live slice belongs to this head.
-    unsafe fn head(&self, head: usize) -> KvSliceMut<'_> {
-        fn share(len: usize, head: usize, heads: usize) -> Range<usize> {
-            head * (len / heads)..(head + 1) * (len / heads)
-        }
-        // SAFETY: the ranges of heads are disjoint.
-        unsafe {
-            match self {
-                Heads::F16(x, heads) => KvSliceMut::F16(x.range(share(x.len(), head, *heads))),
-                Heads::F32(x, heads) => KvSliceMut::F32(x.range(share(x.len(), head, *heads))),
-                Heads::Q8 { q, scales, heads } => KvSliceMut::Q8 {
-                    q: q.range(share(q.len(), head, *heads)),
-                    scales: scales.range(share(scales.len(), head, *heads)),
-                },
-            }
-        }
-    }
-}
 
 pub struct Attention<'a> {
     pub kernel: &'a dyn Kernel,
@@ -123,7 +56,7 @@ impl SoftmaxPartial {
     const EMPTY: Self = SoftmaxPartial { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// The division of the queries of a segment into tasks: a few query heads of one KV head at a few tokens. Tasks of the same
+/// The division of the queries of a part into tasks: a few query heads of one KV head at a few tokens. Tasks of the same
 /// heads are neighbours.
 #[derive(Copy, Clone)]
 struct Tasks {
@@ -204,7 +137,7 @@ impl InplaceOp2 for Attention<'_> {
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, qkv: &CpuStorage, qkv_l: &Layout) -> Result<()> {
         let (qkv, out) = (Rows::of(qkv, qkv_l)?, RowsMut::of(out, out_l)?);
         let target = Disjoint::new(out.data);
-        let parts: Vec<Part<'_>> = self.segments.iter().map(|segment| Part::new(self, segment, qkv)).collect();
+        let parts: Vec<Part<'_>> = self.families().into_iter().map(|family| Part::new(self, family, qkv)).collect();
         let work: usize = parts.iter().map(Part::work).sum();
         let tasks: usize = parts.iter().map(|part| part.tasks.count()).sum();
         let few = work >= PARALLEL_FROM && tasks < TASKS_PER_THREAD * self.pool.n_threads();
@@ -216,7 +149,24 @@ impl InplaceOp2 for Attention<'_> {
     }
 }
 
-impl Attention<'_> {
+impl<'a> Attention<'a> {
+    /// The segments, those that share columns together. A segment follows the one that it shares most columns with, so
+    /// that segments which share a column are neighbours.
+    fn families(&self) -> Vec<Vec<&'a Segment<'a>>> {
+        let mut families: Vec<Vec<&Segment<'_>>> = Vec::new();
+        for segment in self.segments {
+            let shares = |(f, family): (usize, &Vec<&Segment<'_>>)| {
+                let shares = family.iter().map(|member| shared(member, segment)).enumerate();
+                shares.map(|(place, columns)| (columns, f, place)).collect::<Vec<_>>()
+            };
+            match families.iter().enumerate().flat_map(shares).max() {
+                Some((1.., family, place)) => families[family].insert(place + 1, segment),
+                _ => families.push(vec![segment]),
+            }
+        }
+        families
+    }
+
     /// Ranges of tasks of all these parts walk through their blocks.
     fn walk(&self, parts: &[&Part<'_>], target: &Disjoint<'_>, work: usize) {
         let least = TASKS_PER_THREAD * self.pool.n_threads();
@@ -230,50 +180,73 @@ impl Attention<'_> {
     }
 }
 
-/// The attention of one segment.
+/// The columns that two segments share.
+fn shared(a: &Segment<'_>, b: &Segment<'_>) -> usize {
+    let held = a.first().max(b.first())..a.end().min(b.end());
+    held.step_by(PAGE).filter(|&position| ptr::eq(a.column(position), b.column(position))).count()
+}
+
+/// The attention of the segments of a family. Its tokens are their rows, one segment after the other.
 struct Part<'a> {
     op: &'a Attention<'a>,
-    segment: &'a Segment<'a>,
+    /// Each with its first token.
+    segments: Vec<(usize, &'a Segment<'a>)>,
     /// All rows of the pass.
     qkv: Rows<'a>,
     tasks: Tasks,
-    /// The blocks that its rows see.
+    /// The blocks that its tokens see.
     blocks: Range<usize>,
 }
 
 impl<'a> Part<'a> {
-    fn new(op: &'a Attention<'a>, segment: &'a Segment<'a>, qkv: Rows<'a>) -> Self {
-        let tasks = Tasks::new(op.shape, segment.rows.len());
-        let mut part = Part { op, segment, qkv, tasks, blocks: 0..0 };
-        part.blocks = part.sees(0).start / BLOCK..segment.end().div_ceil(BLOCK);
+    fn new(op: &'a Attention<'a>, family: Vec<&'a Segment<'a>>, qkv: Rows<'a>) -> Self {
+        let mut tokens = 0;
+        let mut segments = Vec::with_capacity(family.len());
+        for segment in family {
+            segments.push((tokens, segment));
+            tokens += segment.rows.len();
+        }
+        let mut part = Part { op, segments, qkv, tasks: Tasks::new(op.shape, tokens), blocks: 0..0 };
+        let first = part.segments.iter().map(|(token, _)| part.sees(*token).start).min();
+        let end = part.segments.iter().map(|(_, segment)| segment.end()).max();
+        part.blocks = first.unwrap_or(0) / BLOCK..end.unwrap_or(0).div_ceil(BLOCK);
         part
     }
 
     /// In multiplications of a matrix product.
     fn work(&self) -> usize {
-        let seen = self.segment.end() - self.sees(0).start;
-        ATTEND_COST * self.segment.rows.len() * seen * self.op.shape.q_dim()
+        let seen = |(token, segment): &(usize, &Segment<'_>)| segment.end() - self.sees(*token).start;
+        let pairs: usize = self.segments.iter().map(|part| part.1.rows.len() * seen(part)).sum();
+        ATTEND_COST * pairs * self.op.shape.q_dim()
     }
 
     /// Blocks whose partial results are held at a time.
     fn side_by_side(&self) -> usize {
         let AttentionShape { n_head, .. } = self.op.shape;
-        SCRATCH_BYTES / (4 * self.segment.rows.len() * (self.op.shape.q_dim() + 2 * n_head) + 1)
+        SCRATCH_BYTES / (4 * self.tasks.rows * (self.op.shape.q_dim() + 2 * n_head) + 1)
     }
 
     fn ranges(&self, least: usize) -> Vec<Range<usize>> {
         self.tasks.ranges(least)
     }
 
-    /// The positions that the query of a token of the segment sees.
+    /// The segment of a token, and the token's row of the pass.
+    fn row(&self, token: usize) -> (&'a Segment<'a>, usize) {
+        let next = self.segments.partition_point(|(first, _)| *first <= token);
+        let (first, segment) = self.segments[next - 1];
+        (segment, segment.rows.start + token - first)
+    }
+
+    /// The positions that the query of a token sees.
     fn sees(&self, token: usize) -> Range<usize> {
-        let position = self.segment.position(self.segment.rows.start + token);
+        let (segment, row) = self.row(token);
+        let position = segment.position(row);
         self.op.shape.window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
     }
 
     /// The place of a query among those of the pass.
     fn place(&self, token: usize, head: usize) -> usize {
-        (self.segment.rows.start + token) * self.op.shape.n_head + head
+        self.row(token).1 * self.op.shape.n_head + head
     }
 
     /// A range of tasks walks through the blocks.
@@ -293,7 +266,7 @@ impl<'a> Part<'a> {
                 let results = means.chunks_exact(head_dim).zip(partials);
                 for (((token, head), (mean, partial)), merged) in task.queries().zip(results).zip(merged) {
                     let place = self.place(token, head);
-                    // SAFETY: each token and head of a segment belong to one task.
+                    // SAFETY: each token and head of a part belong to one task.
                     let out = unsafe { target.range(place * head_dim..(place + 1) * head_dim) };
                     let so_far = SoftmaxPartial { max: merged[0], sum: merged[1] };
                     let so_far = merge(so_far, out, partial, mean);
@@ -306,7 +279,7 @@ impl<'a> Part<'a> {
     /// Some blocks are computed side by side, then merged, then the next ones.
     fn spread(&self, target: &Disjoint<'_>) {
         let AttentionShape { n_head, head_dim, .. } = self.op.shape;
-        let (pool, rows, blocks) = (self.op.pool, self.segment.rows.len(), self.blocks.clone());
+        let (pool, rows, blocks) = (self.op.pool, self.tasks.rows, self.blocks.clone());
         let (queries, count) = (rows * n_head, self.tasks.count());
         let held = self.side_by_side().min(blocks.len());
         // (blocks, tokens, heads, head_dim); (blocks, tokens, heads, 2); (tokens, heads, 2)
@@ -364,40 +337,81 @@ impl<'a> Part<'a> {
         block: usize,
         outs: impl Iterator<Item = &'s mut [f32]>,
     ) -> [SoftmaxPartial; QUERIES] {
-        let AttentionShape { n_head_kv, head_dim, .. } = self.op.shape;
+        let head_dim = self.op.shape.head_dim;
         let block = block * BLOCK..(block + 1) * BLOCK;
-        let mut queries: [Query; QUERIES] =
-            std::array::from_fn(|_| Query { q: &[], keys: 0..0, out: &mut [], max: 0.0, sum: 0.0 });
+        let mut queries: [Query; QUERIES] = std::array::from_fn(|_| Query::new(&[], 0..0, &mut []));
         for ((query, (token, head)), out) in queries.iter_mut().zip(task.queries()).zip(outs) {
             let seen = self.sees(token);
             let keys = seen.start.max(block.start)..seen.end.min(block.end).max(block.start);
-            let q = &self.qkv.row(self.segment.rows.start + token)[head * head_dim..][..head_dim];
-            *query = Query { q, keys, out, max: 0.0, sum: 0.0 };
+            let q = &self.qkv.row(self.row(token).1)[head * head_dim..][..head_dim];
+            *query = Query::new(q, keys, out);
         }
         let queries = &mut queries[..task.len()];
-        let first = queries.iter().filter(|query| !query.keys.is_empty()).map(|query| query.keys.start).min();
+        let seen = |query: &&mut Query<'_>| !query.keys.is_empty();
+        let first = queries.iter_mut().filter(seen).map(|query| query.keys.start / PAGE * PAGE).min();
         let mut partials = [SoftmaxPartial::EMPTY; QUERIES];
         let Some(first) = first else { return partials };
         let end = queries.iter().map(|query| query.keys.end).max().unwrap_or(first);
-        let first = first / PAGE * PAGE;
-        let mut pages = [const { None }; PAGES];
-        for (start, page) in (first..end).step_by(PAGE).zip(&mut pages) {
-            let column = self.segment.column(start);
-            let block = column.layer(self.op.layer);
-            let head = |buffer: &'s KvBuffer| {
-                buffer.head(task.kv_head, n_head_kv).unwrap_or_else(|error| panic::resume(error))
-            };
-            *page = Some(KvPage { start: column.start(), k: head(&block.k), v: head(&block.v) });
+        let heads = task.heads.len();
+        let mut page = first;
+        while page < end {
+            let readers = self.readers(task, queries, page);
+            let differ = |next: &usize| self.readers(task, queries, *next) != readers;
+            let pages = page..(page..end).step_by(PAGE).skip(1).find(differ).unwrap_or(end);
+            page = pages.end;
+            let mut token = 0;
+            for run in readers.chunk_by(|a, b| a == b) {
+                let tokens = token..token + run.len();
+                token = tokens.end;
+                if run[0] > 0 {
+                    let (segment, _) = self.row(task.tokens.start + tokens.start);
+                    let queries = &mut queries[tokens.start * heads..tokens.end * heads];
+                    let (count, read) = (pages.len().div_ceil(PAGE), self.pages(segment, task.kv_head, pages.clone()));
+                    self.op.kernel.attention(queries, &read[..count], head_dim);
+                }
+            }
         }
-        let Some(any) = pages[0] else { return partials };
-        let pages = pages.map(|page| page.unwrap_or(any));
-        self.op.kernel.attention(queries, &pages[..(end - first).div_ceil(PAGE)], head_dim);
-        for (partial, query) in partials.iter_mut().zip(queries.iter()) {
+        for (partial, query) in partials.iter_mut().zip(queries) {
             if !query.keys.is_empty() {
+                query.finish();
                 *partial = SoftmaxPartial { max: query.max, sum: query.sum };
             }
         }
         partials
+    }
+    /// A number for each token of a task: 0 if it sees nothing of the page at a position. Neighbours that see the same
+    /// column have the same number.
+    fn readers(&self, task: &Task, queries: &[Query<'_>], page: usize) -> [u8; QUERIES] {
+        let mut readers = [0; QUERIES];
+        let (mut runs, mut last) = (0, None);
+        let keys = queries.chunks(task.heads.len()).map(|queries| &queries[0].keys);
+        for ((reader, token), keys) in readers.iter_mut().zip(task.tokens.clone()).zip(keys) {
+            let sees = keys.start.max(page) < keys.end.min(page + PAGE);
+            let column = sees.then(|| ptr::from_ref(self.row(token).0.column(page)));
+            if sees {
+                runs += u8::from(column != last);
+                *reader = runs;
+            }
+            last = column;
+        }
+        readers
+    }
+
+    /// Consecutive pages of a KV head, as many as the positions reach. The rest of the array repeats the first.
+    fn pages<'s>(&'s self, segment: &'s Segment<'_>, kv_head: usize, positions: Range<usize>) -> [KvPage<'s>; PAGES] {
+        let page = |position| {
+            let column = segment.column(position);
+            let block = column.layer(self.op.layer);
+            let head = |buffer: &'s KvBuffer| {
+                buffer.head(kv_head, self.op.shape.n_head_kv).unwrap_or_else(|error| panic::resume(error))
+            };
+            KvPage { start: column.start(), k: head(&block.k), v: head(&block.v) }
+        };
+        let mut pages = [page(positions.start); PAGES];
+        for (next, position) in pages.iter_mut().zip(positions.step_by(PAGE)).skip(1) {
+            *next = page(position);
+        }
+        pages
     }
 }
 

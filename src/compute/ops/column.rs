@@ -3,16 +3,19 @@
 //!
 //! Decisions: docs/design/kv.md
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::f16;
 
+use super::mapped::{self, MappedKv, Part};
 use crate::compute::kernels::kv::SHARED;
 use crate::compute::kernels::{KvSlice, PAGE};
 use crate::error::{Error, Result};
+use crate::files::gguf::Bytes;
 use crate::system::memory;
 
 /// How keys and values are stored.
@@ -84,6 +87,21 @@ impl Column {
         Column { start, shape: shape.clone(), layers: Vec::new() }
     }
 
+    /// The keys and values of every layer as a file has them, in order of [`KvShape::parts`]. The kernels read them where
+    /// they lie; a device of Candle gets a copy.
+    pub fn mapped(start: usize, shape: &KvShape, parts: &[Bytes]) -> Result<Self> {
+        let layers = (0..shape.n_layers).map(|layer| {
+            let [k, v] = mapped::layer(shape, parts, layer)?;
+            Ok(KvBlock { k: KvBuffer::of_file(k, shape)?, v: KvBuffer::of_file(v, shape)? })
+        });
+        Ok(Column { start, shape: shape.clone(), layers: layers.collect::<Result<_>>()? })
+    }
+
+    /// Whether the keys and values lie in a mapped file. They are never written.
+    pub fn is_mapped(&self) -> bool {
+        self.layers.iter().any(|block| block.k.is_mapped() || block.v.is_mapped())
+    }
+
     /// The same memory for other positions.
     pub fn reuse(self, start: usize) -> Self {
         Column { start, ..self }
@@ -97,6 +115,24 @@ impl Column {
 
     pub fn start(&self) -> usize {
         self.start
+    }
+
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// The bytes of a layer for a file. Positions of the column from `computed` on are zeros: their memory may have the
+    /// keys and values of another sequence.
+    pub fn bytes(&self, layer: usize, part: Part, computed: usize) -> Result<Cow<'_, [u8]>> {
+        let block = self.layers.get(layer).ok_or_else(|| {
+            Error::Internal(format!("a KV column of {} layers, and layer {layer} is saved", self.layers.len()))
+        })?;
+        let buffer = if part.is_of_keys() { &block.k } else { &block.v };
+        let mut bytes = buffer.bytes(part.is_of_scales())?;
+        if computed < PAGE {
+            mapped::clear(bytes.to_mut(), &self.shape, part, computed);
+        }
+        Ok(bytes)
     }
 
     /// A layer that was written.
@@ -121,6 +157,8 @@ pub enum KvBuffer {
         q: Vec<i8>,
         scales: Vec<f16>,
     },
+    /// For the kernels, in a file. Never written.
+    Mapped(MappedKv),
     /// For Candle: (n_head_kv, PAGE, head_dim).
     Candle(Tensor),
 }
@@ -148,6 +186,38 @@ impl KvBuffer {
         })
     }
 
+    fn of_file(mapped: MappedKv, shape: &KvShape) -> Result<Self> {
+        let Some(device) = &shape.device else { return Ok(KvBuffer::Mapped(mapped)) };
+        let shape = (shape.n_head_kv, PAGE, shape.head_dim);
+        Ok(KvBuffer::Candle(match mapped.slice() {
+            KvSlice::F16(x) => Tensor::from_slice(x, shape, device)?,
+            KvSlice::F32(x) => Tensor::from_slice(x, shape, device)?,
+            KvSlice::Q8 { .. } => return Err(Error::Value("kv_cache 'q8_0' is for the device 'cpu'".into())),
+        }))
+    }
+
+    fn is_mapped(&self) -> bool {
+        matches!(self, KvBuffer::Mapped(_))
+    }
+
+    /// As they lie in memory.
+    fn bytes(&self, scales: bool) -> Result<Cow<'_, [u8]>> {
+        Ok(match self {
+            KvBuffer::F16(x) => bytemuck::cast_slice(x).into(),
+            KvBuffer::F32(x) => bytemuck::cast_slice(x).into(),
+            KvBuffer::Q8 { scales: x, .. } if scales => bytemuck::cast_slice(x).into(),
+            KvBuffer::Q8 { q, .. } => bytemuck::cast_slice(q).into(),
+            KvBuffer::Mapped(mapped) => mapped.bytes(scales).into(),
+            KvBuffer::Candle(tensor) => {
+                let flat = tensor.flatten_all()?;
+                match tensor.dtype() {
+                    DType::F16 => bytemuck::cast_slice(&flat.to_vec1::<f16>()?).to_vec().into(),
+                    _ => bytemuck::cast_slice(&flat.to_vec1::<f32>()?).to_vec().into(),
+                }
+            }
+        })
+    }
+
     fn copy(&self) -> Result<Self> {
         fn copied<T: Copy>(from: &[T]) -> Result<Vec<T>> {
             let mut copy = Vec::new();
@@ -156,6 +226,11 @@ impl KvBuffer {
             Ok(copy)
         }
         Ok(match self {
+            KvBuffer::Mapped(mapped) => match mapped.slice() {
+                KvSlice::F16(x) => KvBuffer::F16(copied(x)?),
+                KvSlice::F32(x) => KvBuffer::F32(copied(x)?),
+                KvSlice::Q8 { q, scales } => KvBuffer::Q8 { q: copied(q)?, scales: copied(scales)? },
+            },
             KvBuffer::F16(x) => KvBuffer::F16(copied(x)?),
             KvBuffer::F32(x) => KvBuffer::F32(copied(x)?),
             KvBuffer::Q8 { q, scales } => KvBuffer::Q8 { q: copied(q)?, scales: copied(scales)? },
@@ -169,6 +244,13 @@ impl KvBuffer {
             KvBuffer::F16(x) => KvSlice::F16(share(x, head, heads)),
             KvBuffer::F32(x) => KvSlice::F32(share(x, head, heads)),
             KvBuffer::Q8 { q, scales } => KvSlice::Q8 { q: share(q, head, heads), scales: share(scales, head, heads) },
+            KvBuffer::Mapped(mapped) => match mapped.slice() {
+                KvSlice::F16(x) => KvSlice::F16(share(x, head, heads)),
+                KvSlice::F32(x) => KvSlice::F32(share(x, head, heads)),
+                KvSlice::Q8 { q, scales } => {
+                    KvSlice::Q8 { q: share(q, head, heads), scales: share(scales, head, heads) }
+                }
+            },
             KvBuffer::Candle(_) => return Err(Error::Internal("a KV block of Candle passed to a kernel".into())),
         })
     }
@@ -234,7 +316,8 @@ impl<'a> Segment<'a> {
         self.columns.iter().map(|column| &**column)
     }
 
-    /// The blocks of a layer that the rows are written to, with memory for them. An error if another sequence shares one.
+    /// The blocks of a layer that the rows are written to, with memory for them. An error if another sequence shares one,
+    /// or if one lies in a file.
     pub fn pieces(&mut self, layer: usize) -> impl Iterator<Item = Result<Piece<'_>>> {
         let (start, end, row) = (self.start, self.end(), self.rows.start);
         let skipped = (start - self.first()) / PAGE;
@@ -242,6 +325,9 @@ impl<'a> Segment<'a> {
         written.map(move |column| {
             let shared = || Error::Internal("a KV column of two sequences is written".into());
             let column = Arc::get_mut(column).ok_or_else(shared)?;
+            if column.is_mapped() {
+                return Err(Error::Internal("a KV column of a file is written".into()));
+            }
             column.allocate(layer)?;
             let (from, to) = (start.max(column.start), end.min(column.start + PAGE));
             let rows = row + from - start..row + to - start;

@@ -9,11 +9,14 @@
 //! Decisions: docs/design/compute.md
 
 #[allow(unsafe_code)] // tasks write disjoint ranges of one buffer
+mod append;
+#[allow(unsafe_code)] // as above
 mod attention;
 mod candle;
 mod column;
 #[allow(unsafe_code)] // as above
 mod cpu;
+mod mapped;
 mod matrix;
 
 use candle_core::{Device, Tensor};
@@ -25,6 +28,7 @@ use crate::system::sync::Cancel;
 
 pub use attention::{ATTEND_COST, SCRATCH_BYTES as ATTENTION_SCRATCH};
 pub use column::{Column, KvBlock, KvBuffer, KvShape, KvType, Piece, Segment};
+pub use mapped::Part;
 pub use matrix::{Matrix, format};
 
 /// The device of a model, and its means of computing.
@@ -192,7 +196,7 @@ impl Ops<'_> {
     ) -> Result<()> {
         let pieces = segments.iter_mut().flat_map(|segment| segment.pieces(layer));
         match self.backend {
-            Backend::Cpu { pool, .. } => attention::append(pool, qkv, shape, pieces.collect::<Result<_>>()?)?,
+            Backend::Cpu { pool, .. } => append::append(pool, qkv, shape, pieces.collect::<Result<_>>()?)?,
             Backend::Candle(_) => {
                 for piece in pieces {
                     candle::append(qkv, shape, piece?)?;

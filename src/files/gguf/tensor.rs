@@ -13,10 +13,16 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// `range` is inside `map`: `header.rs` has checked it.
-    pub(super) fn new(map: &Arc<Mmap>, range: Range<usize>) -> Self {
+    /// `range` is inside `map`: the caller has checked it. Else, reading panics.
+    pub fn new(map: &Arc<Mmap>, range: Range<usize>) -> Self {
         debug_assert!(range.start <= range.end && range.end <= map.len());
         Bytes { map: Arc::clone(map), range }
+    }
+
+    /// A range of these bytes; None if it is not inside them.
+    pub fn part(&self, range: Range<usize>) -> Option<Self> {
+        let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
+        (start <= end && end <= self.range.end).then(|| Bytes { map: Arc::clone(&self.map), range: start..end })
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Job;
 use crate::error::Error;
 use crate::model::{Batch, Member, Sequence};
+use crate::runtime::prefixes::Prefixes;
 use crate::system::panic;
 
 pub(super) struct Active {
@@ -18,6 +19,7 @@ pub(super) struct Active {
 }
 
 /// Where the sequence of a job is between two turns.
+#[allow(clippy::large_enum_variant)] // each job has one
 pub(super) enum State {
     /// It is not made yet.
     Unstarted,
@@ -49,13 +51,26 @@ impl Active {
     }
 
     pub fn fail(&mut self, error: Error) {
-        self.state = State::Ended;
+        if let State::Decode(mut sequence) = std::mem::replace(&mut self.state, State::Ended) {
+            self.job.leave(&mut sequence);
+        }
         self.job.fail(error);
     }
 
     /// Makes the sequence, as a member of `prompts`.
-    pub fn begin(&mut self, prompts: &mut Prompts) {
-        match panic::catch(|| self.job.begin()) {
+    pub fn begin(&mut self, prompts: &mut Prompts, prefixes: &Prefixes) {
+        let begun = match panic::catch(|| self.job.begin()) {
+            Err(Error::Memory(_)) if prefixes.give_way() => panic::catch(|| self.job.begin()),
+            begun => begun,
+        };
+        match begun {
+            Ok(mut sequence) if sequence.phase().is_none() => {
+                // Everything is held.
+                if let Err(error) = panic::catch(|| self.job.accept(&mut sequence, &[], Duration::ZERO)) {
+                    return self.fail(error);
+                }
+                self.state = State::Ended;
+            }
             Ok(sequence) => {
                 self.state = State::Prompt;
                 prompts.batch.members.push(Member::new(sequence, self.job.cancel().clone()));

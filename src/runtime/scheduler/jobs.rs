@@ -3,7 +3,7 @@
 //! Decoding jobs share passes, and so do short prompts that begin together. While there are prompts and decoding jobs, time
 //! is shared one to one between their turns, and a decoding job waits for one turn of a prompt at a time, or for as many
 //! as take no longer than a pass. Among prompts, those that have had the least time come first, and an eighth of the time
-//! goes to the oldest ones.
+//! goes to the oldest ones. A prompt that begins as one under way does waits until that one has computed what they share.
 //!
 //! Decisions: docs/design/runtime.md
 
@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 
 use super::Job;
 use super::active::{Active, Prompts, State};
+use crate::compute::kernels::PAGE;
 use crate::error::Error;
-use crate::model::{Batch, Buffers};
+use crate::model::{Batch, Buffers, Member};
+use crate::runtime::prefixes::Prefixes;
 use crate::system::panic;
 
 /// The oldest prompt gets this part of the time of prompts, however many short ones arrive.
@@ -119,7 +121,7 @@ impl Shares {
 impl Jobs {
     /// Makes the jobs of the next turn the current ones; None if none is ready. A cancelled job comes first, and needs no
     /// slot to end.
-    pub(super) fn choose(&mut self, slots: usize, max_batch: usize) -> Option<Turn> {
+    pub(super) fn choose(&mut self, slots: usize, max_batch: usize, prefixes: &Prefixes) -> Option<Turn> {
         if let Some(cancelled) = self.take_cancelled() {
             self.current.push(cancelled);
             return Some(Turn::End);
@@ -131,8 +133,11 @@ impl Jobs {
             self.admitted += 1;
         }
         let ready: Vec<usize> = (0..self.active.len()).filter(|&i| self.active[i].job.ready()).collect();
-        let (decoders, prompts): (Vec<_>, Vec<_>) =
+        let (decoders, mut prompts): (Vec<_>, Vec<_>) =
             ready.into_iter().partition(|&i| matches!(self.active[i].state, State::Decode(_)));
+        if prefixes.is_on() {
+            prompts.retain(|&i| !self.waits_for_prefix(i));
+        }
         if prompts.is_empty() || decoders.is_empty() {
             self.shares.forget();
         }
@@ -144,6 +149,18 @@ impl Jobs {
         } else {
             None
         }
+    }
+
+    /// Whether a prompt that has not begun will find more of itself held, since a prompt under way begins with the same ids.
+    fn waits_for_prefix(&self, i: usize) -> bool {
+        let Active { job, state: State::Unstarted, .. } = &self.active[i] else { return false };
+        let goes_on = |number: &u64| self.active.iter().any(|other| other.number == *number && other.job.ready());
+        let under_way = self.prompts.iter().flat_map(|prompts| prompts.batch.members.iter().zip(&prompts.numbers));
+        under_way.filter(|(_, number)| goes_on(number)).any(|(Member { sequence, .. }, _)| {
+            let (ids, scope) = (&job.prompt().ids, &job.prompt().scope);
+            let same = || ids.iter().zip(&sequence.ids).take_while(|(a, b)| a == b).count();
+            *scope == sequence.scope && same() / PAGE > sequence.kv.len() / PAGE
+        })
     }
 
     fn take_cancelled(&mut self) -> Option<Active> {

@@ -8,24 +8,31 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::active::{Active, Prompts, State};
+use super::drafts::{self, DraftRows};
 use crate::error::{Error, Result};
-use crate::model::{Batch, Member, Model, Phase, Sequence};
+use crate::model::{Batch, Member, Model, Sequence};
+use crate::runtime::prefixes::Prefixes;
 use crate::system::sync::lock;
 use crate::system::{memory, panic};
 
 /// Takes a turn with prompts. New ones have no members yet. `jobs` are those of the members, but for cancelled ones. Returns
 /// the prompts that go on.
-pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, start: Instant) -> Vec<Prompts> {
+pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, prefixes: &Prefixes, start: Instant) -> Vec<Prompts> {
     let Some(first) = jobs.first() else { return Vec::new() };
     let model = first.job.model().clone();
     if prompts.numbers.is_empty() {
-        jobs.iter_mut().for_each(|active| active.begin(&mut prompts));
+        jobs.iter_mut().for_each(|active| active.begin(&mut prompts, prefixes));
     }
     if prompts.numbers.is_empty() {
-        return Vec::new(); // every job has failed
+        return Vec::new(); // every job has ended
     }
     let shared = prompts.numbers.len() > 1;
-    let pass_goes_on = match panic::catch(|| model.forward(&mut prompts.batch)) {
+    let forward = |batch: &mut Batch| panic::catch(|| model.forward(batch));
+    let outcome = match forward(&mut prompts.batch) {
+        Err(Error::Memory(_)) if prefixes.give_way() => forward(&mut prompts.batch),
+        outcome => outcome,
+    };
+    let pass_goes_on = match outcome {
         Ok(pass_goes_on) => pass_goes_on,
         Err(error) if shared && error != Error::Cancelled => return split(prompts),
         Err(error) => {
@@ -33,7 +40,8 @@ pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, start: Instant) -> Vec<
             return Vec::new();
         }
     };
-    if pass_goes_on || !shared && prompts.batch.logits(0).is_empty() {
+    let ends_without_logits = || prompts.batch.members[0].sequence.phase().is_none();
+    if pass_goes_on || !shared && prompts.batch.logits(0).is_empty() && !ends_without_logits() {
         record_turn(jobs, &prompts, start.elapsed());
         if pass_goes_on {
             return vec![prompts];
@@ -42,14 +50,23 @@ pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, start: Instant) -> Vec<
         let going_on = jobs.iter_mut().zip(members.into_iter().map(|member| member.sequence));
         return settle(going_on.filter(|(active, _)| active.is_alive()), prompts.batch, prompts.time);
     }
-    let outcomes = prompts.batch.members.iter().map(logits_of).collect();
+    let outcomes = match &prompts.batch.members[..] {
+        [alone] => vec![Ok(alone.logits.clone())],
+        members => members.iter().map(logits_of).collect(),
+    };
     let going_on = deliver(model.as_ref(), jobs, &prompts.numbers, &mut prompts.batch, outcomes, start);
     settle(going_on.into_iter(), prompts.batch, prompts.time)
 }
 
 /// Takes a decode pass with jobs of one model. Returns the prompts that follow from it: a sequence may outgrow its rope
 /// factors, and is computed anew.
-pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<Prompts> {
+pub fn decode(
+    jobs: &mut [Active],
+    batch: &mut Batch,
+    drafts: &mut DraftRows,
+    prefixes: &Prefixes,
+    start: Instant,
+) -> Vec<Prompts> {
     let Some(first) = jobs.first() else { return Vec::new() };
     let model = first.job.model().clone();
     batch.pass = None;
@@ -61,7 +78,8 @@ pub fn decode(jobs: &mut [Active], batch: &mut Batch, start: Instant) -> Vec<Pro
             batch.members.push(Member::new(sequence, active.job.cancel().clone()));
         }
     }
-    let outcomes = forward(model.as_ref(), batch);
+    drafts.add(model.as_ref(), jobs, &numbers, &mut batch.members);
+    let outcomes = forward(model.as_ref(), batch, drafts, prefixes);
     let going_on = deliver(model.as_ref(), jobs, &numbers, batch, outcomes, start);
     settle(going_on.into_iter(), Batch::default(), Duration::ZERO)
 }
@@ -71,7 +89,7 @@ fn record_turn(jobs: &mut [Active], prompts: &Prompts, time: Duration) {
     for active in jobs {
         let Some(member) = prompts.numbers.iter().position(|&number| number == active.number) else { continue };
         let recorded = panic::catch(|| {
-            active.job.turn(prompts.batch.computed(member), time);
+            active.job.turn(&prompts.batch.members[member].sequence, prompts.batch.computed(member), time);
             Ok(())
         });
         if let Err(error) = recorded {
@@ -99,16 +117,30 @@ fn logits_of(member: &Member) -> Result<Range<usize>> {
     }
 }
 
-/// A decode pass. If one of several members fails, each of them is computed alone, so that the error reaches the job that it
-/// belongs to and no other.
-fn forward(model: &dyn Model, batch: &mut Batch) -> Vec<Result<Range<usize>>> {
-    match panic::catch(|| pass(model, batch)) {
-        Ok(()) => batch.members.iter().map(logits_of).collect(),
-        Err(error) if batch.members.len() == 1 || error == Error::Cancelled => {
-            batch.members.iter().map(|_| Err(error.clone())).collect()
-        }
-        Err(_) => alone(model, batch),
+/// A decode pass. If it fails, each member is computed alone and without drafts, so that the error reaches the job that it
+/// belongs to and no other, and drafts never cause one.
+fn forward(
+    model: &dyn Model,
+    batch: &mut Batch,
+    drafts: &mut DraftRows,
+    prefixes: &Prefixes,
+) -> Vec<Result<Range<usize>>> {
+    let (rows, start) = (drafts::rows(&batch.members), Instant::now());
+    let outcome = match panic::catch(|| pass(model, batch)) {
+        Err(Error::Memory(_)) if prefixes.give_way() => panic::catch(|| pass(model, batch)),
+        outcome => outcome,
+    };
+    let Err(error) = outcome else {
+        drafts.record(&batch.members, rows, start.elapsed());
+        return batch.members.iter().map(logits_of).collect();
+    };
+    let cancelled = error == Error::Cancelled;
+    let withdrawn =
+        batch.members.iter_mut().filter(|_| !cancelled).map(drafts::withdraw).filter(|drafts| *drafts).count();
+    if cancelled || batch.members.len() == 1 && withdrawn == 0 {
+        return batch.members.iter().map(|_| Err(error.clone())).collect();
     }
+    alone(model, batch)
 }
 
 fn pass(model: &dyn Model, batch: &mut Batch) -> Result<()> {
@@ -198,8 +230,8 @@ fn settle<'a>(
     let (mut batch, mut prompts) = (Some(batch), Vec::new());
     for (active, sequence) in going_on {
         match sequence.phase() {
-            Some(Phase::Decode) => active.state = State::Decode(sequence),
-            Some(Phase::Prefill) => {
+            Some(_) if sequence.decodes() => active.state = State::Decode(sequence),
+            Some(_) => {
                 // A prompt that waits for its reader keeps no activations.
                 let mut batch = batch.take().filter(|_| active.job.ready()).unwrap_or_default();
                 batch.members.push(Member::new(sequence, active.job.cancel().clone()));

@@ -12,6 +12,8 @@ struct Counter {
     name: char,
     model: Arc<dyn Model>,
     prompt: usize,
+    /// What others may wait for.
+    ids: Prompt,
     shares_prompt: bool,
     /// Ids that it takes after the prompt.
     left: usize,
@@ -46,6 +48,10 @@ impl Job for Counter {
         &self.model
     }
 
+    fn prompt(&self) -> &Prompt {
+        &self.ids
+    }
+
     fn shared_prompt(&self) -> Option<usize> {
         self.shares_prompt.then_some(self.prompt)
     }
@@ -57,7 +63,7 @@ impl Job for Counter {
         Ok(sequence)
     }
 
-    fn turn(&mut self, _: usize, _: Duration) {
+    fn turn(&mut self, _: &Sequence, _: usize, _: Duration) {
         self.panic_in("turn");
         self.tell();
     }
@@ -70,6 +76,8 @@ impl Job for Counter {
         self.model.append(sequence, &[self.name as u32], Phase::Decode, Want::Last)?;
         Ok(self.left > 0)
     }
+
+    fn leave(&self, _: &mut Sequence) {}
 
     fn fail(&mut self, error: Error) {
         self.out.send(error.to_string()).unwrap();
@@ -99,6 +107,7 @@ fn job(name: char, left: usize, out: &Sender<String>) -> Box<Counter> {
         name,
         model,
         prompt: 1,
+        ids: Prompt::default(),
         shares_prompt: false,
         left,
         out,
@@ -134,7 +143,7 @@ fn take(from: &Receiver<String>, n: usize) -> Vec<String> {
 #[test]
 fn waiting_jobs_fail_when_all_slots_are_unread() {
     let (out, results) = channel();
-    let scheduler = Scheduler::with(1, 8, Duration::ZERO);
+    let scheduler = Scheduler::with(1, 8, Arc::default(), Duration::ZERO);
     let mut unread = idle('u', &out);
     unread.unread_since = Some(Instant::now() + Duration::from_secs(3600)); // it counts as 0 s
     scheduler.submit(unread).unwrap();
@@ -147,7 +156,7 @@ fn waiting_jobs_fail_when_all_slots_are_unread() {
 #[test]
 fn a_deadline_ends_an_unread_job() {
     let (out, results) = channel();
-    let scheduler = Scheduler::new(1, 8);
+    let scheduler = Scheduler::new(1, 8, Arc::default());
     let mut unread = idle('u', &out);
     unread.cancel = Cancel::at(Some(Instant::now() + Duration::from_millis(100)));
     unread.unread_since = Some(Instant::now());

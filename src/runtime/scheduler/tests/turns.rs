@@ -39,19 +39,25 @@ impl Simulation {
     fn run(&mut self, turns: usize, length: impl Fn(&str) -> u64) -> Vec<String> {
         let mut taken = Vec::new();
         while taken.len() < turns
-            && let Some(turn) = self.jobs.choose(self.slots, self.max_batch)
+            && let Some(turn) = self.jobs.choose(self.slots, self.max_batch, &Prefixes::default())
         {
             let start = Instant::now();
             match turn {
                 Turn::End => self.jobs.current[0].fail(Error::Cancelled),
                 Turn::Prompt(prompts) => {
-                    let prompts = pass::prompt(&mut self.jobs.current, *prompts, start);
+                    let prompts = pass::prompt(&mut self.jobs.current, *prompts, &Prefixes::default(), start);
                     let names: String = self.results.try_iter().collect();
                     self.jobs.put_back_prompts(prompts, Duration::from_millis(length(&names)));
                     taken.push(names);
                 }
                 Turn::Decode => {
-                    let prompts = pass::decode(&mut self.jobs.current, &mut self.batch, start);
+                    let prompts = pass::decode(
+                        &mut self.jobs.current,
+                        &mut self.batch,
+                        &mut DraftRows::default(),
+                        &Prefixes::default(),
+                        start,
+                    );
                     let names = format!("({})", self.results.try_iter().collect::<String>());
                     self.jobs.put_back_decoders(prompts, Duration::from_millis(length(&names)));
                     taken.push(names);
@@ -309,8 +315,14 @@ fn a_job_that_panics_as_it_is_dropped_leaves_the_others_of_its_pass() {
     }
     simulation.run(3, |_| 0);
     let jobs = &mut simulation.jobs;
-    assert!(matches!(jobs.choose(8, 8), Some(Turn::Decode)) && jobs.current.len() == 3);
-    let prompts = pass::decode(&mut jobs.current, &mut simulation.batch, Instant::now());
+    assert!(matches!(jobs.choose(8, 8, &Prefixes::default()), Some(Turn::Decode)) && jobs.current.len() == 3);
+    let prompts = pass::decode(
+        &mut jobs.current,
+        &mut simulation.batch,
+        &mut DraftRows::default(),
+        &Prefixes::default(),
+        Instant::now(),
+    );
     let dropped = panic::catch(|| {
         jobs.put_back_decoders(prompts, Duration::ZERO);
         jobs.current.clear();
@@ -330,9 +342,15 @@ fn a_cancelled_job_of_a_pass_that_fails_is_not_computed_again() {
     }
     simulation.run(3, |_| 0);
     simulation.model.panics_at.store('p' as usize, SeqCst);
-    assert!(matches!(simulation.jobs.choose(8, 8), Some(Turn::Decode)));
+    assert!(matches!(simulation.jobs.choose(8, 8, &Prefixes::default()), Some(Turn::Decode)));
     cancel.set();
-    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
+    pass::decode(
+        &mut simulation.jobs.current,
+        &mut simulation.batch,
+        &mut DraftRows::default(),
+        &Prefixes::default(),
+        Instant::now(),
+    );
     let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
     assert_eq!(alive, [false, false, true]);
     let told: Vec<String> = simulation.results.try_iter().collect();
@@ -368,9 +386,15 @@ fn a_member_that_is_cancelled_within_a_pass_leaves_it_and_the_others_go_on() {
     simulation.submit(cancelled);
     simulation.submit(simulation.job('b', 1, 3));
     simulation.run(2, |_| 0);
-    assert!(matches!(simulation.jobs.choose(8, 8), Some(Turn::Decode)));
+    assert!(matches!(simulation.jobs.choose(8, 8, &Prefixes::default()), Some(Turn::Decode)));
     cancel.set();
-    pass::decode(&mut simulation.jobs.current, &mut simulation.batch, Instant::now());
+    pass::decode(
+        &mut simulation.jobs.current,
+        &mut simulation.batch,
+        &mut DraftRows::default(),
+        &Prefixes::default(),
+        Instant::now(),
+    );
     let alive: Vec<bool> = simulation.jobs.current.iter().map(active::Active::is_alive).collect();
     assert_eq!(alive, [false, true]);
     let told: Vec<String> = simulation.results.try_iter().collect();

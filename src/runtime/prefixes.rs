@@ -1,0 +1,299 @@
+//! The prefixes of a model: what was computed once and is not computed again.
+//!
+//! A lock around the tree of columns, its budget, and counts. The budget is for columns that no sequence uses. It gives way
+//! when memory is short. A folder may have columns of other processes and of earlier ones.
+//!
+//! Decisions: docs/design/runtime.md
+
+use std::collections::VecDeque;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::compute::kernels::PAGE;
+use crate::compute::ops::Column;
+use crate::error::Result;
+use crate::kv::file::KvFile;
+use crate::kv::folder::{Folder, Key};
+use crate::kv::phases::Phases;
+use crate::kv::tree::{Holder, Path, Root, Tree};
+use crate::model::Sequence;
+use crate::system::memory;
+use crate::system::sync::lock;
+
+/// Without a limit of the caller: this part of the available memory, and at most `MOST` bytes.
+const PART: u64 = 8;
+const MOST: u64 = 2 << 30;
+/// Idle columns may take this part of the memory that would be free without them.
+const PART_OF_FREE: u64 = 2;
+/// The last column of a prompt goes to the folder if it has this number of ids: computing fewer takes less time than it
+/// takes to read a column.
+const LEAST_TAIL: usize = 16;
+
+/// Threads that verify the columns of a folder at most.
+const READERS: usize = 4;
+
+/// Shared by the threads that open, read and compute a model.
+#[derive(Default)]
+pub struct Prefixes {
+    /// Bytes. 0: nothing is held.
+    limit: AtomicU64,
+    folder: Option<Folder>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// None until the first sequence, which has the shape of the columns.
+    tree: Option<Tree>,
+    hits: u64,
+    misses: u64,
+    chats: Vec<Weak<()>>,
+}
+
+/// What is held, and how often it was of use.
+#[derive(Copy, Clone, Debug, Default, PartialEq)]
+pub struct Info {
+    /// Of columns that no sequence uses.
+    pub bytes: u64,
+    pub limit: u64,
+    pub positions: usize,
+    /// Sequences that found a prefix, and those that found none.
+    pub hits: u64,
+    pub misses: u64,
+    /// Chats that are open.
+    pub chats: usize,
+}
+
+impl Prefixes {
+    /// `limit`: bytes of columns that no sequence uses; 0: nothing is held. None: a part of the available memory.
+    pub fn new(limit: Option<u64>, folder: Option<Folder>) -> Self {
+        let limit = limit.unwrap_or_else(|| memory::available().map_or(MOST, |available| (available / PART).min(MOST)));
+        Prefixes { limit: AtomicU64::new(limit), folder, state: Mutex::default() }
+    }
+
+    fn limit(&self) -> u64 {
+        self.limit.load(Relaxed)
+    }
+
+    /// Whether anything is held.
+    pub fn is_on(&self) -> bool {
+        self.limit() > 0
+    }
+
+    fn is_on_for(&self, sequence: &Sequence) -> bool {
+        self.is_on() && sequence.kv.shape().position_bytes() > 0
+    }
+
+    /// Gives a sequence without keys and values the longest prefix that is held: positions that get no logits. Returns
+    /// their number. An error if the file of a chat is damaged, which is then used no more.
+    pub fn resume(&self, sequence: &mut Sequence) -> Result<usize> {
+        if !self.is_on_for(sequence) {
+            return Ok(0);
+        }
+        let (root, most) = (root(sequence), sequence.logits_from);
+        let mut state = lock(&self.state);
+        let mut hit = state.tree(sequence).find(path(&root, sequence), most)?;
+        if let Some(folder) = &self.folder {
+            let known = hit.as_ref().map_or(0, |hit| hit.length);
+            if read(folder, state.tree(sequence), path(&root, sequence), known, most) {
+                hit = state.tree(sequence).find(path(&root, sequence), most)?;
+            }
+        }
+        match hit {
+            Some(hit) => {
+                state.hits += 1;
+                drop(state);
+                sequence.kv.adopt(hit.columns, hit.length);
+                Ok(hit.length)
+            }
+            None => {
+                state.misses += 1;
+                Ok(0)
+            }
+        }
+    }
+
+    /// Holds the full columns of a sequence that goes on. `Holder::Anyone` has no use for decoded positions, nor for those
+    /// after them. `from`: full columns that it was called with before.
+    pub fn keep(&self, sequence: &Sequence, holder: &Holder, from: usize) {
+        if self.is_on_for(sequence) {
+            self.insert(sequence, holder, from, false);
+            self.trim();
+        }
+    }
+
+    /// Takes all columns of a sequence, which is computed no further: the last one too.
+    pub fn take(&self, sequence: &mut Sequence, holder: &Holder, from: usize) {
+        if self.is_on_for(sequence) {
+            self.insert(sequence, holder, from, true);
+            sequence.kv.release();
+            self.trim();
+        }
+    }
+
+    fn insert(&self, sequence: &Sequence, holder: &Holder, from: usize, ended: bool) {
+        let prompt = sequence.kv.len().min(sequence.phases.prefilled());
+        let length = match holder {
+            Holder::Chat(_) => sequence.kv.len(),
+            Holder::Anyone | Holder::Pin => prompt,
+        };
+        let (length, root) = (if ended { length } else { length / PAGE * PAGE }, root(sequence));
+        lock(&self.state).tree(sequence).insert(path(&root, sequence), length, sequence.kv.columns(), holder);
+        if let Some(folder) = &self.folder {
+            write(folder, sequence, from, prompt.min(length));
+        }
+    }
+
+    /// Holds the positions of a file, which begin as those of `sequence` do.
+    pub fn keep_file(&self, sequence: &Sequence, file: &Arc<KvFile>, holder: &Holder) {
+        if self.is_on_for(sequence) {
+            let root = root(sequence);
+            lock(&self.state).tree(sequence).insert_file(path(&root, sequence), file, holder);
+        }
+    }
+
+    /// Brings the columns that no sequence uses within the budget.
+    pub fn trim(&self) {
+        let mut state = lock(&self.state);
+        let Some(tree) = &mut state.tree else { return };
+        let limit = match memory::available() {
+            Some(available) if tree.held_bytes() > 0 => {
+                self.limit().min(available.saturating_add(tree.idle_bytes()) / PART_OF_FREE)
+            }
+            _ => self.limit(),
+        };
+        tree.trim(limit);
+    }
+
+    /// Drops all idle columns, since memory is short. False if there are none.
+    pub fn give_way(&self) -> bool {
+        let mut state = lock(&self.state);
+        let Some(tree) = &mut state.tree else { return false };
+        let before = tree.held_bytes();
+        tree.trim(0);
+        tree.held_bytes() < before
+    }
+
+    /// Counts a chat until it is dropped.
+    pub fn add_chat(&self, chat: &Arc<()>) {
+        let mut state = lock(&self.state);
+        state.chats.retain(|chat| chat.strong_count() > 0);
+        state.chats.push(Arc::downgrade(chat));
+    }
+
+    /// Drops what only chats that have ended had a use for.
+    pub fn drop_ended_chats(&self) {
+        if let Some(tree) = &mut lock(&self.state).tree {
+            tree.drop_ended_chats();
+        }
+    }
+
+    /// Ends the cache. Dropping the tree takes time.
+    pub fn close(&self) -> Option<Tree> {
+        self.limit.store(0, Relaxed);
+        lock(&self.state).tree.take()
+    }
+
+    pub fn info(&self) -> Info {
+        self.trim();
+        let state = lock(&self.state);
+        let chats = state.chats.iter().filter(|chat| chat.strong_count() > 0).count();
+        let (bytes, positions) = state.tree.as_ref().map_or((0, 0), |tree| (tree.idle_bytes(), tree.positions()));
+        Info { bytes, limit: self.limit(), positions, hits: state.hits, misses: state.misses, chats }
+    }
+
+    /// Waits until the folder has what it was given, for at most this time.
+    pub fn flush(&self, most: std::time::Duration) -> bool {
+        self.folder.as_ref().is_none_or(|folder| folder.flush(most))
+    }
+}
+
+impl State {
+    fn tree(&mut self, sequence: &Sequence) -> &mut Tree {
+        let (window, shape) = (sequence.kv.window(), sequence.kv.shape());
+        self.tree.get_or_insert_with(|| Tree::new(window, shape.clone()))
+    }
+}
+
+/// Adds to the tree what the folder has of a prompt beyond `known` positions. Returns whether that is anything.
+fn read(folder: &Folder, tree: &mut Tree, path: Path<'_>, known: usize, most: usize) -> bool {
+    let prompt = path.ids.len().min(path.phases.prefilled());
+    let mut pages = path.ids[..most.min(prompt) / PAGE * PAGE].chunks(PAGE);
+    let mut key = pages.by_ref().take(known / PAGE).fold(folder.root(path.root), |key, ids| key.child(ids));
+    let columns = find(folder, &key, pages.collect());
+    let (mut start, mut added) = (known / PAGE * PAGE, !columns.is_empty());
+    for (child, column) in columns {
+        start += PAGE;
+        tree.insert(path, start, [Arc::new(column)].iter(), &Holder::Anyone);
+        key = child;
+    }
+    if start < most.min(prompt)
+        && let ids = &path.ids[start..prompt.min(start + PAGE)]
+        && let Some((tail, column)) = folder.tail(&key, ids)
+        && start + tail.iter().zip(ids).take_while(|(a, b)| a == b).count() > known
+    {
+        let ids = [&path.ids[..start], &tail].concat();
+        let tail = Path { ids: &ids, phases: &Phases::prefill(ids.len()), ..path };
+        tree.insert(tail, ids.len(), [Arc::new(column)].iter(), &Holder::Anyone);
+        added = true;
+    }
+    added
+}
+
+/// The full columns of these consecutive pages after the positions of `parent`, up to the first that the folder lacks. Several
+/// threads verify their checksums, which takes most of the time.
+fn find(folder: &Folder, parent: &Key, pages: Vec<&[u32]>) -> VecDeque<(Key, Column)> {
+    let mut keys = vec![parent.clone()];
+    keys.extend(pages.iter().scan(parent.clone(), |key, ids| {
+        *key = key.child(ids);
+        Some(key.clone())
+    }));
+    let (next, end) = (AtomicUsize::new(0), AtomicUsize::new(pages.len()));
+    let found: Vec<Mutex<Option<(Key, Column)>>> = pages.iter().map(|_| Mutex::default()).collect();
+    let read = || {
+        while let page = next.fetch_add(1, Relaxed)
+            && page < end.load(Relaxed)
+        {
+            let column = folder.find(&keys[page], pages[page]);
+            if column.is_none() {
+                end.fetch_min(page, Relaxed);
+            }
+            *lock(&found[page]) = column;
+        }
+    };
+    std::thread::scope(|scope| {
+        let others = std::thread::available_parallelism().map_or(1, NonZero::get).min(READERS).min(pages.len());
+        for _ in 1..others {
+            // Without the thread the others do its part.
+            let _ = std::thread::Builder::new().name("candle-phi-read".into()).spawn_scoped(scope, read);
+        }
+        read();
+    });
+    let columns = found.into_iter().map(|column| column.into_inner().unwrap_or_else(PoisonError::into_inner));
+    columns.map_while(|column| column).collect()
+}
+
+/// Gives the folder the columns of the first `length` positions, which are a prompt. It has had `from` columns of the
+/// sequence, or all full ones of the prompt.
+fn write(folder: &Folder, sequence: &Sequence, from: usize, length: usize) {
+    let (mut key, from) = (folder.root(&root(sequence)), from.min(length / PAGE));
+    let mut columns = sequence.kv.columns().peekable();
+    for (number, start) in (0..length).step_by(PAGE).enumerate() {
+        let ids = &sequence.ids[start..length.min(start + PAGE)];
+        while columns.next_if(|column| column.start() < start).is_some() {}
+        let column = columns.next_if(|column| column.start() == start);
+        if let Some(column) = column.filter(|_| number >= from && ids.len() >= LEAST_TAIL) {
+            folder.put(&key, ids, column.clone());
+        }
+        key = key.child(ids);
+    }
+}
+
+fn root(sequence: &Sequence) -> Root {
+    Root { long: sequence.long, scope: sequence.scope.clone() }
+}
+
+fn path<'a>(root: &'a Root, sequence: &'a Sequence) -> Path<'a> {
+    Path { root, ids: &sequence.ids, phases: &sequence.phases }
+}
