@@ -1,6 +1,7 @@
 """The names and defaults that users rely on, as docs/api.md has them."""
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import candle_phi
-from candle_phi import Phi
+from candle_phi import CacheInfo, Chat, Phi
 from candle_phi.options import UNBUILT
 from conftest import ROOT
 
@@ -25,6 +26,9 @@ MODEL = {
     "chat_template": None,
     "max_concurrent": None,
     "max_batch": 8,
+    "prefix_cache": None,
+    "prefix_cache_dir": None,
+    "speculate": True,
     "on_progress": None,
 }
 HUB = {
@@ -51,12 +55,17 @@ GENERATION = {
     "logprobs": False,
     "top_logprobs": 0,
     "timeout": None,
+    "cache_scope": None,
+    "speculate": None,
+    "prediction": None,
     "on_progress": None,
     "raw": False,
     "parse_special": None,
     "add_bos": False,
 }
+CHAT = {name: default for name, default in GENERATION.items() if name not in ("raw", "parse_special", "add_bos")}
 MAP = {"ordered": True, "return_exceptions": False, "max_pending": None}
+CACHE_INFO = ["bytes", "limit", "positions", "hits", "misses", "chats"]
 ERRORS = {
     "PhiError": (Exception,),
     "ModelNotFoundError": (FileNotFoundError,),
@@ -108,9 +117,28 @@ def test_other_methods() -> None:
     assert options(Phi.logits) == {"every_position": False, "on_progress": None}
     assert options(Phi.score) == {"start": 1, "top_logprobs": 0, "on_progress": None}
     assert options(Phi.perplexity) == {"stride": None}
+    assert options(Phi.warm) == {"pin": False}
+    assert list(inspect.signature(Phi.cache_info).parameters) == ["self"]
+    assert list(inspect.signature(Phi.count_tokens).parameters) == ["self", "prompt"]
+    assert [field.name for field in dataclasses.fields(CacheInfo)] == CACHE_INFO
     assert list(inspect.signature(Phi.from_pretrained).parameters)[:2] == ["repo_id", "filename"]
     assert options(Phi.from_pretrained) == HUB | MODEL
     assert options(Phi.demo) == MODEL
+
+
+def test_chats() -> None:
+    assert options(Phi.chat) == {"messages": None, "tools": None, "exact": False} | CHAT
+    assert list(inspect.signature(Phi.chat).parameters)[:2] == ["self", "system"]
+    for method in (Chat.send, Chat.stream, Chat.asend, Chat.astream):
+        assert options(method) == {"exact": None} | CHAT
+        assert list(inspect.signature(method).parameters)[:2] == ["self", "message"]
+    assert str(inspect.signature(Chat.rewind)) == "(self, turns: int = 1) -> None"
+    assert options(Chat.save) == {"kv": True}
+    assert options(Phi.load_chat) == {"strict": False}
+    assert {name for name in vars(Chat) if not name.startswith("_")} >= {
+        *("send", "stream", "asend", "astream", "fork", "rewind", "save", "close"),
+        *("messages", "token_ids", "context_left", "usage"),
+    }
 
 
 @pytest.mark.parametrize("name", READ_ONLY)
@@ -130,7 +158,7 @@ def test_error_bases(name: str) -> None:
 
 def test_public_names() -> None:
     results = {"Chunk", "Result", "Usage", "Timings", "TokenLogprob", "Progress"}
-    results |= {"Message", "OnProgress", "FinishReason"}
+    results |= {"Message", "OnProgress", "FinishReason", "CacheInfo", "Chat"}
     assert set(candle_phi.__all__) >= {*ERRORS, *results, "Phi", "Stream", "AsyncStream", "hub", "testing"}
     assert all(hasattr(candle_phi, name) for name in candle_phi.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", candle_phi.__version__)
@@ -177,6 +205,14 @@ def compare(path: Path) -> None:
         "score": options(Phi.score),
         "perplexity": options(Phi.perplexity),
     }
+    for method in (Phi.chat, Phi.load_chat, Phi.warm, Chat.save):
+        found = re.search(rf"\b{method.__name__}\(([^()]*\*, [^()]*)\)", page)
+        assert found is not None, method
+        named = {name: value for name, value in re.findall(r"(\w+)=([^,\s]+)", found[1].split("*, ")[1])}
+        page_defaults = {name: default(value) for name, value in named.items()}
+        own = {n: v for n, v in options(method).items() if n not in CHAT and (n, method) != ("exact", Phi.chat)}
+        assert page_defaults == own, method
+    assert re.search(r"CacheInfo\((.*?)\)", page)[1].split(", ") == CACHE_INFO  # type: ignore[index]
 
     table = page.split("| option | default | means |")[1].split("\n\n")[0].splitlines()[2:]
     found = {}
@@ -187,6 +223,8 @@ def compare(path: Path) -> None:
         values = [v.strip() for v in re.sub(r"\(.*\)", "", defaults).split(",")]
         for i, name in enumerate(re.findall(r"`(\w+)`", names)):
             found[name] = values[i] if len(values) > 1 else values[0]
+    later = re.findall(r"`stream\(\.\.\., (.*?)\)`", page)  # by later sections
+    found |= {name: repr(value) for name, value in defaults_of(", ".join(later)).items()}
     assert set(found) == set(GENERATION)
     assert {name: default(value) for name, value in found.items() if value} == {
         name: GENERATION[name] for name, value in found.items() if value

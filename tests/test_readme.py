@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import candle_phi
-from candle_phi import AsyncStream, Phi, Stream, hub
+from candle_phi import AsyncStream, Chat, Phi, Stream, hub
+from candle_phi.cache import Caching
+from candle_phi.chats import Chatting
+from candle_phi.generation import Generating
 from candle_phi.prompts import Prompting
 from candle_phi.scores import Scoring
 from conftest import HAIKU, HANG, ROOT
@@ -93,7 +96,13 @@ def test_the_downloads(server: FakeHub, phi: Phi) -> None:
     assert names["path"].is_file()
 
 
-@pytest.mark.parametrize(("thing", "count"), [(Phi, 4), (Prompting, 3), (Scoring, 3), (Stream, 1), (AsyncStream, 1)])
+@pytest.mark.parametrize(
+    ("thing", "count"),
+    [
+        *((Phi, 1), (Prompting, 4), (Generating, 3), (Chatting, 1), (Caching, 1), (Scoring, 3)),
+        *((Stream, 1), (AsyncStream, 1), (Chat, 3)),
+    ],
+)
 def test_the_examples_of_docstrings_print_what_they_show(phi: Phi, thing: type, count: int) -> None:
     names = {"Phi": Phi, "phi": phi, "asyncio": asyncio}
     found = doctest.DocTestFinder().find(thing, thing.__name__, globs=names)

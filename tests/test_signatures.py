@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import candle_phi
-from candle_phi import Phi, hub
+from candle_phi import Chat, Phi, hub
 from candle_phi import options as tables
 from candle_phi.cli import main
-from candle_phi.keywords import GenerationOptions, ModelOptions
+from candle_phi.keywords import ChatOptions, GenerationOptions, ModelOptions
 from candle_phi.testing import FakePhi
 from conftest import run_python
-from test_api_contract import GENERATION, HUB, MAP, MODEL
+from test_api_contract import CHAT, GENERATION, HUB, MAP, MODEL
 
 
 def test_the_tables_have_the_options_of_the_signatures() -> None:
@@ -25,6 +25,7 @@ def test_the_tables_have_the_options_of_the_signatures() -> None:
     assert set(tables.HUB) == {*HUB, "repo_id", "filename", "on_progress"}
     assert set(ModelOptions.__annotations__) == set(MODEL)
     assert list(tables.MAP) == list(MAP)
+    assert set(tables.CHAT) == {*GENERATION, "exact"}
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (tables.MODEL, MODEL),
         (tables.GENERATION, GENERATION),
@@ -40,6 +41,7 @@ def test_type_checkers_see_the_options_of_a_generation() -> None:
     hints = typing.get_type_hints(Phi.stream)
     expected = {name: hints[name] for name in GENERATION if name != "on_progress"}
     assert typing.get_type_hints(GenerationOptions) == expected
+    assert typing.get_type_hints(ChatOptions) == {name: hints[name] for name in CHAT}
 
 
 def documented(docstring: str | None) -> list[str]:
@@ -53,7 +55,7 @@ def documented(docstring: str | None) -> list[str]:
     "function",
     [
         *(Phi.stream, Phi.generate, Phi.astream, Phi.agenerate, Phi.map, Phi.amap, Phi.demo, Phi.from_pretrained),
-        FakePhi.stream,
+        *(FakePhi.stream, Phi.chat, Chat.stream, Chat.send, Chat.astream, Chat.asend),
     ],
 )
 def test_docstrings_have_the_options_of_the_signatures(function: Any) -> None:
@@ -71,7 +73,8 @@ def test_the_class_documents_its_options() -> None:
     "function",
     [
         *(hub.download, hub.cached, hub.info, hub.list_cached, hub.verify, hub.remove),
-        *(Phi.logits, Phi.score, Phi.perplexity, Phi.tokenize),
+        *(Phi.logits, Phi.score, Phi.perplexity, Phi.tokenize, Phi.count_tokens, Phi.warm, Phi.load_chat),
+        *(Chat.rewind, Chat.save),
     ],
 )
 def test_functions_document_their_options(function: Any) -> None:
@@ -82,7 +85,7 @@ def test_functions_document_their_options(function: Any) -> None:
 def test_the_command_line_has_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", "--help"])
     shown = set(re.findall(r"--(?:no-|\[no-\])?([a-z-]+)", capsys.readouterr().out))
-    for name in {*MODEL, *HUB, *GENERATION, "filename"} - {"on_progress", "progress", "max_concurrent"}:
+    for name in {*MODEL, *HUB, *GENERATION, "filename"} - {"on_progress", "progress", "max_concurrent", "cache_scope"}:
         assert name.replace("_", "-") in shown, name
 
 
@@ -154,7 +157,7 @@ def test_a_wrong_constructor_call_is_explained(args: Any, options: Any, says: st
         Phi(*args, **options)
 
 
-LATER = ["chat", "load_chat", "warm", "cache_info", "count_tokens", "accepts", "adapters"]
+LATER = ["accepts", "adapters"]
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -184,6 +187,8 @@ def test_stream_attributes_of_later_versions(phi: Phi, name: str) -> None:
         ("embed", "no embeddings"),
         ("eval", r"\.logits\(ids\)"),
         ("batch", r"\.map\(prompts\)"),
+        ("chat_session", r"use \.chat\(\)"),
+        ("save_state", r"\.save\(path\)"),
         ("abatch", r"\.amap\(prompts\)"),
         ("zebra", "'zebra'$"),
     ],
@@ -206,6 +211,7 @@ def test_a_model_that_is_called_is_answered(phi: Phi) -> None:
         ("generate", "phi.generate"),
         ("load", r"Phi\(path\)"),
         ("Llama", "the class is Phi"),
+        ("chat", r"phi\.chat\(\)"),
         ("zebra", "'zebra'$"),
     ],
 )
@@ -247,9 +253,11 @@ def test_a_coroutine_that_is_not_awaited_has_the_methods_name() -> None:
     coroutine.close()
 
 
-@pytest.mark.parametrize("name", [name for name in dir(Phi) if not name.startswith("_")])
-def test_annotations_can_be_read_at_run_time(name: str) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner in (Phi, Chat) for name in dir(owner) if not name.startswith("_")]
+)
+def test_annotations_can_be_read_at_run_time(owner: type, name: str) -> None:
     # as pydantic, typer and other libraries read them
-    method = inspect.getattr_static(Phi, name)
-    function = method.fget if isinstance(method, property) else getattr(Phi, name)
+    method = inspect.getattr_static(owner, name)
+    function = method.fget if isinstance(method, property) else getattr(owner, name)
     assert "return" in typing.get_type_hints(function)

@@ -8,6 +8,8 @@ import numpy as np
 
 from candle_phi import (
     AsyncStream,
+    CacheInfo,
+    Chat,
     Chunk,
     FinishReason,
     Message,
@@ -17,6 +19,7 @@ from candle_phi import (
     Result,
     Stream,
     TokenLogprob,
+    Usage,
 )
 
 
@@ -36,6 +39,17 @@ def inferred(phi: Phi) -> None:
     assert_type(next(phi.map(["Hi"], return_exceptions=True)), Result | Exception)
     assert_type(phi.score("Hi there", top_logprobs=5), list[TokenLogprob])
     assert_type(phi.perplexity("Hi there"), float)
+    assert_type(phi.count_tokens("Hi there"), int)
+    assert_type(phi.cache_info(), CacheInfo)
+    chat = phi.chat("Be brief.", temperature=0)
+    assert_type(chat, Chat)
+    assert_type(phi.load_chat("a.chat"), Chat)
+    assert_type(chat.send("Hi"), Result)
+    assert_type(chat.stream("Hi", exact=True), Stream)
+    assert_type(chat.astream("Hi"), AsyncStream)
+    assert_type(chat.fork(), Chat)
+    assert_type(chat.messages, list[dict[str, str]])
+    assert_type(chat.usage, Usage)
 
 
 async def inferred_in_a_loop(phi: Phi) -> None:
@@ -60,6 +74,10 @@ def accepted(phi: Phi) -> None:
     phi.generate(range(3))
     phi.generate(np.array([1, 2, 3]))
     phi.generate("Hi", logit_bias={5: 1.0}, stop=["a", "b"])
+    phi.generate("Hi", prediction="Hi there", cache_scope="a", speculate=False)
+    phi.generate("Hi", prediction=[1, 2])
+    phi.chat(messages=messages).send(messages)
+    phi.chat().send({"role": "user", "content": "Hi"})
 
     def enough(progress: Progress) -> None:
         raise LookupError(progress.phase)
@@ -90,5 +108,11 @@ def refused(phi: Phi) -> None:
     phi.perplexity([1, 2])  # type: ignore[arg-type]
     Phi.demo(n_thread=4)  # type: ignore[call-arg]
     Phi()  # type: ignore[call-arg]
-    phi.chat()  # type: ignore[attr-defined]  # of a later version
+    phi.accepts("Hi")  # type: ignore[attr-defined]  # of a later version
+    phi.chat(max_token=5)  # type: ignore[call-arg]
+    phi.chat(raw=True)  # type: ignore[call-arg]
+    phi.chat().send(5)  # type: ignore[arg-type]
+    phi.chat().send("Hi", 50)  # type: ignore[call-arg]
+    phi.warm("Hi", pin="yes")  # type: ignore[arg-type]
+    Phi.demo(prefix_cache="2GB")  # type: ignore[arg-type]
     phi("Hi")  # type: ignore[operator]

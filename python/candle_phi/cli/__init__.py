@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import NotInThisVersionError, PhiError
 from ..options import Option
-from . import bench, cache, commands, doctor, help, output, perplexity, run, tokenize
+from . import bench, cache, chat, commands, doctor, help, output, perplexity, run, tokenize
 from .mistakes import UsageError, spelled
 
 _COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
+    "chat": chat.run,
     "run": lambda arguments: run.run(arguments, command="run"),
     "pull": cache.pull,
     "list": cache.list_models,
@@ -79,5 +80,7 @@ def _run(arguments: list[str]) -> None:
         raise UsageError(commands.not_in_this_version(first))
     elif len(arguments) == 1 and first in ("-h", "--help"):
         help.run([])
+    elif not arguments and output.is_terminal(sys.stdin) and output.is_terminal(sys.stdout):
+        chat.run([])
     else:
         run.run(arguments, command="")

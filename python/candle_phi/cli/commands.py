@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from .. import hub
 
 COMMANDS: Mapping[str, str] = {
+    "chat": "talk with a model; alone, candle-phi does the same on a terminal",
     "run": "answer a prompt; the same as candle-phi PROMPT",
     "pull": "download a model into the cache",
     "list": "list the models, their sizes, what is downloaded",
@@ -22,7 +23,6 @@ COMMANDS: Mapping[str, str] = {
 """Commands, each with what it does."""
 
 UNBUILT: Mapping[str, str] = {
-    "chat": "a conversation",
     "serve": "a server",
     "batch": "files of prompts",
     "convert": "conversion of models",
@@ -37,6 +37,7 @@ _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("check", "diagnose", "status", "env"), "doctor"),
     **dict.fromkeys(("tokens", "encode"), "tokenize"),
     **dict.fromkeys(("ppl", "score", "eval"), "perplexity"),
+    **dict.fromkeys(("repl", "interactive", "shell", "talk"), "chat"),
     **dict.fromkeys(("generate", "ask", "prompt", "complete", "completion", "exec"), '"PROMPT"'),
     "version": "--version",
     **dict.fromkeys(("usage", "man", "?", "/?", "/help", "/h"), "--help"),
@@ -59,7 +60,6 @@ _ABSENT: Mapping[str, str] = {
 
 _LATER: Mapping[str, str] = {
     **dict.fromkeys(("server", "api", "web"), "serve"),
-    **dict.fromkeys(("repl", "interactive", "shell", "talk"), "chat"),
 }
 """Other names of commands of a later version."""
 
@@ -81,7 +81,7 @@ def mistaken_word(words: Sequence[str], *, commands: bool = True) -> str | None:
     word, alone = words[0].lower(), len(words) == 1
     if commands and (answer := _mistaken_command(word, alone)):
         return answer + (_as_prompt(words[0]) if alone else "")
-    if _names_model(words[0]):
+    if names_model(words[0]):
         prompt = '"PROMPT"' if alone else f'"{words[1]}"'
         return f"{words[0]} is a model: candle-phi --model {words[0]} {prompt}{_as_prompt(words[0]) if alone else ''}"
     return None
@@ -112,7 +112,7 @@ def similar_command(word: str) -> str | None:
     return closest(word, list(COMMANDS))
 
 
-def _names_model(word: str) -> bool:
+def names_model(word: str) -> bool:
     """Whether a word is the name of a model: a short name, a .gguf file, a repository of such files."""
     if any(character.isspace() for character in word):
         return False

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
-from . import bench, cache, commands, doctor, output, perplexity, tokenize
+from . import bench, cache, chat, commands, doctor, output, perplexity, tokenize
 from . import run as answer
 from .mistakes import UsageError
 from .parser import Parser, format_rows
 from .prompt import about_words
 
 _PARSERS: Mapping[str, Callable[[], Parser]] = {
+    "chat": chat.make_parser,
     "run": lambda: answer.make_parser("run"),
     "pull": cache.make_pull_parser,
     "list": cache.make_list_parser,
@@ -22,6 +23,7 @@ _PARSERS: Mapping[str, Callable[[], Parser]] = {
 
 _EXAMPLES = """\
 examples:
+  candle-phi chat -m phi-4-mini
   candle-phi "Write a haiku about ice hockey" --model demo
   candle-phi "Why is the sky blue?" -m phi-4-mini
   cat report.txt | candle-phi "Summarize this in three sentences:"
@@ -67,6 +69,7 @@ def overview() -> str:
         [
             'usage: candle-phi "PROMPT" [OPTION...]',
             "       candle-phi COMMAND [ARGUMENT...]",
+            "       candle-phi",
             "",
             "Runs Microsoft's Phi models on this machine and streams the answer.",
             "",

@@ -15,7 +15,7 @@ def spelled(name: str, value: str | None = None) -> str:
     """An option of the API as the command line has it: `max_tokens=5` is `--max-tokens 5`."""
     if name == "repo_id":
         return "REPO"
-    flag = "--no-mmap" if name == "mmap" else "--" + name.replace("_", "-")
+    flag = ("--no-" if name in ("mmap", "speculate") else "--") + name.replace("_", "-")
     return flag if value in (None, "True") else f"{flag} {value}"
 
 

@@ -25,6 +25,8 @@ _MODEL: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
     "kernel": (str, "NAME", "a kernel that doctor prints (default: the best here)"),
     "kv_cache": (str, "TYPE", "f16, f32 or q8_0 (default: f16)"),
     "max_batch": (whole_number, "N", "streams that share a decode pass, 1 to 16 (default: 8)"),
+    "prefix_cache": (whole_number, "N", "bytes kept for prompts to come; 0: none (default: 1/8)"),
+    "prefix_cache_dir": (str, "FOLDER", "keep them there too, for later runs (default: no)"),
     "tokenizer": (str, "FILE", "a tokenizer.json, or a repository with one"),
     "chat_template": (str, "TEXT", "a Jinja template (default: the model's)"),
 }
@@ -57,6 +59,7 @@ def add_model_options(parser: Parser) -> None:
     )
     section.add_table(_MODEL)
     section.add("--no-mmap", action="store_false", dest="mmap", help="read the file into private memory")
+    section.add("--no-speculate", action="store_false", dest="speculate", help="compute one token in each pass")
     section.add("--filename", metavar="NAME", help="a file of the repository, or a pattern: '*q4*'")
     section.add_table(HUB)
     section.add("--local-files-only", help="never download")

@@ -59,13 +59,31 @@ def say(message: str) -> None:
     note(f"candle-phi: {message}")
 
 
-def note(message: str) -> None:
+def note(message: str, *, dim: bool = False) -> None:
     """Prints a remark on stderr, on one line."""
     status.clear()
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError):  # a full disk, or a reader that has gone: the exit code says it
-        sys.stderr.write(_escape(re.sub(r"\s*\n\s*", " ", message.strip())) + "\n")
+        line = _escape(re.sub(r"\s*\n\s*", " ", message.strip()))
+        sys.stderr.write(f"\x1b[2m{line}\x1b[0m\n" if dim else line + "\n")
+        sys.stderr.flush()
+
+
+def aside(message: str) -> None:
+    """Prints a remark on stderr, dim on a terminal that can."""
+    dim = is_terminal(sys.stderr) and os.name == "posix" and not os.environ.get("NO_COLOR") and not is_dumb()
+    note(message, dim=dim)
+
+
+def is_terminal(file: object) -> bool:
+    """Whether a standard stream is a terminal. None, without a console, is not."""
+    return file is not None and bool(getattr(file, "isatty", lambda: False)())
+
+
+def is_dumb() -> bool:
+    """Whether the terminal takes text and line ends alone."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def _escape(text: str) -> str:

@@ -68,7 +68,7 @@ _ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("f", "file", "input"), "a prompt from a file: candle-phi - < FILE"),
     **dict.fromkeys(("q", "quiet", "silent"), "stdout has only the answer; 2>/dev/null hides the rest"),
     **dict.fromkeys(("stream", "no_stream"), "the answer always streams; --json prints it whole"),
-    **dict.fromkeys(("i", "interactive", "cnv", "conversation"), "chat (a conversation) is not in this version"),
+    **dict.fromkeys(("i", "interactive", "cnv", "conversation"), "candle-phi chat is a conversation"),
     **dict.fromkeys(("host", "port", "api_key"), "serve (a server) is not in this version"),
     **dict.fromkeys(
         ("fa", "flash_attn", "mlock", "b", "ub", "batch_size", "n_batch", "numa"), "the engine chooses this itself"
@@ -76,7 +76,8 @@ _ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("torch_dtype", "dtype", "load_in_4bit"), "weights keep the type that the file has"),
     **dict.fromkeys(("n_best", "num_return_sequences"), "one call gives one answer; another --seed gives another"),
     "keepalive": "no model stays loaded after an answer",
-    "max_concurrent": "the command line answers one prompt",
+    "max_concurrent": "the command line answers one prompt at a time",
+    "cache_scope": "the command line has one user; it keeps tenants apart in the API",
 }
 """Options of other programs that have no counterpart here, each with a hint."""
 

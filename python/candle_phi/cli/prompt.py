@@ -62,7 +62,7 @@ def read_file(words: Sequence[str], *, command: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL character
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{words[0]!r} cannot be read: {reason}") from error
-    return _decode(words[0], data)
+    return decode(words[0], data)
 
 
 def check_typed(word: str, *, exact: bool, noun: str = "prompt") -> None:
@@ -127,10 +127,10 @@ def _read_stdin(*, beside: bool) -> str:
         raise UsageError(f"stdin cannot be read: {error.strerror or error}") from error
     finally:
         remark.cancel()
-    return _decode("stdin", data)
+    return decode("stdin", data)
 
 
-def _decode(source: str, data: bytes) -> str:
+def decode(source: str, data: bytes) -> str:
     """The text of bytes that `source` had, of which `_MOST + 1` were read at most."""
     if len(data) > _MOST:  # without this, the output of `yes` would take all memory
         raise UsageError(f"{source} has more than {_MOST >> 20} MiB of text, which is the limit")

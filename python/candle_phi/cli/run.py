@@ -13,7 +13,7 @@ from . import output
 from .commands import mistaken_word
 from .mistakes import UsageError, usage_errors
 from .model import add_model_options, choose_model, open_model
-from .parser import Parser, add_version, number, whole_number
+from .parser import Parser, Section, add_version, number, whole_number
 from .prompt import read_prompt
 
 _SAMPLING: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
@@ -80,9 +80,9 @@ def _answer(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: bool) -> 
         finally:
             if not last.endswith("\n"):
                 output.write("\n")
-        _remark(phi, given, stream.finish_reason, stream.usage)
+        remark(phi, given, stream.finish_reason, stream.usage)
         if stats:
-            output.note(_stats(stream.usage, stream.timings))
+            output.note(stats_line(stream.usage, stream.timings))
 
 
 def _answer_as_json(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: bool) -> None:
@@ -103,14 +103,14 @@ def _answer_as_json(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: b
         }
     )
     if stats:
-        output.note(_stats(result.usage, result.timings))
+        output.note(stats_line(result.usage, result.timings))
 
 
 def _logprobs(result: Result) -> list[dict[str, Any]] | None:
     return None if result.logprobs is None else [dataclasses.asdict(entry) for entry in result.logprobs]
 
 
-def _remark(phi: Phi, given: Mapping[str, Any], reason: str | None, usage: Usage) -> None:
+def remark(phi: Phi, given: Mapping[str, Any], reason: str | None, usage: Usage) -> None:
     """Prints why an answer ended early."""
     if reason == "timeout":
         output.note(f"(stopped: the timeout of {given['timeout']:g} s is over)")
@@ -120,9 +120,11 @@ def _remark(phi: Phi, given: Mapping[str, Any], reason: str | None, usage: Usage
         output.note(f"(stopped: the context of {phi.n_ctx} tokens is full)")
 
 
-def _stats(usage: Usage, timings: Timings) -> str:
+def stats_line(usage: Usage, timings: Timings) -> str:
+    """Tokens and speeds of an answer."""
+    cached = f", {usage.cached_tokens} cached" if usage.cached_tokens else ""
     parts = [
-        f"prompt: {_counted(usage.prompt_tokens)}{_speed(timings.prefill_tokens_per_second)}",
+        f"prompt: {_counted(usage.prompt_tokens)}{cached}{_speed(timings.prefill_tokens_per_second)}",
         f"answer: {_counted(usage.completion_tokens)}{_speed(timings.decode_tokens_per_second)}",
     ]
     if timings.time_to_first_token is not None:
@@ -158,15 +160,12 @@ def make_parser(command: str) -> Parser:
         action=argparse.BooleanOptionalAction,
         help="with --raw: read special tokens as tokens (default)",
     )
+    section.add("--prediction", metavar="TEXT", help="what the answer will mostly repeat: sooner done, same text")
     section.add("--json", default=False, help="print one JSON object at the end")
     section.add("--stats", default=False, help="print tokens and speeds on stderr at the end")
     add_version(section)
     parser.end_section()
-    section = parser.section("generation")
-    section.add_table(_SAMPLING)
-    section.add("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
-    section.add("--logit-bias", action=_Bias, metavar="ID=X", help="add X to a token's logit; repeatable")
-    section.add("--ignore-eos", help="generate through the model's own stop tokens")
+    section = add_generation_options(parser)
     section.add("--logprobs", help="with --json: the log probability of every token")
     section.add(
         "--top-logprobs",
@@ -176,6 +175,16 @@ def make_parser(command: str) -> Parser:
     )
     add_model_options(parser)
     return parser
+
+
+def add_generation_options(parser: Parser) -> Section:
+    """Adds the options of a generation that answers in plain text have too."""
+    section = parser.section("generation")
+    section.add_table(_SAMPLING)
+    section.add("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    section.add("--logit-bias", action=_Bias, metavar="ID=X", help="add X to a token's logit; repeatable")
+    section.add("--ignore-eos", help="generate through the model's own stop tokens")
+    return section
 
 
 class _Bias(argparse.Action):
