@@ -130,7 +130,7 @@ bench-replay: build ## REPLAY_LINES (4) known texts with and without speculation
 			--replay target/replays/$$texts.jsonl --lines $(REPLAY_LINES) || exit; \
 	done; done
 	$(BIN)/candle-phi bench $(REPLAY_MODEL) --n-threads 2 --replay target/replays/edits.jsonl --lines 8 --streams 8
-	$(BIN)/python benches/replay_peers.py target/replays/edits.jsonl $(REPLAY_MODEL) --lines $(REPLAY_LINES) $(BENCH_OPTIONS)
+	$(BIN)/python benches/replay_peers.py target/replays/edits.jsonl $(REPLAY_MODEL) --lines 2 $(BENCH_OPTIONS)
 
 # As in .github/workflows/release.yml: without the flags for builds from source (.cargo/config.toml) and without RUSTFLAGS of the
 # environment. zig, which maturin looks for on PATH, links against glibc 2.17.

@@ -32,7 +32,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--n-threads", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--kernels", metavar="NAME,...", help="default: the best here")
-    parser.add_argument("--flash-attention", action="store_true", help="of llama.cpp")
     parser.add_argument("--out", type=Path, default=ROOT / "target" / "bench", help="default: target/bench")
     add_llama_options(parser)
     typed = parser.parse_args()
@@ -64,16 +63,16 @@ def runners(typed: argparse.Namespace, model: Path, items: Path, asked: list[str
         )
         for kernel in kernels
     ]
-    options = ["--flash-attention"] if typed.flash_attention else []
     peers = [
         Runner(
             f"llama-cpp-python {build}",
             [python, str(BENCHES / "llama_replay.py"), *common, *options],
             asked,
-            "with flash attention" if typed.flash_attention else "",
+            f"flash attention {setting}",
             is_peer=True,
         )
         for build, python in llama_environments(typed).items()
+        for setting, options in {"off": [], "on": ["--flash-attention"]}.items()
     ]
     return ours + peers
 
@@ -88,7 +87,9 @@ def report(items: list[_replay.Item], lasted: list[Runner]) -> str:
         passes = sum(runner.samples["passes"]) * len(items) / len(runner.samples["passes"])
         speeds = [f"{count / time:.1f}" for count, time in zip(counts, seconds, strict=True)]
         in_all = [f"{sum(counts) / sum(seconds):.1f}", f"{sum(counts) / passes:.2f}"]
-        rows.append([runner.name, *speeds, *in_all, f"{sum(seconds) / sum(times[0]):.2f}"])
+        rows.append(
+            [f"{runner.name} {runner.setting}".strip(), *speeds, *in_all, f"{sum(seconds) / sum(times[0]):.2f}"]
+        )
     return markdown(["tok/s", *names, "in all", "tokens a pass", f"{lasted[0].name} over it"], rows)
 
 
