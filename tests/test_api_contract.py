@@ -208,7 +208,7 @@ def compare(path: Path) -> None:
     for method in (Phi.chat, Phi.load_chat, Phi.warm, Chat.save):
         found = re.search(rf"\b{method.__name__}\(([^()]*\*, [^()]*)\)", page)
         assert found is not None, method
-        named = {name: value for name, value in re.findall(r"(\w+)=([^,\s]+)", found[1].split("*, ")[1])}
+        named = dict(re.findall(r"(\w+)=([^,\s]+)", found[1].split("*, ")[1]))
         page_defaults = {name: default(value) for name, value in named.items()}
         own = {n: v for n, v in options(method).items() if n not in CHAT and (n, method) != ("exact", Phi.chat)}
         assert page_defaults == own, method

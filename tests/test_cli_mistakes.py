@@ -55,7 +55,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Doctr", 2, "did you mean candle-phi doctor? (as a prompt: candle-phi -- Doctr)"),
     ("tokenise --model none.gguf", 2, "did you mean candle-phi tokenize?..."),
     ("--model none.gguf benhc", 2, "did you mean candle-phi bench?..."),
-    ("chat Hi", 2, "candle-phi chat takes its messages from stdin; candle-phi \"Hi\" answers one prompt"),
+    ("chat Hi", 2, 'candle-phi chat takes its messages from stdin; candle-phi "Hi" answers one prompt'),
     ("chat --load nowhere.chat", 2, "--load nowhere.chat: no such file"),
     ("serve --port 8080", 2, "serve (a server) is not in this version..."),
     ("batch in.jsonl", 2, "batch (files of prompts) is not in this version..."),
@@ -276,7 +276,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     (
         "help xyzzy",
         2,
-        "there is no command 'xyzzy'; the commands: chat, run, pull, list, verify, rm, perplexity, bench, tokenize, doctor",
+        "there is no command 'xyzzy'; the commands: chat, run, pull, list, verify, rm, perplexity, bench, tokenize, "
+        "doctor",
     ),
     ("help serve", 2, "serve..."),
     ("help run pull", 2, "unexpected argument 'pull': candle-phi help COMMAND"),
