@@ -41,8 +41,8 @@ _ELSEWHERE: Mapping[str, str] = {
 """Commands of other programs, each with what does the same here."""
 
 _MORE = (
-    'A line that ends with \\ goes on in the next line. A line of """ begins a text of several lines, the next one ends '
-    "it. A line that begins with // sends the text with one slash. Ctrl-C ends an answer, Ctrl-D the chat."
+    'A line that ends with \\ goes on in the next line. A line of """ begins a text of several lines, the next one '
+    "ends it. A line that begins with // sends the text with one slash. Ctrl-C ends an answer, Ctrl-D the chat."
 )
 
 
