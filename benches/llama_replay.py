@@ -51,6 +51,7 @@ def main() -> None:
         n_threads=given.n_threads,
         n_threads_batch=given.n_threads,
         flash_attn=given.flash_attention,
+        logits_all=True,  # else its array of scores has 512 rows, and the drafts of longer prompts fail
         draft_model=LlamaPromptLookupDecoding(max_ngram_size=NGRAM, num_pred_tokens=DRAFT),
         verbose=False,
     )

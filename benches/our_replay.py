@@ -19,7 +19,7 @@ def main() -> None:
         def line(number: int) -> dict[str, float]:
             [item] = [item for item in items if item.number == number]
             phi.warm(item.prompt)
-            found = _replay.run(phi, [item], speculate=True)
+            found = _replay.run(phi, [item], True)
             return {f"seconds {number}": found.seconds * (len(item.answer) - 1) / found.tokens, "passes": found.passes}
 
         ready = {

@@ -55,7 +55,7 @@ def test_lines_together_and_only_the_first(tmp_path: Path) -> None:
 def test_a_prediction_is_copied_too(phi: Phi) -> None:
     def accepted(prediction: str | None) -> int:
         line = _replay.Line(1, [("user", "Hello!")], "One puck, two nets and twelve players on the ice.", prediction)
-        return _replay.run(phi, _replay.items(phi, [line], "file"), speculate=True).accepted
+        return _replay.run(phi, _replay.items(phi, [line], "file"), True).accepted
 
     assert accepted("One puck, two nets and twelve players on the ice.") > accepted(None)
 
@@ -117,16 +117,16 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_text_that_differs_is_an_error(phi: Phi, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_once = _replay.run
+    run = _replay.run
 
-    def altered(phi: Phi, group: list[_replay.Item], *, speculate: bool) -> _replay.Run:
-        found = run_once(phi, group, speculate=speculate)
-        return found._replace(texts=[*found.texts[:-1], "another"]) if speculate else found
+    def altered(phi: Phi, group: list[_replay.Item], speculate: bool) -> _replay.Run:
+        found = run(phi, group, speculate)
+        return found._replace(texts=["another"]) if speculate else found
 
     monkeypatch.setattr(_replay, "run", altered)
     line = _replay.Line(7, [("user", "Hello!")], "One puck and two nets.", None)
     with pytest.raises(PhiError, match="line 7: speculation changed the text"):
-        _replay.measure(phi, _replay.items(phi, [line], "file"))
+        _replay.measure(phi, _replay.items(phi, [line], "file"), streams=2)
 
 
 def has_history() -> bool:

@@ -25,6 +25,9 @@ from .stream import Stream
 HELD = 1 << 40
 """The `prefix_cache` of a model that replays, in bytes: whatever its prompts take, they are read once."""
 
+SLICE = 32
+"""Tokens of a turn."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -38,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one or several lines took. Seconds are medians of the rounds, from the first token to the last."""
+    """What one or several lines took. Seconds of decoding are medians of the rounds, without those of prompts."""
 
     lines: list[int]
     """Their numbers in the file."""
@@ -188,9 +191,13 @@ def measure(
             on_turn(f"round {turn + 1} of {repeat}: {_numbers(group)}, the prompt")
             for item in group:
                 phi.warm(item.prompt)
-            for speculate in ((False, True), (True, False))[(turn + i) % 2]:
-                on_turn(f"round {turn + 1} of {repeat}: {_numbers(group)}, {'with' if speculate else 'without'} drafts")
-                runs[speculate][i].append(run(phi, group, speculate=speculate))
+            on_turn(f"round {turn + 1} of {repeat}: {_numbers(group)}")
+            order = ((False, True), (True, False))[(turn + i) % 2]
+            found = (
+                _in_slices(phi, group[0], order) if streams == 1 else {kind: run(phi, group, kind) for kind in order}
+            )
+            for kind, done in found.items():
+                runs[kind][i].append(done)
             if runs[True][i][-1].texts != runs[False][i][-1].texts:
                 raise PhiError(f"{_numbers(group)}: speculation changed the text, which is a bug")
     rows = [_Row.of(group, runs[True][i], runs[False][i]) for i, group in enumerate(groups)]
@@ -209,7 +216,32 @@ def measure(
     )
 
 
-def run(phi: Phi, group: Sequence[Item], *, speculate: bool) -> Run:
+def _in_slices(phi: Phi, item: Item, order: Sequence[bool]) -> dict[bool, Run]:
+    """Generates a line with and without speculation, some tokens of each in turn.
+
+    The speed of memory changes within seconds, so turns of a whole line would compare different moments. The time is
+    that of the engine's passes, which wait for no reader. No pass has both streams.
+    """
+    with ExitStack() as stack:
+        streams = {kind: stack.enter_context(replay(phi, item, speculate=kind)) for kind in order}
+        for end in range(SLICE, len(item.answer) + SLICE, SLICE):
+            for stream in streams.values():
+                while len(stream.token_ids) < min(end, len(item.answer)) and next(stream, None):
+                    pass
+                _rest()
+        return {kind: _done([item], [stream]) for kind, stream in streams.items()}
+
+
+def _rest() -> None:
+    """Waits until this process computes nothing: the stream is as far ahead of its reader as it may be."""
+    while True:
+        before = time.process_time()
+        time.sleep(0.05)
+        if time.process_time() - before < 0.005:
+            return
+
+
+def run(phi: Phi, group: Sequence[Item], speculate: bool) -> Run:
     """Generates lines at the same time. The clock starts at the first token and stops at the last."""
     with ExitStack() as stack:
         readers = [_Reader(stack.enter_context(replay(phi, item, speculate=speculate))) for item in group]
@@ -217,17 +249,25 @@ def run(phi: Phi, group: Sequence[Item], *, speculate: bool) -> Run:
             reader.start()
         for reader in readers:
             reader.end()
-    for item, reader in zip(group, readers, strict=True):
-        if reader.stream.token_ids != item.answer:
-            raise PhiError(f"line {item.number}: the text has other ids than the answer, which is a bug")
-    counts = [(reader.stream._stream.usage, reader.stream._stream.timings) for reader in readers]
-    return Run(
+    return _done(group, [reader.stream for reader in readers])._replace(
         tokens=sum(len(item.answer) - reader.tokens_at_start for item, reader in zip(group, readers, strict=True)),
         seconds=max(reader.ended for reader in readers) - min(reader.started for reader in readers),
+    )
+
+
+def _done(group: Sequence[Item], streams: Sequence[Stream]) -> Run:
+    """What the engine says of streams that were read to their ends. The seconds are those of the only one."""
+    for item, stream in zip(group, streams, strict=True):
+        if stream.token_ids != item.answer:
+            raise PhiError(f"line {item.number}: the text has other ids than the answer, which is a bug")
+    counts = [(stream._stream.usage, stream._stream.timings) for stream in streams]
+    return Run(
+        tokens=sum(len(item.answer) - 1 for item in group),
+        seconds=counts[0][1][2],
         passes=sum(timings[4] for _, timings in counts),
         drafted=sum(usage[3] for usage, _ in counts),
         accepted=sum(usage[4] for usage, _ in counts),
-        texts=[reader.stream.text for reader in readers],
+        texts=[stream.text for stream in streams],
     )
 
 
