@@ -91,7 +91,7 @@ def test_numbers_along_the_way(phi: Phi) -> None:
 def test_a_result_knows_its_call(phi: Phi) -> None:
     answer = phi.generate(HAIKU, seed=7)
     assert answer.seed == phi.stream(HAIKU, seed=7).seed == 7
-    assert answer.usage.cached_tokens == 0
+    assert 0 <= answer.usage.cached_tokens < answer.usage.prompt_tokens
     assert answer.timings.prefill_seconds > 0
     assert answer.timings.decode_seconds > 0
     assert answer.timings.queue_seconds >= 0

@@ -206,16 +206,16 @@ def compare(path: Path) -> None:
         "perplexity": options(Phi.perplexity),
     }
     for method in (Phi.chat, Phi.load_chat, Phi.warm, Chat.save):
-        found = re.search(rf"\b{method.__name__}\(([^()]*\*, [^()]*)\)", page)
-        assert found is not None, method
-        named = {name: value for name, value in re.findall(r"(\w+)=([^,\s]+)", found[1].split("*, ")[1])}
+        shown = re.search(rf"\b{method.__name__}\(([^()]*\*, [^()]*)\)", page)
+        assert shown is not None, method
+        named = dict(re.findall(r"(\w+)=([^,\s]+)", shown[1].split("*, ")[1]))
         page_defaults = {name: default(value) for name, value in named.items()}
         own = {n: v for n, v in options(method).items() if n not in CHAT and (n, method) != ("exact", Phi.chat)}
         assert page_defaults == own, method
     assert re.search(r"CacheInfo\((.*?)\)", page)[1].split(", ") == CACHE_INFO  # type: ignore[index]
 
     table = page.split("| option | default | means |")[1].split("\n\n")[0].splitlines()[2:]
-    found = {}
+    found: dict[str, str] = {}
     for row in table:
         if not row.startswith("|"):
             break

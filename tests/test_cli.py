@@ -208,7 +208,7 @@ def test_usage_errors_are_one_line(arguments: list[str], says: str) -> None:
     assert says in failed(run(*arguments, *(DEMO if arguments else [])), 2)
 
 
-@pytest.mark.parametrize("name", ["chat", "serve", "batch", "convert", "Serve"])
+@pytest.mark.parametrize("name", ["serve", "batch", "convert", "Serve"])
 def test_reserved_commands(name: str) -> None:
     line = failed(run(name), 2)
     assert name.lower() in line
@@ -269,7 +269,7 @@ def test_the_help_of_each_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_the_command_line_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     """Options of the API that it lacks have a reason: one prompt, callbacks, a bar that it draws by itself."""
-    absent = {"max_concurrent", "on_progress", "progress", "repo_id"}
+    absent = {"max_concurrent", "on_progress", "progress", "repo_id", "cache_scope", "speculate"}
     assert cli.main(["help", "run"]) == 0
     shown = set(re.findall(r"--(?:\[no-\])?([\w-]+)", capsys.readouterr().out))
     expected = {*options.GENERATION, *options.MODEL, *options.HUB} - absent

@@ -55,8 +55,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Doctr", 2, "did you mean candle-phi doctor? (as a prompt: candle-phi -- Doctr)"),
     ("tokenise --model none.gguf", 2, "did you mean candle-phi tokenize?..."),
     ("--model none.gguf benhc", 2, "did you mean candle-phi bench?..."),
-    ("chat", 2, "chat (a conversation) is not in this version (as a prompt: candle-phi -- chat)"),
-    ("chat --model demo", 2, "chat (a conversation) is not in this version..."),
+    ("chat Hi", 2, 'candle-phi chat takes its messages from stdin; candle-phi "Hi" answers one prompt'),
+    ("chat --load nowhere.chat", 2, "--load nowhere.chat: no such file"),
     ("serve --port 8080", 2, "serve (a server) is not in this version..."),
     ("batch in.jsonl", 2, "batch (files of prompts) is not in this version..."),
     ("convert a b.gguf", 2, "convert (conversion of models) is not in this version..."),
@@ -97,7 +97,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("-V", 2, "unknown option -V; did you mean --version?"),
     ("Hi --stream", 2, "unknown option --stream: the answer always streams; --json prints it whole"),
     ("Hi --do-sample", 2, "unknown option --do-sample; did you mean --temperature 0 to take the most likely token?"),
-    ("Hi -i", 2, "unknown option -i: chat (a conversation) is not in this version"),
+    ("Hi -i", 2, "unknown option -i: candle-phi chat is a conversation"),
     ("Hi --format json", 2, "--format (structured output) is not in this version"),
     ("Hi --schema s.json", 2, "--schema (structured output) is not in this version"),
     ("Hi --guided-json s.json", 2, "--guided-json (structured output) is not in this version"),
@@ -107,8 +107,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("Hi --flash-attn", 2, "unknown option --flash-attn: the engine chooses this itself"),
     ("Hi --output out.txt", 2, "unknown option --output; did you mean > FILE?"),
     ("Hi --think", 2, "--think (reasoning output) is not in this version"),
-    ("Hi --assistant-model a/b", 2, "--assistant-model (speculative decoding) is not in this version"),
-    ("Hi --max-concurrent 5", 2, "unknown option --max-concurrent: the command line answers one prompt"),
+    ("Hi --assistant-model a/b", 2, "--assistant-model (draft models) is not in this version"),
+    ("Hi --max-concurrent 5", 2, "unknown option --max-concurrent: the command line answers one prompt at a time"),
     # misspelt options
     ("Hi --max_tokens 5", 2, "unknown option --max_tokens; did you mean --max-tokens?"),
     ("Hi --max-token=5", 2, "unknown option --max-token; did you mean --max-tokens?"),
@@ -276,9 +276,10 @@ MISTAKES: list[tuple[str, int, str]] = [
     (
         "help xyzzy",
         2,
-        "there is no command 'xyzzy'; the commands: run, pull, list, verify, rm, perplexity, bench, tokenize, doctor",
+        "there is no command 'xyzzy'; the commands: chat, run, pull, list, verify, rm, perplexity, bench, tokenize, "
+        "doctor",
     ),
-    ("help chat", 2, "chat (a conversation) is not in this version..."),
+    ("help serve", 2, "serve..."),
     ("help run pull", 2, "unexpected argument 'pull': candle-phi help COMMAND"),
     ("help --max-tokens", 2, "candle-phi help run lists all options"),
 ]

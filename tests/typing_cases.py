@@ -112,7 +112,7 @@ def refused(phi: Phi) -> None:
     phi.chat(max_token=5)  # type: ignore[call-arg]
     phi.chat(raw=True)  # type: ignore[call-arg]
     phi.chat().send(5)  # type: ignore[arg-type]
-    phi.chat().send("Hi", 50)  # type: ignore[call-arg]
+    phi.chat().send("Hi", 50)  # type: ignore[call-arg, arg-type]
     phi.warm("Hi", pin="yes")  # type: ignore[arg-type]
     Phi.demo(prefix_cache="2GB")  # type: ignore[arg-type]
     phi("Hi")  # type: ignore[operator]

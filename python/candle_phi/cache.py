@@ -21,7 +21,7 @@ class Caching(Prompting):
         >>> system = {"role": "system", "content": "You answer in one sentence."}
         >>> phi.warm([system], pin=True)
         >>> phi.generate([system, {"role": "user", "content": "What is icing?"}]).usage.cached_tokens
-        13
+        11
 
         The call waits for a slot of `max_concurrent`.
 

@@ -94,7 +94,7 @@ class Chat:
     ...     print(chat.messages[-1])
     A long shot from
     One team has a
-    {'role': 'assistant', 'content': ' One team has a'}
+    {'role': 'assistant', 'content': 'One team has a'}
 
     A turn is a call of `send`, `stream`, `asend` or `astream`. It becomes part of the chat once its stream was read to
     its end, and ended by `"stop"` or `"length"`. After a cancel, a timeout or an error the chat is as it was before.

@@ -40,7 +40,7 @@ class Chatting(Generating):
         >>> chat.send("What is icing?")
         'A long shot from'
         >>> chat
-        <Chat: 1 turn, 29 of 1024 tokens>
+        <Chat: 1 turn, 22 of 1024 tokens>
 
         Args:
             system: the text of a system message, before all others. Default: none.

@@ -78,7 +78,7 @@ class Prompting:
         """The number of tokens that `stream` reads for a prompt: its `usage.prompt_tokens`.
 
         >>> phi.count_tokens("What is icing?"), len(phi.tokenize("What is icing?"))
-        (14, 8)
+        (7, 4)
 
         Args:
             prompt: a str (one user turn, with the tokens of the chat template), messages, or token ids.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..errors import NotInThisVersionError, PhiError
 from ..options import Option
 from . import bench, cache, chat, commands, doctor, help, output, perplexity, run, tokenize
-from .mistakes import UsageError, spelled
+from .mistakes import AlreadySaid, UsageError, spelled
 
 _COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
     "chat": chat.run,
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, NotInThisVersionError) as error:
         output.say(str(error))
         return 2
+    except AlreadySaid:
+        return 1
     except (PhiError, OSError) as error:
         output.say(str(error) or type(error).__name__)
         return 1

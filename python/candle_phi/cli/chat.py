@@ -1,7 +1,6 @@
 """`candle-phi chat`: a conversation on the terminal."""
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from ..model import Phi
 from . import output
 from .commands import closest, names_model
 from .lines import Lines
-from .mistakes import UsageError, usage_errors
+from .mistakes import AlreadySaid, UsageError, usage_errors
 from .model import add_model_options, choose_model, open_model
 from .parser import Parser, format_rows
 from .run import add_generation_options, remark, stats_line
@@ -42,8 +41,8 @@ _ELSEWHERE: Mapping[str, str] = {
 """Commands of other programs, each with what does the same here."""
 
 _MORE = (
-    'A line that ends with \\ goes on in the next line. A line of """ begins a text of several lines, the next one ends '
-    "it. A line that begins with // sends the text with one slash. Ctrl-C ends an answer, Ctrl-D the chat."
+    'A line that ends with \\ goes on in the next line. A line of """ begins a text of several lines, the next one '
+    "ends it. A line that begins with // sends the text with one slash. Ctrl-C ends an answer, Ctrl-D the chat."
 )
 
 
@@ -71,11 +70,7 @@ def run(arguments: list[str]) -> None:
         finally:
             lines.close()
     if conversation.failed and not lines.typed:
-        raise SystemFailure
-
-
-class SystemFailure(PhiError):
-    """A turn of a piped chat failed. Its message was printed."""
+        raise AlreadySaid
 
 
 def _talk(conversation: "Conversation", lines: Lines) -> None:
@@ -180,7 +175,7 @@ class Conversation:
             except BaseException:
                 self._end_line(last)
                 raise
-        self._end_line(last or "\n" * (not output.is_terminal(sys.stdout)) and "")
+        self._end_line(last or ("\n" * (not output.is_terminal(sys.stdout)) and ""))
         remark(self._phi, self._given, stream.finish_reason, stream.usage)
         if stream.finish_reason == "timeout":
             output.aside("(this turn is not part of the chat)")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from .. import hub
 
 COMMANDS: Mapping[str, str] = {
-    "chat": "talk with a model; alone, candle-phi does the same on a terminal",
+    "chat": "talk with a model on the terminal",
     "run": "answer a prompt; the same as candle-phi PROMPT",
     "pull": "download a model into the cache",
     "list": "list the models, their sizes, what is downloaded",

@@ -30,3 +30,7 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(error.spelled(spelled)) from error
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+class AlreadySaid(Exception):
+    """A failure whose message was printed."""
