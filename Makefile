@@ -125,11 +125,12 @@ REPLAY_KERNELS := avx512 avx2
 # Of each file the first lines: an edit has some 700 tokens, which are generated with and without speculation.
 bench-replay: build ## REPLAY_LINES (4) known texts with and without speculation, then llama.cpp's prompt lookup, on MODEL=...
 	$(BIN)/python benches/replays.py $(REPLAY_MODEL)
+	$(BIN)/python benches/replays.py $(REPLAY_MODEL) --least 200 --most 400 --out target/replays/short
 	for kernel in $(REPLAY_KERNELS); do for texts in edits prose; do \
 		$(BIN)/candle-phi bench $(REPLAY_MODEL) --kernel $$kernel --n-threads 2 \
 			--replay target/replays/$$texts.jsonl --lines $(REPLAY_LINES) || exit; \
 	done; done
-	$(BIN)/candle-phi bench $(REPLAY_MODEL) --n-threads 2 --replay target/replays/edits.jsonl --lines 8 --streams 8
+	$(BIN)/candle-phi bench $(REPLAY_MODEL) --n-threads 2 --replay target/replays/short/edits.jsonl --lines 8 --streams 8
 	$(BIN)/python benches/replay_peers.py target/replays/edits.jsonl $(REPLAY_MODEL) --lines 2 $(BENCH_OPTIONS)
 
 # As in .github/workflows/release.yml: without the flags for builds from source (.cargo/config.toml) and without RUSTFLAGS of the
