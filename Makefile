@@ -125,7 +125,7 @@ REPLAY_KERNELS := avx512 avx2
 # Of each file the first lines: an edit has some 700 tokens, which are generated with and without speculation.
 bench-replay: build ## REPLAY_LINES (4) known texts with and without speculation, then llama.cpp's prompt lookup, on MODEL=...
 	$(BIN)/python benches/replays.py $(REPLAY_MODEL)
-	$(BIN)/python benches/replays.py $(REPLAY_MODEL) --least 200 --most 400 --out target/replays/short
+	$(BIN)/python benches/replays.py $(REPLAY_MODEL) --items 8 --least 200 --most 500 --out target/replays/short
 	for kernel in $(REPLAY_KERNELS); do for texts in edits prose; do \
 		$(BIN)/candle-phi bench $(REPLAY_MODEL) --kernel $$kernel --n-threads 2 \
 			--replay target/replays/$$texts.jsonl --lines $(REPLAY_LINES) || exit; \
