@@ -128,11 +128,23 @@ def test_answers_as_a_prompt(phi: Phi, chat: Chat) -> None:
     assert exact == alone
 
 
-def test_a_stop_string_is_no_part_of_the_chat(chat: Chat) -> None:
+def test_a_stop_string_is_no_part_of_the_chat(phi: Phi, chat: Chat) -> None:
     answer = chat.send(FIRST, stop="model")
     assert answer == "I am the demonstration "
     assert chat.messages[-1]["content"] == answer
-    assert chat.send(SECOND)
+    assert chat.token_ids[-4:] == phi.generate(FIRST, max_tokens=4, **GREEDY).token_ids  # "I am the demonstration"
+    held = len(chat.token_ids)
+    assert chat.send(SECOND).usage.cached_tokens == held
+
+
+def test_a_stop_string_after_the_beginning_of_an_answer(phi: Phi) -> None:
+    with phi.chat(**GREEDY) as chat:
+        messages = [{"role": "user", "content": FIRST}, {"role": "assistant", "content": "I am"}]
+        answer = chat.send(messages, stop="model")
+        assert chat.messages[-1]["content"] == f"I am{answer}"
+        held = len(chat.token_ids)
+        assert phi.detokenize(chat.token_ids).endswith("demonstration")
+        assert chat.send(SECOND).usage.cached_tokens == held
 
 
 def test_options_of_the_chat_and_of_a_call(phi: Phi) -> None:

@@ -53,12 +53,14 @@ def opened(model: _engine.Model, state: State) -> State:
 
 def without_stop(model: _engine.Model, prompt: list[int], ids: list[int], answer: str) -> tuple[str, list[int]]:
     """The text and the ids of an answer, up to the id with which the stop string began."""
-    before = prompt[-4:]  # as in the engine, where the first id of an answer is not the first of the text
-    offset = len(model.detokenize(before, False))
+    before = prompt[-4:]
+    offset = len(model.detokenize(before, True))
     for count in range(len(ids), 0, -1):
-        text = model.detokenize([*before, *ids[:count]], False)[offset:]
-        if answer.startswith(text):
-            return text, ids[:count]
+        alone = model.detokenize(ids[:count], True)
+        behind = model.detokenize([*before, *ids[:count]], True)[offset:]  # with the first space, if it is kept
+        for text in (alone, behind):
+            if text and answer.startswith(text):
+                return text, ids[:count]
     return "", []
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -175,7 +174,7 @@ class Conversation:
             except BaseException:
                 self._end_line(last)
                 raise
-        self._end_line(last or ("\n" * (not output.is_terminal(sys.stdout)) and ""))
+        self._end_line(last)
         remark(self._phi, self._given, stream.finish_reason, stream.usage)
         if stream.finish_reason == "timeout":
             output.aside("(this turn is not part of the chat)")
