@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use candle_phi::compute::kernels;
 use candle_phi::compute::ops::{Backend, KvType};
 use candle_phi::compute::pool::Pool;
+use candle_phi::engine::{Engine, LoadOptions};
 use candle_phi::error::{Error, Result};
 use candle_phi::files::gguf::Gguf;
 use candle_phi::model::phi3::Phi3;
@@ -20,6 +21,7 @@ use candle_phi::runtime::scheduler::Scheduler;
 use candle_phi::runtime::scores::Scores;
 use candle_phi::runtime::stream::Stream;
 use candle_phi::system::sync::Cancel;
+use candle_phi::system::task::Task;
 use gguf_writer::model::{Shape, model_of};
 
 const MIB: usize = 1 << 20;
@@ -103,6 +105,7 @@ fn memory_is_bounded_and_a_refusal_is_an_error() {
     a_refused_allocation_is_an_error_and_the_model_goes_on();
     a_refused_allocation_in_a_shared_pass_changes_no_sequence();
     a_prompt_that_waits_for_its_reader_keeps_no_activations();
+    many_long_prompts_stay_within_the_prefix_cache();
 }
 
 fn a_wide_model_takes_a_bounded_part_of_the_memory() {
@@ -251,4 +254,32 @@ fn a_prompt_that_waits_for_its_reader_keeps_no_activations() {
         assert!(since.elapsed() < Duration::from_secs(60), "{held} bytes are held for a reader that is behind");
         std::thread::yield_now();
     }
+}
+
+/// The memory that is held and the peak after 200 prompts are those after the first 20.
+fn many_long_prompts_stay_within_the_prefix_cache() {
+    const LIMIT: usize = 2 * MIB;
+    /// What the tree needs beside columns, and the last answers.
+    const MORE: usize = MIB / 2;
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bare.gguf");
+    let options = LoadOptions { n_threads: Some(2), prefix_cache: Some(LIMIT as u64), ..LoadOptions::default() };
+    let engine = Engine::load(&path, &options, &Task::default()).unwrap();
+    let ask = |prompts: std::ops::Range<u32>| {
+        for first in prompts {
+            let ids: Vec<u32> = (0..1500).map(|i| if i == 0 { first } else { i * 7 % 200 }).collect();
+            let stream = engine.prefill(ids.into(), false).unwrap();
+            while stream.next().unwrap().is_some() {}
+            let held = engine.cache_info().unwrap();
+            assert!(held.bytes <= LIMIT as u64, "{held:?}");
+        }
+    };
+    let before = LIVE.load(SeqCst);
+    let (first, _) = measured(|| ask(0..20));
+    let held = LIVE.load(SeqCst).saturating_sub(before);
+    let (peak, _) = measured(|| ask(20..220));
+    let grown = LIVE.load(SeqCst).saturating_sub(before).saturating_sub(held);
+    assert!(engine.cache_info().unwrap().bytes > LIMIT as u64 / 2, "the prompts fill it");
+    assert!(grown < MORE, "{grown} bytes more after 200 prompts; {held} after 20");
+    assert!(held < LIMIT + 3 * MIB, "{held} bytes");
+    assert!(peak < first, "{peak} bytes more at a time in 200 prompts; {first} in the first 20");
 }
