@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import random
 import shutil
@@ -242,7 +243,21 @@ def _other_text(content: str) -> str:
     return content.replace('"user"', '"usher"', 1)
 
 
-@pytest.mark.parametrize("change", [_other_text, lambda text: text[:-2], lambda text: "{}", lambda text: "[1]"])
+def _large_id(content: str) -> str:
+    texts = json.loads(content)
+    texts["states"][1]["ids"] = [2**40]
+    return json.dumps(texts)
+
+
+def _negative_count(content: str) -> str:
+    texts = json.loads(content)
+    texts["states"][1]["messages"] = -1
+    return json.dumps(texts)
+
+
+@pytest.mark.parametrize(
+    "change", [_other_text, _large_id, _negative_count, lambda text: text[:-2], lambda text: "{}", lambda text: "[1]"]
+)
 def test_a_file_whose_texts_make_no_sense(
     phi: Phi, saved: Path, tmp_path: Path, change: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

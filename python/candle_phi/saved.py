@@ -57,14 +57,16 @@ def from_metadata(
             raise ValueError(f"version {content['version']}, and this package reads version {_VERSION}")
         messages = [{"role": role, "content": text} for role, text in content["messages"]]
         last = State(tuple(turns(messages)) if messages else (), _str(content["text"]), tuple(ids), tuple(runs))
-        states = [_decoded(state, last) for state in content["states"]]
+        is_of_this_tokenizer = content["tokenizer"] == _fingerprint(model, ids)
+        n_vocab = model.n_vocab if is_of_this_tokenizer else 2**32  # ids of another tokenizer are not used
+        states = [_decoded(state, last, n_vocab) for state in content["states"]]
         if not states or states[-1].messages != last.messages or states[-1].ids != last.ids:
             raise ValueError("the last turn is not that of the messages and ids")
         defaults = dict(content["options"])
         options.checked(options.CHAT, defaults)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InvalidModelError(f"{path} is damaged: {_KEY} of its metadata: {error}") from error
-    if content["tokenizer"] == _fingerprint(model, ids):
+    if is_of_this_tokenizer:
         return Saved(states, defaults, True)
     return Saved([State(state.messages, usage=state.usage) for state in states], defaults, False)
 
@@ -89,15 +91,30 @@ def _encoded(state: State, last: State) -> dict[str, Any]:
     }
 
 
-def _decoded(found: Mapping[str, Any], last: State) -> State:
+def _decoded(found: Mapping[str, Any], last: State, n_vocab: int) -> State:
     text, ids = found["text"], found["ids"]
-    return State(
-        last.messages[: _int(found["messages"])],
-        None if not found["is_open"] else _str(last.text)[:text] if isinstance(text, int) else _str(text),
-        last.ids[:ids] if isinstance(ids, int) else tuple(_int(token_id) for token_id in ids),
+    state = State(
+        last.messages[: _count(found["messages"], len(last.messages))],
+        None if not found["is_open"] else _beginning(_str(last.text), text) if isinstance(text, int) else _str(text),
+        _beginning(last.ids, ids) if isinstance(ids, int) else tuple(_count(token_id, n_vocab - 1) for token_id in ids),
         tuple(_int(run) for run in found["runs"]),
         Usage(*(_int(count) for count in found["usage"])),
     )
+    (state.text or "").encode()  # a lone surrogate is an error
+    _count(sum(state.runs), len(state.ids))
+    return state
+
+
+def _beginning(whole: Any, length: int) -> Any:
+    """The first `length` elements of a tuple or a str that has as many."""
+    return whole[: _count(length, len(whole))]
+
+
+def _count(value: object, most: int) -> int:
+    count = _int(value)
+    if count > most:
+        raise ValueError(f"a count or an id is {count}, and the limit is {most}")
+    return count
 
 
 def _str(value: object) -> str:

@@ -346,16 +346,15 @@ impl Tree {
 
     /// Evicts idle columns until they have at most `limit` bytes: those of prompts first, then those of chats, then the
     /// pinned ones. Among these the least recently used come first, and the last positions before those that they need.
-    pub fn trim(&mut self, limit: u64) {
-        if self.held_bytes() <= limit {
-            return;
-        }
+    /// Returns the bytes of those that are left.
+    pub fn trim(&mut self, limit: u64) -> u64 {
         let mut idle = self.idle();
         let allowed = (limit / self.column_bytes.max(1)) as usize;
         idle.sort_unstable();
         for (.., place) in &idle[..idle.len().saturating_sub(allowed)] {
             self.evict(*place);
         }
+        idle.len().min(allowed) as u64 * self.column_bytes
     }
 
     /// Drops what is held for chats that have ended and is of no use for prompts: their answers, and what follows them.

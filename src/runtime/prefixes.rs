@@ -157,11 +157,17 @@ impl Prefixes {
 
     /// Brings the columns that no sequence uses within the budget.
     pub fn trim(&self) {
-        let mut state = lock(&self.state);
-        let Some(tree) = &mut state.tree else { return };
-        if tree.held_bytes() > self.limit().min(SMALL) {
-            tree.trim(allowed(self.limit(), tree.idle_bytes(), memory::available()));
+        if let Some(tree) = &mut lock(&self.state).tree {
+            self.trim_tree(tree);
         }
+    }
+
+    /// Returns the bytes of the columns that are left. One that a sequence drops meanwhile is of the next trim.
+    fn trim_tree(&self, tree: &mut Tree) -> u64 {
+        if tree.held_bytes() > self.limit().min(SMALL) {
+            return tree.trim(allowed(self.limit(), tree.idle_bytes(), memory::available()));
+        }
+        tree.idle_bytes()
     }
 
     /// Drops all idle columns, since memory is short. False if there are none.
@@ -194,10 +200,12 @@ impl Prefixes {
     }
 
     pub fn info(&self) -> Info {
-        self.trim();
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
         let chats = state.chats.iter().filter(|chat| chat.strong_count() > 0).count();
-        let (bytes, positions) = state.tree.as_ref().map_or((0, 0), |tree| (tree.idle_bytes(), tree.positions()));
+        let (bytes, positions) = match &mut state.tree {
+            Some(tree) => (self.trim_tree(tree), tree.positions()),
+            None => (0, 0),
+        };
         Info { bytes, limit: self.limit(), positions, hits: state.hits, misses: state.misses, chats }
     }
 
