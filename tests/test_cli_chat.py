@@ -227,6 +227,29 @@ def test_a_plain_terminal(environment: dict[str, str], home: dict[str, str]) -> 
 
 
 @posix
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "no home"])
+def test_a_history_that_is_no_plain_file(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    path, target = tmp_path / "history", tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(path)  # not a regular file, as /dev/null is not; a test needs no root to make one
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(target)
+    before = None if kind == "no home" else path.lstat().st_mode
+    value = "~nobody-has-this-name/h" if kind == "no home" else str(path)
+    with Terminal(*GREEDY, CANDLE_PHI_HISTORY=value) as terminal:
+        terminal.read(PROMPT)
+        terminal.ask("/stats")
+        assert terminal.end() == 0
+    assert (None if kind == "no home" else path.lstat().st_mode) == before
+    assert (target.read_text() if kind == "link" else "") == ("/stats\n" if kind == "link" else "")
+    expected = {"pipe": {path}, "folder": {path}, "link": {path, target}, "no home": set()}[kind]
+    assert set(tmp_path.iterdir()) == expected, "nothing is left beside it"
+
+
+@posix
 def test_no_command_on_a_terminal_is_a_chat(home: dict[str, str]) -> None:
     with Terminal(CANDLE_PHI_MODEL="demo", **home) as terminal:
         assert "/help prints the commands" in terminal.read(PROMPT)

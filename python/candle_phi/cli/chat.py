@@ -150,6 +150,8 @@ class Conversation:
         except (PhiError, OSError, ValueError, TypeError, MemoryError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
+            if isinstance(error, FileNotFoundError) and error.filename:
+                return self._fail(f"{error.filename}: no such file")
             self._fail(str(error) or type(error).__name__)
 
     def _fail(self, message: str) -> None:

@@ -108,7 +108,7 @@ class _History:
 
     def _kept(self) -> list[str]:
         """The lines of the file, which another chat may have written since."""
-        if self._path is None:
+        if self._path is None or not os.path.isfile(self._path):  # a device or a pipe could be read without end
             return []
         try:
             return self._path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -116,8 +116,13 @@ class _History:
             return []
 
     def save(self) -> None:
-        """Adds the lines of this chat to the file. A file that cannot be written is left as it is."""
+        """Adds the lines of this chat to the file. A file that cannot be written is left as it is.
+
+        So is a device: a rename by root would replace /dev/null by a file.
+        """
         if self._readline is None or self._path is None:
+            return
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
             return
         count = self._readline.get_current_history_length()
         items = [self._readline.get_history_item(i) for i in range(self._known + 1, count + 1)]
@@ -136,16 +141,16 @@ class _History:
 
 def history_path() -> Path | None:
     """The file of the history: that of CANDLE_PHI_HISTORY, which turns it off if it is empty, else the usual one."""
-    if _VARIABLE in os.environ:
-        return Path(os.environ[_VARIABLE]).expanduser() if os.environ[_VARIABLE] else None
     try:
+        if _VARIABLE in os.environ:  # a link stays one: the file that it names is replaced
+            return Path(os.environ[_VARIABLE]).expanduser().resolve() if os.environ[_VARIABLE] else None
         if sys.platform == "win32":
             folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
         elif sys.platform == "darwin":
             folder = Path.home() / "Library" / "Application Support"
         else:
             folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    except RuntimeError:  # there is no home
+    except (RuntimeError, OSError, ValueError):  # there is no home, or the path has a loop of links
         return None
     return folder / "candle-phi" / "history"
 
