@@ -11,7 +11,7 @@ import pytest
 
 import candle_phi
 from candle_phi import CacheInfo, Chat, Phi
-from candle_phi.options import UNBUILT
+from candle_phi.option_names import UNBUILT
 from conftest import ROOT
 
 MODEL = {

@@ -97,6 +97,7 @@ def test_python_modules_import_only_downwards() -> None:
         "_engine",
         "metadata",
         "signatures",
+        "option_names",
         "options",
         "progress",
         "messages",

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from candle_phi import NotInThisVersionError, Phi, hub
+from candle_phi.option_names import FOREIGN, RENAMED, UNBUILT
 from candle_phi.options import (
-    FOREIGN,
-    RENAMED,
-    UNBUILT,
     Option,
     OptionError,
     OptionTypeError,

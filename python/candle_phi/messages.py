@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Protocol, SupportsIndex, TypeAlias
 
 from .errors import NotInThisVersionError
-from .options import did_you_mean, encodable
+from .option_names import did_you_mean
+from .options import encodable
 
 Message: TypeAlias = Mapping[str, object]
 """A message of a conversation: `{"role": ..., "content": ...}`.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__, options
+from ..option_names import RENAMED, UNBUILT
 from .commands import closest
 from .mistakes import UsageError
 
@@ -81,7 +82,7 @@ _ANSWERS: Mapping[str, str] = {
 }
 """Options of other programs that have no counterpart here, each with a hint."""
 
-_UNBUILT: Mapping[str, str] = {**options.UNBUILT, "schema": "structured output"}
+_UNBUILT: Mapping[str, str] = {**UNBUILT, "schema": "structured output"}
 """Options of a later version, each with the feature that it belongs to."""
 
 
@@ -237,7 +238,7 @@ class Parser(argparse.ArgumentParser):
             return f"unknown option {flag}: the model needs no option: {self.command} REPO"
         if name in _ANSWERS:
             return f"unknown option {flag}: {_ANSWERS[name]}"
-        right = options.RENAMED.get(name, name)
+        right = RENAMED.get(name, name)
         if right in _UNBUILT:
             return f"{flag} ({_UNBUILT[right]}) is not in this version"
         renamed = _RENAMED.get(name) or "--" + right.replace("_", "-")
