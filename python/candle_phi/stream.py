@@ -167,17 +167,8 @@ class Stream(StreamBase, Generator[Chunk, None, None]):
 
     # An object and not a Python generator, because one thread must be able to end it while another waits in `next`.
 
-    def __init__(
-        self,
-        model: _engine.Model,
-        stream: _engine.Stream,
-        watch: Callback | None,
-        *,
-        logprobs: bool,
-        turn: Turn | None = None,
-    ) -> None:
-        super().__init__(model, stream, watch, logprobs=logprobs, turn=turn)
-        self._reader: int | None = None  # the thread that is inside `next`
+    _reader: int | None = None
+    """The thread that is inside `next`."""
 
     def __next__(self) -> Chunk:
         if self._reader == threading.get_ident():  # from a signal handler: the lock below would deadlock

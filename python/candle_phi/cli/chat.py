@@ -14,7 +14,7 @@ from .lines import Lines
 from .mistakes import AlreadySaid, UsageError, usage_errors
 from .model import add_model_options, choose_model, open_model
 from .parser import Parser, format_rows
-from .run import add_generation_options, remark, stats_line
+from .run import add_generation_options, remark, stats_line, write_answer
 
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "/help": ("", "print these lines"),
@@ -165,29 +165,13 @@ class Conversation:
     def _answer(self, text: str) -> None:
         watch = None if output.is_dumb() else output.status.on_progress
         stream = self._chat.stream(text, **self._given, on_progress=watch)
-        last = ""
         with stream:
-            try:
-                for last in stream:
-                    output.status.clear()
-                    output.write(last)
-            except KeyboardInterrupt:
-                raise
-            except BaseException:
-                self._end_line(last)
-                raise
-        self._end_line(last)
+            write_answer(stream, "")
         remark(self._phi, self._given, stream.finish_reason, stream.usage)
         if stream.finish_reason == "timeout":
             output.aside("(this turn is not part of the chat)")
         if self._stats:
             output.aside(stats_line(stream.usage, stream.timings))
-
-    def _end_line(self, last: str) -> None:
-        """Ends the line of an answer."""
-        output.status.clear()
-        if not last.endswith("\n"):
-            output.write("\n")
 
     def _obey(self, text: str) -> None:
         word, _, argument = text.strip().partition(" ")

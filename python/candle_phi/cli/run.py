@@ -9,6 +9,7 @@ from typing import Any
 from .. import options
 from ..model import Phi
 from ..results import Result, Timings, Usage
+from ..stream import Stream
 from . import output
 from .commands import mistaken_word
 from .mistakes import UsageError, usage_errors
@@ -67,22 +68,27 @@ def _check_options(typed: argparse.Namespace, given: Mapping[str, Any]) -> None:
 def _answer(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: bool) -> None:
     with usage_errors():
         stream = phi.stream(prompt, **given, on_progress=output.status.on_progress)
-    last = "\n"
     with stream:
-        try:
-            for last in stream:
-                output.status.clear()
-                output.write(last)
-        except KeyboardInterrupt:
-            if sys.stdout.isatty():
-                last = "\n"  # the end of the line that shows ^C comes later
-            raise
-        finally:
-            if not last.endswith("\n"):
-                output.write("\n")
+        write_answer(stream, "\n")
         remark(phi, given, stream.finish_reason, stream.usage)
         if stats:
             output.note(stats_line(stream.usage, stream.timings))
+
+
+def write_answer(stream: Stream, last: str) -> None:
+    """Writes the text as it comes, and ends its line. `last`: the end of what is written already."""
+    try:
+        for last in stream:
+            output.status.clear()
+            output.write(last)
+    except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            last = "\n"  # the end of the line that shows ^C comes later
+        raise
+    finally:
+        if not last.endswith("\n"):
+            output.status.clear()
+            output.write("\n")
 
 
 def _answer_as_json(phi: Phi, prompt: Any, given: Mapping[str, Any], *, stats: bool) -> None:
