@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::compute::kernels::PAGE;
 use crate::compute::ops::Column;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::file::KvFile;
 use crate::kv::folder::{Folder, Key};
 use crate::kv::phases::Phases;
@@ -94,26 +94,27 @@ impl Prefixes {
             return Ok(0);
         }
         let (root, most) = (root(sequence), sequence.logits_from);
-        let mut state = lock(&self.state);
-        let mut hit = state.tree(sequence).find(path(&root, sequence), most)?;
+        let find = || lock(&self.state).tree(sequence).find(path(&root, sequence), most);
+        let mut hit = find()?;
         if let Some(folder) = &self.folder {
-            let known = hit.as_ref().map_or(0, |hit| hit.length);
-            if read(folder, state.tree(sequence), path(&root, sequence), known, most) {
-                hit = state.tree(sequence).find(path(&root, sequence), most)?;
+            // Without the lock: checksums take time.
+            let found = read(folder, path(&root, sequence), hit.as_ref().map_or(0, |hit| hit.length), most);
+            if !found.is_empty() {
+                for found in found {
+                    let (length, phases) = (found.ids.len(), Phases::prefill(found.ids.len()));
+                    let path = Path { root: &root, ids: &found.ids, phases: &phases };
+                    lock(&self.state).tree(sequence).insert(path, length, [found.column].iter(), &Holder::Anyone);
+                }
+                hit = find()?;
             }
         }
-        match hit {
-            Some(hit) => {
-                state.hits += 1;
-                drop(state);
-                sequence.kv.adopt(hit.columns, hit.length);
-                Ok(hit.length)
-            }
-            None => {
-                state.misses += 1;
-                Ok(0)
-            }
-        }
+        let mut state = lock(&self.state);
+        *(if hit.is_some() { &mut state.hits } else { &mut state.misses }) += 1;
+        drop(state);
+        Ok(hit.map_or(0, |hit| {
+            sequence.kv.adopt(hit.columns, hit.length);
+            hit.length
+        }))
     }
 
     /// Holds the full columns of a sequence that goes on. `Holder::Anyone` has no use for decoded positions, nor for those
@@ -170,8 +171,16 @@ impl Prefixes {
         tree.idle_bytes()
     }
 
-    /// Drops all idle columns, since memory is short. False if there are none.
-    pub fn give_way(&self) -> bool {
+    /// Does work that takes memory. If it is short, the idle columns are dropped and the work is done once more.
+    pub fn give_way_to<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+        match work() {
+            Err(Error::Memory(_)) if self.give_way() => work(),
+            outcome => outcome,
+        }
+    }
+
+    /// Drops all idle columns. False if there are none.
+    fn give_way(&self) -> bool {
         let mut state = lock(&self.state);
         let Some(tree) = &mut state.tree else { return false };
         let before = tree.held_bytes();
@@ -232,16 +241,22 @@ impl State {
     }
 }
 
-/// Adds to the tree what the folder has of a prompt beyond `known` positions. Returns whether that is anything.
-fn read(folder: &Folder, tree: &mut Tree, path: Path<'_>, known: usize, most: usize) -> bool {
+/// A column of the folder.
+struct Found {
+    /// All ids up to its end.
+    ids: Vec<u32>,
+    column: Arc<Column>,
+}
+
+/// What the folder has of a prompt beyond `known` positions, of which `most` are of use.
+fn read(folder: &Folder, path: Path<'_>, known: usize, most: usize) -> Vec<Found> {
     let prompt = path.ids.len().min(path.phases.prefilled());
     let mut pages = path.ids[..most.min(prompt) / PAGE * PAGE].chunks(PAGE);
     let mut key = pages.by_ref().take(known / PAGE).fold(folder.root(path.root), |key, ids| key.child(ids));
-    let columns = find(folder, &key, pages.collect());
-    let (mut start, mut added) = (known / PAGE * PAGE, !columns.is_empty());
-    for (child, column) in columns {
+    let (mut start, mut all) = (known / PAGE * PAGE, Vec::new());
+    for (child, column) in find(folder, &key, pages.collect()) {
         start += PAGE;
-        tree.insert(path, start, [Arc::new(column)].iter(), &Holder::Anyone);
+        all.push(Found { ids: path.ids[..start].to_vec(), column: Arc::new(column) });
         key = child;
     }
     if start < most.min(prompt)
@@ -249,12 +264,9 @@ fn read(folder: &Folder, tree: &mut Tree, path: Path<'_>, known: usize, most: us
         && let Some((tail, column)) = folder.tail(&key, ids)
         && start + tail.iter().zip(ids).take_while(|(a, b)| a == b).count() > known
     {
-        let ids = [&path.ids[..start], &tail].concat();
-        let tail = Path { ids: &ids, phases: &Phases::prefill(ids.len()), ..path };
-        tree.insert(tail, ids.len(), [Arc::new(column)].iter(), &Holder::Anyone);
-        added = true;
+        all.push(Found { ids: [&path.ids[..start], &tail].concat(), column: Arc::new(column) });
     }
-    added
+    all
 }
 
 /// The full columns of these consecutive pages after the positions of `parent`, up to the first that the folder lacks. Several

@@ -59,11 +59,7 @@ impl Active {
 
     /// Makes the sequence, as a member of `prompts`.
     pub fn begin(&mut self, prompts: &mut Prompts, prefixes: &Prefixes) {
-        let begun = match panic::catch(|| self.job.begin()) {
-            Err(Error::Memory(_)) if prefixes.give_way() => panic::catch(|| self.job.begin()),
-            begun => begun,
-        };
-        match begun {
+        match prefixes.give_way_to(|| panic::catch(|| self.job.begin())) {
             Ok(mut sequence) if sequence.phase().is_none() => {
                 // Everything is held.
                 if let Err(error) = panic::catch(|| self.job.accept(&mut sequence, &[], Duration::ZERO)) {

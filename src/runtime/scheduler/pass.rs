@@ -27,12 +27,7 @@ pub fn prompt(jobs: &mut [Active], mut prompts: Prompts, prefixes: &Prefixes, st
         return Vec::new(); // every job has ended
     }
     let shared = prompts.numbers.len() > 1;
-    let forward = |batch: &mut Batch| panic::catch(|| model.forward(batch));
-    let outcome = match forward(&mut prompts.batch) {
-        Err(Error::Memory(_)) if prefixes.give_way() => forward(&mut prompts.batch),
-        outcome => outcome,
-    };
-    let pass_goes_on = match outcome {
+    let pass_goes_on = match prefixes.give_way_to(|| panic::catch(|| model.forward(&mut prompts.batch))) {
         Ok(pass_goes_on) => pass_goes_on,
         Err(error) if shared && error != Error::Cancelled => return split(prompts),
         Err(error) => {
@@ -126,11 +121,7 @@ fn forward(
     prefixes: &Prefixes,
 ) -> Vec<Result<Range<usize>>> {
     let (rows, start) = (drafts::rows(&batch.members), Instant::now());
-    let outcome = match panic::catch(|| pass(model, batch)) {
-        Err(Error::Memory(_)) if prefixes.give_way() => panic::catch(|| pass(model, batch)),
-        outcome => outcome,
-    };
-    let Err(error) = outcome else {
+    let Err(error) = prefixes.give_way_to(|| panic::catch(|| pass(model, batch))) else {
         drafts.record(&batch.members, rows, start.elapsed());
         return batch.members.iter().map(logits_of).collect();
     };
