@@ -279,3 +279,19 @@ def test_a_closed_model(saved: Path, tmp_path: Path) -> None:
         chat.save(tmp_path / "chat")
     with pytest.raises(ClosedError):
         phi.load_chat(saved)
+
+
+def test_a_saved_chat_stays_in_its_scope(tmp_path: Path) -> None:
+    path = tmp_path / "chat"
+    with Phi.demo() as phi:
+        chat = phi.chat(SYSTEM, cache_scope="a", temperature=0, max_tokens=5)
+        chat.send(TURNS[0])
+        misses = phi.cache_info().misses
+        chat.save(path)
+        assert phi.cache_info().misses == misses, "it was held, and is not computed in another scope"
+        ids = chat.token_ids
+        assert phi.generate(ids, max_tokens=1).usage.cached_tokens == 0
+    with Phi.demo() as phi:
+        loaded = phi.load_chat(path)
+        assert loaded.fork().send(TURNS[1], cache_scope="b").usage.cached_tokens == 0
+        assert loaded.send(TURNS[1]).usage.cached_tokens >= len(ids) - 1

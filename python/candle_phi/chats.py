@@ -13,6 +13,7 @@ from .errors import InvalidModelError, NotInThisVersionError
 from .generation import Generating
 from .keywords import ChatOptions
 from .messages import Message, are_ids, items, turns
+from .option_names import not_in_this_version
 from .progress import wait_for
 from .saved import from_metadata
 from .signatures import adds_options
@@ -60,7 +61,7 @@ class Chatting(Generating):
         """
         if tools is not None:
             raise NotInThisVersionError(
-                f"{options.not_in_this_version('tools')}; without it, .send(message) and .stream(message) answer"
+                f"{not_in_this_version('tools')}; without it, .send(message) and .stream(message) answer"
             )
         given = {**defaults, "exact": True} if options.flag("exact", exact) else {**defaults}
         self._generation(given, options.CHAT)

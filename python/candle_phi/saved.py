@@ -14,6 +14,8 @@ from .results import Usage
 from .states import State
 
 _KEY = "chat"
+_SCOPE = "scope"
+"""The engine reads it: keys and values of the file are those of this scope."""
 _VERSION = 1
 
 
@@ -38,7 +40,8 @@ def to_metadata(model: _engine.Model, states: Sequence[State], defaults: Mapping
         "states": [_encoded(state, last) for state in states],
         "options": defaults,
     }
-    return {_KEY: json.dumps(content, ensure_ascii=False)}
+    scope = defaults.get("cache_scope")
+    return {_KEY: json.dumps(content, ensure_ascii=False), **({} if scope is None else {_SCOPE: scope})}
 
 
 def from_metadata(

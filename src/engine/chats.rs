@@ -24,6 +24,9 @@ use crate::system::task::Task;
 use crate::text::chat::Message;
 use crate::text::tokenizer::Special;
 
+/// The text of a file that names the scope of its chat.
+const SCOPE: &str = "scope";
+
 impl Engine {
     /// The ids of a conversation that goes on. `ids` are those of its beginning, whose text is `text`: the last rendering
     /// and the answer to it. They are kept as they are, so that an answer is never tokenized again. If the rendering does
@@ -70,6 +73,7 @@ impl Engine {
         kv: bool,
     ) -> Result<impl FnOnce(&Task) -> Result<()> + Send + 'static> {
         let (parts, prefixes, computed) = (self.parts()?, self.prefixes().clone(), prompt.phases.len());
+        let prompt = Prompt { scope: scope(&texts), ..prompt };
         self.check_ids_of_chat(&prompt.ids)?;
         let held = Prompt { ids: prompt.ids[..computed].to_vec(), ..prompt.clone() };
         let stream = (kv && computed > 0).then(|| self.prefill(held, true)).transpose()?;
@@ -112,8 +116,8 @@ impl Engine {
                 let what = "the keys and values are of another model, KV type or kernel, and are computed anew";
                 note = Some(format!("{}: {what}", path.display()));
             } else if !file.columns().is_empty() {
-                let prompt =
-                    Prompt { ids: file.ids()[..file.computed()].to_vec(), phases, holder, ..Prompt::default() };
+                let (ids, scope) = (file.ids()[..file.computed()].to_vec(), scope(file.metadata()));
+                let prompt = Prompt { ids, phases, scope, holder };
                 let sequence = prompt.sequence(parts.model.as_ref(), Want::From(usize::MAX))?;
                 prefixes.keep_file(&sequence, &file, &prompt.holder);
             }
@@ -180,6 +184,11 @@ pub struct SavedChat {
     pub texts: BTreeMap<String, String>,
     /// Why the keys and values of the file are of no use.
     pub note: Option<String>,
+}
+
+/// The scope that the texts of a file name.
+fn scope(texts: &BTreeMap<String, String>) -> Arc<str> {
+    Arc::from(texts.get(SCOPE).map_or("", String::as_str))
 }
 
 /// The only item of a stream. The stream ends when the task is cancelled.
