@@ -25,7 +25,7 @@ MANY = 200
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Phi]:
-    with Phi.demo(kernel="portable") as phi:
+    with Phi.demo(kernel="portable", prefix_cache=0) as phi:
         yield phi
 
 

@@ -42,7 +42,8 @@ def path(phi: Phi, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-SLOW: dict[str, Any] = {"kernel": "portable", "n_threads": 1}
+SLOW: dict[str, Any] = {"kernel": "portable", "n_threads": 1, "prefix_cache": 0}
+"""It holds nothing: each long prompt is computed as a whole, whatever was computed before."""
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +308,7 @@ def test_ctrl_c(path: Path, stopwatch: Stopwatch) -> None:
 import signal, threading, time
 from candle_phi import Phi
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
-phi = Phi({str(path)!r}, kernel="portable", n_threads=1, max_concurrent=1)
+phi = Phi({str(path)!r}, kernel="portable", n_threads=1, prefix_cache=0, max_concurrent=1)
 LONG = [5] * 20_000
 def decode():
     for _ in phi.stream({HAIKU!r}, ignore_eos=True): pass
@@ -415,7 +416,7 @@ def test_the_interpreter_exits_at_once(path: Path, what: str, stopwatch: Stopwat
 import queue, sys, threading, time
 from candle_phi import Phi
 path = {str(path)!r}
-phi = Phi(path, kernel="portable", n_threads=1)
+phi = Phi(path, kernel="portable", n_threads=1, prefix_cache=0)
 stream = phi.stream("Hi", ignore_eos=True)
 running, started, here = queue.Queue(), [], threading.local()
 def note(p):
@@ -586,7 +587,7 @@ def test_a_signal_handler_of_the_application(path: Path, stopwatch: Stopwatch) -
     script = f"""
 import os, signal, threading, time
 from candle_phi import Phi
-phi = Phi({str(path)!r}, kernel="portable", n_threads=1)
+phi = Phi({str(path)!r}, kernel="portable", n_threads=1, prefix_cache=0)
 LONG = [5] * 20_000
 class Enough(Exception): pass
 def enough(*_):

@@ -26,7 +26,7 @@ LONG = [5] * 1000
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Phi]:
-    with Phi.demo(kernel="portable", n_threads=1) as phi:
+    with Phi.demo(kernel="portable", n_threads=1, prefix_cache=0) as phi:
         yield phi
 
 

@@ -99,7 +99,7 @@ def test_clients_leave_in_prefill_in_decode_and_in_a_stalled_send(
 
     app = fastapi.FastAPI()
     app.router.add_route("/", answer)
-    with Phi.demo(max_concurrent=1, kernel="portable") as phi, serving(app) as port:
+    with Phi.demo(max_concurrent=1, kernel="portable", prefix_cache=0) as phi, serving(app) as port:
         expected = phi.generate(HAIKU, seed=1)
         for i in range(ROUNDS):
             leave(("prefill", "decode", "stalled")[i % 3], reset=i % 2 == 0)
